@@ -1,0 +1,104 @@
+"""Which implementation of an operator runs, and why another one cannot.
+
+Every operator has up to four implementations, named here from the fastest to the most general:
+``cuda`` (the compiled extension on a GPU), ``triton`` (just-in-time kernels on a GPU), ``cpu`` (the
+compiled extension on the processor) and ``reference`` (pure PyTorch, any device and dtype).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+AUTO = "auto"
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+_forced: ContextVar[str | None] = ContextVar("nefkern_backend", default=None)
+
+
+@functools.cache
+def native_module():
+    """The compiled extension ``nefkern._C``, or the reason (a string) why it cannot be loaded."""
+    try:
+        return importlib.import_module("nefkern._C")
+    except ModuleNotFoundError:
+        return "the extension is not built (no C++ compiler or no PyTorch headers at install time)"
+    except ImportError as error:
+        return f"the extension does not load: {str(error).splitlines()[0]}"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def why_not(name: str) -> str | None:
+    """Why backend ``name`` cannot run on this machine, or None when it can."""
+    native = native_module()
+    if name == "cpu":
+        return native if isinstance(native, str) else None
+    if name == "cuda":
+        if isinstance(native, str):
+            return native
+        if not native.build_info()["cuda"]:
+            return "the extension was built without CUDA"
+        return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if importlib.util.find_spec("nefkern.triton") is None:
+            return "this version has no Triton kernels"
+        if interpreting() or torch.cuda.is_available():
+            return None
+        return "PyTorch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    return None
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name with None where it can run here, or one line that says why not."""
+    return {name: why_not(name) for name in BACKENDS}
+
+
+def current() -> str:
+    """The backend asked for: the innermost :func:`backend`, else ``NEFKERN_BACKEND``, else "auto"."""
+    return _forced.get() or _check(os.environ.get("NEFKERN_BACKEND") or AUTO)
+
+
+def preference(device_type: str) -> tuple[str, ...]:
+    """The backends to try, in order, for tensors on ``device_type`` ("cpu", "cuda", ...)."""
+    name = current()
+    return _PREFERENCE.get(device_type, ("reference",)) if name == AUTO else (name,)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block: "cuda", "triton", "cpu", "reference" or "auto".
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        RuntimeError: the backend cannot run on this machine; the message says why.
+    """
+    _check(name)
+    reason = why_not(name)
+    if reason:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _check(name: str) -> str:
+    if name not in (*BACKENDS, AUTO):
+        raise ValueError(f"backend: expected one of {', '.join((*BACKENDS, AUTO))}, got {name!r}")
+    return name

@@ -1,0 +1,70 @@
+"""How an operator enters the PyTorch dispatcher, and how a backend's kernel is found for a call.
+
+An operator is defined once, by :func:`define`, as ``torch.ops.nefkern.<name>``. Each backend then adds
+its implementation with :func:`kernel`. A call runs the first backend that is preferred for the device
+of the first tensor argument, available on this machine, and willing to take these arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nefkern import backends
+
+_library = torch.library.Library("nefkern", "DEF")
+_kernels: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
+
+
+def define(schema: str, *, fake: Callable) -> None:
+    """Define ``nefkern::<name>`` by its schema, with ``fake`` computing the shapes of its results."""
+    name = schema.partition("(")[0]
+    _kernels[name] = {}
+    _library.define(schema)
+    _library.impl(name, lambda *args: select(name, *args)(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nefkern::{name}", fake, lib=_library)
+
+
+def kernel(name: str, backend: str, *, accepts: Callable[..., bool] | None = None) -> Callable:
+    """Decorator: the implementation of operator ``name`` by ``backend``.
+
+    Args:
+        accepts: called with the operator's arguments; False leaves the call to the next backend.
+    """
+
+    def add(function: Callable) -> Callable:
+        _kernels[name][backend] = (function, accepts)
+        return function
+
+    return add
+
+
+def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Give operator ``name`` its backward formula."""
+    torch.library.register_autograd(
+        f"nefkern::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def select(name: str, *args: Any) -> Callable:
+    """The implementation that a call of operator ``name`` with ``args`` runs.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot take this call.
+    """
+    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    for backend in backends.preference(device):
+        function, accepts = _kernels[name].get(backend, (None, None))
+        if function and not backends.why_not(backend) and (accepts is None or accepts(*args)):
+            return function
+    raise RuntimeError(
+        f"{name}: backend {backends.current()!r} cannot take this call on device {device!r}"
+        + (f": {reason}" if (reason := backends.why_not(backends.current())) else "")
+    )
+
+
+def implemented() -> dict[str, tuple[str, ...]]:
+    """Every operator with the backends that implement it."""
+    return {name: tuple(found) for name, found in _kernels.items()}
