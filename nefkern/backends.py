@@ -59,7 +59,9 @@ def why_not(name: str) -> str | None:
             return "this version has no Triton kernels"
         if interpreting() or torch.cuda.is_available():
             return None
-        return "PyTorch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+        return (
+            "PyTorch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+        )
     return None
 
 
