@@ -71,7 +71,7 @@ def available() -> dict[str, str | None]:
 
 
 def current() -> str:
-    """The backend asked for: the innermost :func:`backend`, else ``NEFKERN_BACKEND``, else "auto"."""
+    """The backend asked for: innermost :func:`backend`, else ``NEFKERN_BACKEND``, else "auto"."""
     return _forced.get() or _check(os.environ.get("NEFKERN_BACKEND") or AUTO)
 
 

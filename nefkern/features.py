@@ -217,7 +217,7 @@ def _create(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def _go_offline_without_network() -> None:
-    """Spare a user without a network the hub client's minute of retries: cached files or nothing."""
+    """Without a network: cached files or nothing, not a minute of the hub client's retries."""
     from huggingface_hub import constants
 
     try:

@@ -183,7 +183,7 @@ def load_into(model: nn.Module, state: StateDict, source: str) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """A short hash of every parameter and buffer: which weights these are, whatever their source."""
+    """A short hash of every parameter and buffer: which weights these are."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(name.encode())

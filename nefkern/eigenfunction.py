@@ -1,0 +1,130 @@
+"""ψ: the network whose K outputs become the eigenfunctions of κ (sections 3.4 and 3.5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from nefkern.errors import UserError
+from nefkern.ops import linear_attention
+
+
+@dataclass(frozen=True)
+class EigenfunctionConfig:
+    """The shape of ψ; the defaults are the paper's, and where it is silent the authors' code's.
+
+    Attributes:
+        num_eigenfunctions: K.
+        blocks: transformer blocks.
+        head_dim: channels of an attention head; there are width / head_dim heads, rounded up.
+        mlp_ratio: hidden width of the MLP over C, the width of the graph features (576 for 384).
+        feature_map: "softmax" (the authors') or "elu" (Katharopoulos et al. 2020).
+        orthogonal: keep the columns of the head orthogonal by a parametrisation.
+        quantize: Gumbel-Softmax outputs, near one-hot; False gives continuous eigenfunctions.
+    """
+
+    num_eigenfunctions: int = 256
+    blocks: int = 2
+    head_dim: int = 64
+    mlp_ratio: float = 1.5
+    feature_map: str = "softmax"
+    orthogonal: bool = True
+    quantize: bool = True
+
+
+class SelfAttention(nn.Module):
+    """Linear self-attention over the tokens of each image, ``[B, n, D] → [B, n, D]``."""
+
+    def __init__(self, width: int, head_dim: int, feature_map: str) -> None:
+        super().__init__()
+        self.heads, self.head_dim = math.ceil(width / head_dim), head_dim
+        self.feature_map = feature_map
+        inner = self.heads * head_dim
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.project = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, n, head_dim]
+        out = linear_attention(q, k, v, feature_map=self.feature_map)
+        return self.project(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention and MLP, each with a residual connection."""
+
+    def __init__(self, width: int, hidden: int, config: EigenfunctionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, config.head_dim, config.feature_map)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Eigenfunction(nn.Module):
+    """ψ: transformer blocks, LayerNorm, and a linear head with orthogonal columns.
+
+    Args:
+        width: channels of the concatenated maps, 3C for a transformer backbone.
+        graph_dim: C, channels of the graph features; sizes the MLP.
+        config: the rest of the shape.
+
+    Raises:
+        UserError: K below 2, more orthogonal columns asked for than the width, unknown feature map.
+    """
+
+    def __init__(self, width: int, graph_dim: int, config: EigenfunctionConfig) -> None:
+        super().__init__()
+        count = config.num_eigenfunctions
+        if count < 2:
+            raise UserError(f"--num-eigenfunctions {count}: expected at least 2")
+        if config.orthogonal and count > width:
+            raise UserError(
+                f"--num-eigenfunctions {count}: expected at most {width}, the width of ψ's input, "
+                "with an orthogonal head; use --no-orthogonal-head for more"
+            )
+        if config.feature_map not in ("elu", "softmax"):
+            raise UserError(f"--feature-map {config.feature_map}: expected elu or softmax")
+        self.config = config
+        hidden = max(1, round(config.mlp_ratio * graph_dim))
+        self.blocks = nn.Sequential(*(Block(width, hidden, config) for _ in range(config.blocks)))
+        self.norm = nn.LayerNorm(width)
+        head = nn.Linear(width, count)
+        # Weight rows of nn.Linear are the columns of the head's matrix.
+        self.head = orthogonal(head) if config.orthogonal else head
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The features before the head, ``[B, n, D] → [B, n, D]``; what Ours* clusters."""
+        return self.norm(self.blocks(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The head's output, ``[B, n, D] → [B, n, K]``."""
+        return self.head(self.hidden(x))
+
+    def quantize(self, logits: Tensor, temperature: float) -> Tensor:
+        """Training outputs: soft Gumbel-Softmax over the K channels, or the logits as they are."""
+        if not self.config.quantize:
+            return logits
+        return F.gumbel_softmax(logits.float(), tau=temperature, hard=False, dim=-1)
+
+
+def annealed_temperature(progress: float, start: float = 1.0, end: float = 0.3) -> float:
+    """The Gumbel-Softmax temperature at ``progress`` in [0, 1]: a cosine from start to end."""
+    progress = min(max(progress, 0.0), 1.0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def live_clusters(logits: Tensor) -> Tensor:
+    """Which of the K clusters win the argmax somewhere: bool ``[K]`` for logits ``[..., K]``."""
+    winners = logits.flatten(0, -2).argmax(-1)
+    return torch.bincount(winners, minlength=logits.shape[-1]) > 0
