@@ -1,0 +1,133 @@
+"""The data set every command works on: named images, perhaps with annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nefkern.data.constants import VOID
+from nefkern.data.images import read_annotation, read_image
+from nefkern.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set.
+
+    Attributes:
+        name: unique in its data set, without a folder: fit for a file name.
+        image: uint8 ``[3, H, W]``, RGB.
+        annotation: uint8 ``[H, W]`` of class indices, 255 where void; None without annotations.
+    """
+
+    name: str
+    image: Tensor
+    annotation: Tensor | None = None
+
+
+class ImageDataset(Dataset[Sample]):
+    """Images and, for all of them or none, annotations; files are read when asked for.
+
+    Args:
+        paths: the image files.
+        annotation_paths: one for each image, or None.
+        classes: names of the classes; the annotations hold indices into this list.
+        ignored: indices of classes that are read as void.
+        strict: whether training stops at an unreadable image instead of replacing it.
+
+    Attributes:
+        names: list of str, unique: the file name without its suffix, with it where two agree.
+        annotated: whether samples have annotations.
+        paths, annotation_paths, classes, ignored, strict: as given.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        annotation_paths: Sequence[Path] | None = None,
+        classes: Sequence[str] = (),
+        ignored: Sequence[int] = (),
+        strict: bool = False,
+    ) -> None:
+        if annotation_paths is not None and len(annotation_paths) != len(paths):
+            raise ValueError(
+                f"annotation_paths: expected one for each of {len(paths)} images,"
+                f" got {len(annotation_paths)}"
+            )
+        self.paths = list(paths)
+        self.names = _unique_names(self.paths)
+        self.annotation_paths = None if annotation_paths is None else list(annotation_paths)
+        self.classes = list(classes)
+        self.ignored = sorted(set(ignored))
+        self.strict = strict
+        self._to_void = torch.arange(256, dtype=torch.uint8)
+        self._to_void[self.ignored] = VOID
+
+    @property
+    def annotated(self) -> bool:
+        return self.annotation_paths is not None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample at full size.
+
+        Raises:
+            UserError: the image or its annotation cannot be used; a score must be over the
+                whole set, so here nothing is skipped, strict or not.
+        """
+        image = self.image(index)
+        return Sample(self.names[index], image, self._annotation(index, image))
+
+    def image(self, index: int, *, min_side: int | None = None) -> Tensor:
+        """Read one image alone; arguments and errors as :func:`nefkern.data.read_image`."""
+        return read_image(self.paths[index], min_side=min_side)
+
+    def _annotation(self, index: int, image: Tensor) -> Tensor | None:
+        if self.annotation_paths is None:
+            return None
+        path, size = self.annotation_paths[index], tuple(image.shape[1:])
+        labels = read_annotation(path, num_classes=len(self.classes), size=size)
+        return self._to_void[labels.int()] if self.ignored else labels
+
+
+def class_indices(wanted: Sequence[str | int], classes: Sequence[str]) -> list[int]:
+    """Indices of classes given by name, by index, or by an index written as text.
+
+    Raises:
+        UserError: no such class.
+    """
+    return [_class_index(item, classes) for item in wanted]
+
+
+def _class_index(item: str | int, classes: Sequence[str]) -> int:
+    if item in classes:
+        return list(classes).index(item)
+    index = int(item) if str(item).isdecimal() else -1
+    if not 0 <= index < len(classes):
+        known = ", ".join(classes) or "none: this data set has no classes"
+        raise UserError(f"ignored class {item!r}: expected a name or an index of: {known}")
+    return index
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    stems = [path.stem for path in paths]
+    shared = {stem for stem, count in _counts(stems).items() if count > 1}
+    return [path.name if path.stem in shared else path.stem for path in paths]
+
+
+def _counts(items: Sequence[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return counts

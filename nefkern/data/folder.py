@@ -1,0 +1,126 @@
+"""A folder of the user's own images, with or without annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nefkern.data.constants import IMAGE_SUFFIXES, VOID
+from nefkern.data.dataset import ImageDataset, class_indices
+from nefkern.errors import UserError
+
+
+def open_folder(
+    root: Path,
+    *,
+    split: str,
+    strict: bool = False,
+    ignore_classes: Sequence[str | int] = (),
+) -> ImageDataset:
+    """Open ``root``, laid out in one of three ways.
+
+    - ``images/{split}/*.jpg``, optional ``annotations/{split}/{same stem}.png``;
+    - ``images/*.jpg``, optional ``annotations/{same stem}.png``: any split is all of it;
+    - ``*.jpg``: any split is all of it, without annotations.
+
+    ``classes.txt`` in ``root`` names the classes, one a line; annotations need it.
+
+    Args:
+        root: the folder.
+        split: e.g. "train" or "val".
+        strict: see :class:`ImageDataset`.
+        ignore_classes: names or indices of classes to read as void.
+
+    Raises:
+        UserError: no such folder or split, no images in it, an image without annotation, a bad
+            ``classes.txt``, an unknown class to ignore.
+    """
+    root = Path(root)
+    _need_folder(root)
+    images, annotations = _layout(root, split)
+    paths = _image_files(images)
+    annotation_paths = _annotation_files(paths, annotations) if annotations else None
+    classes = _read_classes(root / "classes.txt", needed=annotation_paths is not None)
+    return ImageDataset(
+        paths,
+        annotation_paths=annotation_paths,
+        classes=classes,
+        ignored=class_indices(ignore_classes, classes),
+        strict=strict,
+    )
+
+
+def _need_folder(root: Path) -> None:
+    if not root.is_dir():
+        what = "it is a file" if root.exists() else "it does not exist"
+        raise UserError(f"data root {root}: expected a folder, {what}")
+
+
+def _layout(root: Path, split: str) -> tuple[Path, Path | None]:
+    """Folder of the images, and the one of their annotations if it exists."""
+    images, annotations = root / "images", root / "annotations"
+    if not images.is_dir():
+        return root, None
+    if split and (images / split).is_dir():
+        images, annotations = images / split, annotations / split
+    elif splits := _subfolders(images):
+        raise UserError(f"{images}: no split {split!r}, there is: {', '.join(splits)}")
+    return images, annotations if annotations.is_dir() else None
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+    )
+    if not paths:
+        inside = ", ".join(_subfolders(folder)[:5])
+        hint = f" (but folders: {inside})" if inside else ""
+        raise UserError(f"{folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), none found{hint}")
+    return paths
+
+
+def _annotation_files(paths: Sequence[Path], folder: Path) -> list[Path]:
+    files = [folder / f"{path.stem}.png" for path in paths]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: expected an annotation for every image,"
+            f" {len(missing)} of {len(files)} missing"
+        )
+    return files
+
+
+def _read_classes(path: Path, *, needed: bool) -> list[str]:
+    if not path.is_file():
+        if needed:
+            raise UserError(f"{path}: annotations need this file, one class name a line")
+        return []
+    try:
+        names = [line.strip() for line in path.read_text("utf-8-sig").rstrip().splitlines()]
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: expected UTF-8 text, one class name a line: {error}") from None
+    _check_classes(path, names)
+    return names
+
+
+def _check_classes(path: Path, names: list[str]) -> None:
+    if not names:
+        raise UserError(f"{path}: expected one class name a line, the file is empty")
+    if len(names) > VOID:
+        raise UserError(f"{path}: expected at most {VOID} classes, it names {len(names)}")
+    if "" in names:
+        raise UserError(
+            f"{path}: line {names.index('') + 1} is empty, expected a class name:"
+            " the line number is the class index"
+        )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{path}: expected different names, repeated: {', '.join(repeated)}")
