@@ -105,18 +105,30 @@ class Backbone(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """To [0, 1], minus mean, over std, padded to a multiple of the patch size."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return self.pad((images - self.mean) / self.std)
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Repeat the right and bottom edges up to a multiple of the patch size.
+
+        Args:
+            images: ``[B, 3, H, W]``, any dtype.
+
+        Raises:
+            UserError: an image smaller than one patch.
+        """
         height, width = images.shape[-2:]
         if min(height, width) < self.patch:
             raise UserError(
                 f"image of {width} × {height} pixels: expected at least one patch, "
                 f"{self.patch} × {self.patch}"
             )
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        images = (images - self.mean) / self.std
         # Replicated edges disturb the border patches less than black ones would.
         pad = (0, -width % self.patch, 0, -height % self.patch)
-        return F.pad(images, pad, mode="replicate") if any(pad) else images
+        if not any(pad):
+            return images
+        return F.pad(images.float(), pad, mode="replicate").to(images.dtype)
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
         """Low, mid and high token maps of a vision transformer, prefix tokens dropped."""

@@ -56,7 +56,7 @@ def resolve_neighbours(neighbours: int | str, rows: int) -> int:
         )
     if k >= rows:
         raise UserError(
-            f"--k {neighbours}: expected fewer neighbours than the {rows} rows (patches) of a batch; "
+            f"--k {neighbours}: expected fewer than the {rows} rows (patches) of a batch; "
             "lower --k, or raise --batch-size or --crop"
         )
     return k

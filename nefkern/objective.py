@@ -27,7 +27,7 @@ def l2_batch_norm(psi: Tensor, minimum: float = 1.0) -> tuple[Tensor, Tensor]:
             implementation clamps at 1.
 
     Returns:
-        U, ``[N, K]`` float32 (float64 for float64), and the columns' norms before the clamp, ``[K]``.
+        U, ``[N, K]`` float32 (float64 for float64), and the norms before the clamp, ``[K]``.
     """
     psi = psi if psi.dtype == torch.float64 else psi.float()
     norms = torch.linalg.vector_norm(psi, dim=0)

@@ -48,10 +48,15 @@ class Views(Dataset[View]):
         dataset: images; annotations are not read.
         transform: the augmentation.
         seed: any integer.
+        distinct: how many different views there are of each image, seen in turn epoch by epoch
+            (their feature maps can then be kept); 0 draws new ones in every epoch.
     """
 
-    def __init__(self, dataset: ImageDataset, transform: TrainTransform, *, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: ImageDataset, transform: TrainTransform, *, seed: int = 0, distinct: int = 0
+    ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.distinct = distinct
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,6 +90,7 @@ class Views(Dataset[View]):
         raise UserError(f"none of the {len(self)} images can be read, the first: {problems[0]}")
 
     def _draw(self, epoch: int, index: int, used: int) -> Tensor:
+        epoch = epoch % self.distinct if self.distinct else epoch
         generator = _generator(self.seed, epoch, index)
         short_side = self.transform.short_side(generator)
         image = self.dataset.image(used, min_side=short_side)
@@ -104,11 +110,12 @@ def train_loader(
     batch_size: int,
     workers: int = 0,
     seed: int = 0,
+    views: int = 0,
     pin_memory: bool = False,
 ) -> TrainLoader:
-    """Batches of augmented images, see :class:`TrainLoader`."""
+    """Batches of augmented images, see :class:`TrainLoader`; ``views`` as ``Views.distinct``."""
     return TrainLoader(
-        Views(dataset, transform, seed=seed),
+        Views(dataset, transform, seed=seed, distinct=views),
         batch_size=batch_size,
         workers=workers,
         pin_memory=pin_memory,

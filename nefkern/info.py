@@ -1,0 +1,60 @@
+"""``python -m nefkern.info``: versions, devices, and which backends can run here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nefkern.errors import command
+
+
+def describe() -> str:
+    """The page that the command prints."""
+    import torch
+
+    from nefkern import backends, weights
+    from nefkern.ops import registry
+    from nefkern.runs import versions
+
+    lines = ["versions"]
+    lines += [f"  {name:<12} {version}" for name, version in versions().items()]
+    lines += ["devices", f"  {'cpu':<12} {torch.get_num_threads()} threads"]
+    for i in range(torch.cuda.device_count()):
+        lines.append(f"  {f'cuda:{i}':<12} {torch.cuda.get_device_name(i)}")
+    if not torch.cuda.is_available():
+        lines.append(f"  {'cuda':<12} none found by PyTorch")
+    native = backends.native_module()
+    if not isinstance(native, str):
+        built = native.build_info()
+        lines.append("extension")
+        lines += [f"  {name:<12} {value}" for name, value in built.items()]
+    lines.append(f"backends (now: {backends.current()})")
+    for name, reason in backends.available().items():
+        lines.append(
+            f"  {name:<12} {'available' if reason is None else 'not available: ' + reason}"
+        )
+    lines.append("operators")
+    for name, found in registry.implemented().items():
+        lines.append(f"  {name:<26} {', '.join(found)}")
+    lines.append("packaged backbones")
+    for name, package in weights.PACKAGES.items():
+        state = "installed" if package.path() else f"not installed: {package.install}"
+        lines.append(f"  {name:<26} {state}")
+    return "\n".join(lines)
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nefkern.info",
+        description="Print versions, devices, and which backends can run here and why others not.",
+    )
+    parser.parse_args(arguments)
+    import nefkern.ops  # noqa: F401  registers the operators
+
+    print(describe())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

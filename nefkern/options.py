@@ -1,0 +1,291 @@
+"""The options of training: one dataclass that the command line, the YAML file and the run share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nefkern.errors import UserError
+from nefkern.graph import GraphConfig, resolve_neighbours
+
+PAPER = "the paper's"
+
+
+def _option(default: Any, help: str, group: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, **extra})
+
+
+@dataclass
+class TrainOptions:
+    """Everything that decides a run. Defaults are the paper's; see ``SAMPLES`` for the short run."""
+
+    # data
+    data: str = _option(
+        "samples",
+        "what to train on: samples (photographs that come inside "
+        "installed packages) or folder (images/{split}, with --data-root)",
+        "data",
+        choices=("samples", "folder"),
+    )
+    data_root: str | None = _option(None, "the folder of --data folder", "data", metavar="DIR")
+    split: str = _option("train", "which images/{split} to train on", "data")
+    crop: int = _option(480, "side of the square training crops, in pixels", "data")
+    resize: int | None = _option(
+        None,
+        "shorter side that the random resize starts from "
+        "[13/12 of the crop, the paper's 520 for 480]",
+        "data",
+    )
+    augment: bool = _option(
+        True,
+        "random resize, crop, flip and photometric distortion as in "
+        "Segmenter; off: one plain crop of each image",
+        "data",
+    )
+    views: int = _option(
+        0,
+        "augmented views of each image, seen in turn and fit for "
+        "--feature-cache; 0: new ones in every epoch, as in the paper",
+        "data",
+    )
+    strict: bool = _option(
+        False, "an unreadable image is an error, not reported and skipped", "data"
+    )
+    workers: int = _option(2, "processes that load images; 0: none beside the main one", "data")
+
+    # backbone
+    backbone: str = _option("vit_small_patch16_384", "any timm model name", "backbone")
+    weights: str = _option(
+        "auto",
+        "FILE (.safetensors, .pth), packaged, hub, random, or auto: "
+        "packaged where installed, else the hub",
+        "backbone",
+    )
+    high: str = _option(
+        "auto",
+        "graph features of a transformer: final (last norm), keys (of the "
+        "last attention), auto: keys for DINO v1",
+        "backbone",
+        choices=("auto", "final", "keys"),
+    )
+    feature_cache: str | None = _option(
+        None,
+        "keep feature maps in this folder, keyed by content; "
+        "for data seen again (--views, --no-augment)",
+        "backbone",
+        metavar="DIR",
+    )
+
+    # graph
+    k: str = _option(
+        "256",
+        "feature neighbours of a patch among all patches of the batch: a "
+        "number, or a share of them such as 2%% (the paper's 256 is 1.8%%)",
+        "graph",
+    )
+    pixel_graphs: str = _option(
+        "10:2.0,5:0.1",
+        "pixel graphs k̃:λ, neighbours and weight of the position, comma-separated",
+        "graph",
+    )
+    alpha: float = _option(0.3, "weight α of the pixel graph", "graph")
+
+    # eigenfunctions
+    num_eigenfunctions: int = _option(
+        256, "K, the number of eigenfunctions and clusters", "eigenfunctions", flags=("-K",)
+    )
+    blocks: int = _option(2, "transformer blocks of ψ", "eigenfunctions")
+    head_dim: int = _option(64, "channels of an attention head", "eigenfunctions")
+    mlp_ratio: float = _option(
+        1.5, "hidden width of the MLP over the backbone's width C", "eigenfunctions"
+    )
+    feature_map: str = _option(
+        "softmax", "of the linear attention", "eigenfunctions", choices=("softmax", "elu")
+    )
+    orthogonal_head: bool = _option(True, "keep the head's columns orthogonal", "eigenfunctions")
+    gumbel: bool = _option(
+        True, "quantise by Gumbel-Softmax; off: continuous eigenfunctions", "eigenfunctions"
+    )
+    temperature: str = _option(
+        "1.0:0.3", "Gumbel-Softmax temperature start:end, annealed on a cosine", "eigenfunctions"
+    )
+
+    # objective
+    beta: float = _option(0.08, "β at K = 256, scaled with 256/K", "objective")
+    t: float = _option(0.01, "t, scale of the objective", "objective")
+    min_norm: float = _option(1.0, "lower clamp of the columns' norm", "objective")
+
+    # optimisation
+    epochs: int = _option(40, "passes over the images", "optimisation")
+    batch_size: int = _option(16, "images of a step; halved when memory runs out", "optimisation")
+    lr: float = _option(1e-3, "learning rate of Adam", "optimisation")
+    final_lr: float = _option(1e-5, "where its cosine decay ends", "optimisation")
+    amp: bool = _option(False, "bfloat16 autocast for the backbone and ψ", "optimisation")
+    device: str = _option(
+        "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one", "optimisation"
+    )
+    seed: int = _option(0, "of everything random", "optimisation")
+
+    # run
+    out: str | None = _option(None, "the run folder [runs/<data>-<backbone>]", "run", metavar="DIR")
+    resume: bool = _option(False, "go on from the checkpoint in --out, if there is one", "run")
+    pictures: int = _option(12, "overlays to draw at the end", "run")
+    checkpoint_seconds: float = _option(
+        60.0,
+        "least time between two checkpoints; there is always one at the end and after an interrupt",
+        "run",
+    )
+
+    def graph(self) -> GraphConfig:
+        """The options of κ."""
+        return GraphConfig(self.k, self.alpha, parse_pairs("--pixel-graphs", self.pixel_graphs))
+
+    def temperatures(self) -> tuple[float, float]:
+        """Start and end of the Gumbel-Softmax temperature."""
+        try:
+            start, end = (float(part) for part in self.temperature.split(":"))
+        except ValueError:
+            start = end = 0.0
+        if start <= 0 or end <= 0:
+            raise UserError(
+                f"--temperature {self.temperature}: expected start:end, both above 0, as 1.0:0.3"
+            )
+        return start, end
+
+    def base_size(self) -> int:
+        """Shorter side that the random resize starts from."""
+        return self.resize or round(self.crop * 13 / 12)
+
+    def run_folder(self) -> Path:
+        """Where the run goes."""
+        name = f"{self.data if self.data_root is None else Path(self.data_root).name}"
+        return Path(self.out or f"runs/{name}-{self.backbone.replace('/', '_')}")
+
+    def check(self) -> None:
+        """Raise a UserError that names the first option out of range."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        for name in ("lr", "t", "min_norm", "mlp_ratio"):
+            if not getattr(self, name) > 0:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: expected more than 0")
+        if self.data == "folder" and not self.data_root:
+            raise UserError("--data folder: expected --data-root DIR beside it")
+        resolve_neighbours(self.k, 10**9)
+        self.graph()
+        self.temperatures()
+
+
+_LEAST = {
+    "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
+    "head_dim": 1, "beta": 0, "epochs": 1, "batch_size": 1, "final_lr": 0, "pictures": 0,
+    "checkpoint_seconds": 0, "seed": 0,
+}  # fmt: skip
+
+#: What ``--data samples`` takes instead of the paper's values, wherever nothing else is said: a few
+#: dozen photographs and two cores ask for fewer clusters, smaller batches and a packaged backbone.
+SAMPLES: dict[str, Any] = {
+    "backbone": "vit_small_patch14_dinov2",
+    "crop": 336,
+    "views": 2,
+    "k": "2%",
+    "num_eigenfunctions": 32,
+    "epochs": 20,
+    "batch_size": 9,
+    "amp": True,
+    "workers": 0,
+}
+
+
+def parse_pairs(flag: str, text: str) -> tuple[tuple[int, float], ...]:
+    """Read "10:2.0,5:0.1" as ((10, 2.0), (5, 0.1)); an empty text gives no pairs."""
+    try:
+        parts = [part.split(":") for part in text.split(",") if part.strip()]
+        return tuple((int(k), float(weight)) for k, weight in parts)
+    except ValueError:
+        raise UserError(f"{flag} {text}: expected pairs k̃:λ such as 10:2.0,5:0.1") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for every option, in groups, with defaults shown and none set."""
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(TrainOptions):
+        meta = dict(f.metadata)
+        title = meta.pop("group")
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        shown = f" [{_show(f.default)}]" if f.default is not None else ""
+        if f.name in SAMPLES and f.default != SAMPLES[f.name]:
+            shown += f" [samples: {_show(SAMPLES[f.name])}]"
+        help_text = meta.pop("help") + shown.replace("%", "%%")
+        flags = [f"--{f.name.replace('_', '-')}", *meta.pop("flags", ())]
+        kind = f.type.partition(" |")[0]
+        if kind == "bool":
+            meta["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+            if f.name == "amp":
+                meta["action"] = argparse.BooleanOptionalAction
+        else:
+            meta["type"] = {"int": int, "float": float}.get(kind, str)
+        group.add_argument(*flags, default=argparse.SUPPRESS, help=help_text, **meta)
+
+
+def _show(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
+    """Options from the command line's flags, over a YAML file, over the defaults.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, an option out of range.
+    """
+    given = {**(read_config(config) if config else {}), **flags}
+    preset = SAMPLES if given.get("data", "samples") == "samples" else {}
+    options = TrainOptions(**{**preset, **given})
+    options.check()
+    return options
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Options in a YAML file: a mapping of option names, or the ``options`` of a run's config."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: not a YAML file ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected a mapping of option names to values")
+    content = content.get("options", content)
+    fields = {f.name: f for f in dataclasses.fields(TrainOptions)}
+    options = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise UserError(f"--config {path}: unknown option {key!r}")
+        options[name] = _converted(path, fields[name], value)
+    return options
+
+
+def _converted(path: Path, f: dataclasses.Field, value: Any) -> Any:
+    kind, _, optional = f.type.partition(" |")
+    if value is None and optional:
+        return None
+    wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if wanted is not type(value):
+        raise UserError(f"--config {path}: {f.name}: expected {kind}, got {value!r}")
+    if f.metadata.get("choices") and value not in f.metadata["choices"]:
+        choices = ", ".join(f.metadata["choices"])
+        raise UserError(f"--config {path}: {f.name}: expected one of {choices}, got {value!r}")
+    return value

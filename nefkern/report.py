@@ -1,0 +1,125 @@
+"""What a person looks at after training: overlays and a page with the curves (``report.html``)."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nefkern.data import ImageDataset
+from nefkern.runs import Run, replace_file
+from nefkern.segmentation import overlay
+from nefkern.segmenter import Segmenter
+
+log = logging.getLogger(__name__)
+
+#: Panels of the page: title, the record's keys, and what to read off them.
+PANELS = (
+    ("Objective", ("loss",), "should fall"),
+    ("Mean Rayleigh quotient", ("trace",), "tr R / K; the loss raises it"),
+    ("Penalty", ("penalty",), "keeps the eigenfunctions apart"),
+    ("Mean |R_ij|, i ≠ j", ("off_diagonal",), "overlap of eigenfunctions; lower is better"),
+    ("Clusters", ("live", "dead"), "live: win somewhere in the batch; dead: norm under the clamp"),
+    ("Confidence", ("confidence", "temperature"), "mean largest probability; temperature"),
+)
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+img { max-width: 100%; display: block; margin: .3rem 0 }
+figure { margin: 0 0 1.2rem } figcaption { color: #666; font-size: .85rem }
+table { border-collapse: collapse; font-size: .85rem }
+td, th { border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0; text-align: left }
+"""
+
+
+def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count: int) -> None:
+    """Draw "image | clusters | blend" of the first ``count`` readable images to ``overlays/``."""
+    folder = run.path("overlays")
+    folder.mkdir(exist_ok=True)
+    drawn = 0
+    for index in tqdm(range(len(dataset)), desc="overlays", total=None, leave=False):
+        if drawn == count:
+            break
+        try:
+            image = dataset.image(index)
+        except Exception as error:  # reported by name and skipped, as in training
+            log.warning("no overlay of %s: %s", dataset.names[index], error)
+            continue
+        picture = overlay(image, segmenter(image), num_clusters=segmenter.num_clusters)
+        replace_file(
+            folder / f"{dataset.names[index].replace('/', '_')}.png",
+            lambda part, picture=picture: picture.save(part, format="PNG"),
+        )
+        drawn += 1
+
+
+def curves(rows: list[dict[str, Any]]) -> str:
+    """The record as one SVG of small panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    steps = [row["step"] for row in rows]
+    for axis, (title, keys, meaning) in zip(axes, PANELS, strict=True):
+        for key in keys:
+            axis.plot(steps, [row[key] for row in rows], label=key, linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"step; {meaning}", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        if len(keys) > 1:
+            axis.legend(fontsize=8)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+
+
+def write_report(run: Run) -> Path:
+    """Write ``report.html``: curves, overlays, scores if any, and the configuration."""
+    rows, config = run.metrics(), run.config()
+    options = config["options"]
+    title = f"{run.folder.name}: K = {options['num_eigenfunctions']}, {options['backbone']}"
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+    ]
+    if rows:
+        parts += [f"<p>{_summary(rows)}</p>", "<h2>Training</h2>", curves(rows)]
+    parts += [
+        "<h2>Segments</h2>",
+        "<p>Image, clusters, and both together. Nobody told the "
+        "clusters what to mean; a colour is the same cluster in every picture.</p>",
+    ]
+    for picture in sorted(run.path("overlays").glob("*.png")):
+        name = html.escape(picture.name)
+        parts.append(
+            f"<figure><img src='overlays/{name}' loading=lazy alt='{name}'>"
+            f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
+        )
+    for scores in sorted(run.folder.glob("evaluation-*.json")):
+        text = json.dumps(json.loads(scores.read_text()), indent=1, ensure_ascii=False)
+        parts += [f"<h2>{html.escape(scores.stem)}</h2>", f"<pre>{html.escape(text)}</pre>"]
+    cells = "".join(
+        f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}"
+        for k, v in {**options, **config["versions"]}.items()
+    )
+    parts += ["<h2>Configuration</h2>", f"<table>{cells}</table>"]
+    page = run.path("report.html")
+    replace_file(page, lambda part: part.write_text("\n".join(parts), encoding="utf-8"))
+    return page
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    first, last = rows[0], rows[-1]
+    return (
+        f"{last['step']} steps, {last['epoch']} epochs. Objective {first['loss']:.3e} → "
+        f"{last['loss']:.3e}, mean Rayleigh quotient {first['trace']:.3f} → {last['trace']:.3f}, "
+        f"{last['live']} clusters live in the last batch, {last['dead']} dead."
+    )

@@ -1,0 +1,179 @@
+"""A run folder: configuration, checkpoints that survive a kill, and the record of every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import nefkern
+from nefkern.errors import UserError
+from nefkern.options import TrainOptions
+
+CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version(), "nefkern": nefkern.__version__}
+    for package in ("torch", "torchvision", "timm", "numpy", "scipy", "pillow"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def replace_file(path: Path, write) -> None:
+    """Call ``write(part)`` on a file beside ``path``, then move it there in one step.
+
+    A kill or a full disk at any moment leaves the old file or the new one, never half of one.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Run:
+    """The folder of one training run.
+
+    The checkpoint's weights and the optimiser's state are two files; the weights name the state
+    that belongs to them and are replaced last, so that both are always of the same step.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def create(cls, options: TrainOptions) -> Run:
+        """Make the run's folder, or take the one to resume.
+
+        Raises:
+            UserError: it holds a run and ``--resume`` was not given, or one of other options.
+        """
+        run = cls(options.run_folder())
+        if run.folder.exists() and not run.folder.is_dir():
+            raise UserError(f"--out {run.folder}: is a file; expected a folder to make")
+        if run.path(CONFIG).exists():
+            if not options.resume:
+                raise UserError(
+                    f"--out {run.folder}: holds a run already; --resume goes on with it, "
+                    "another --out starts a new one"
+                )
+            run._check_same(options)
+        elif run.folder.exists() and any(run.folder.iterdir()):
+            raise UserError(f"--out {run.folder}: is not empty and holds no run")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return run
+
+    def path(self, name: str) -> Path:
+        """A file of the run."""
+        return self.folder / name
+
+    def _check_same(self, options: TrainOptions) -> None:
+        before = self.config()["options"]
+        free = {"resume", "out", "pictures", "workers", "checkpoint_seconds", "device", "strict"}
+        for name, value in dataclasses.asdict(options).items():
+            if name not in free and before.get(name, value) != value:
+                raise UserError(
+                    f"--resume: this run had --{name.replace('_', '-')} {before[name]}, not {value}; "
+                    "leave the option as it was, or start anew with another --out"
+                )
+
+    def write_config(self, options: TrainOptions, **facts: Any) -> None:
+        """Write all that is needed to repeat the run: options, versions, data, weights."""
+        content = {"options": dataclasses.asdict(options), "versions": versions(), **facts}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        replace_file(self.path(CONFIG), lambda part: part.write_text(text))
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
+        try:
+            content = yaml.safe_load(self.path(CONFIG).read_text())
+            content["options"]["backbone"]
+            return content
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{self.folder}: not a run folder (no {CONFIG}); make one with "
+                "python -m nefkern.train"
+            ) from None
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+            raise UserError(f"{self.path(CONFIG)}: not a run's configuration") from None
+
+    def options(self) -> TrainOptions:
+        """The options the run was trained with."""
+        known = {f.name for f in dataclasses.fields(TrainOptions)}
+        return TrainOptions(**{k: v for k, v in self.config()["options"].items() if k in known})
+
+    # ---- checkpoints ----
+
+    def save(self, weights: dict[str, Tensor], state: dict[str, Any], step: int) -> None:
+        """Replace the checkpoint: state first, then the weights that name it."""
+        name = f"state-{step:07d}.pt"
+        replace_file(self.path(name), lambda part: torch.save(state, part))
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        metadata = {"step": str(step), "state": name, "nefkern": nefkern.__version__}
+        replace_file(self.path(CHECKPOINT), lambda part: save_file(tensors, part, metadata))
+        for old in self.folder.glob("state-*.pt"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Weights and metadata of the checkpoint, or None where there is none yet.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path(CHECKPOINT)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+
+    def load_state(self, name: str) -> dict[str, Any]:
+        """The optimiser's state that belongs to a checkpoint."""
+        path = self.path(name)
+        if not path.exists():
+            raise UserError(f"--resume: {path} is missing, and it belongs to the checkpoint")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    # ---- the record ----
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the record of steps after ``step``: a resumed run writes them again."""
+        kept = [json.dumps(row) for row in self.metrics() if row["step"] <= step]
+        text = "".join(f"{line}\n" for line in kept)
+        replace_file(self.path(METRICS), lambda part: part.write_text(text))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The record, a dict a step; a half-written last line is left out."""
+        path = self.path(METRICS)
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows

@@ -1,0 +1,175 @@
+"""A trained run, ready to segment images (section 3.6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nefkern.data import read_image
+from nefkern.eigenfunction import Eigenfunction
+from nefkern.errors import UserError
+from nefkern.features import Backbone, load_backbone
+from nefkern.options import TrainOptions
+from nefkern.runs import Run
+from nefkern.segmentation import sliding_clusters, sliding_windows
+from nefkern.trainer import build_eigenfunction, choose_device
+
+
+@dataclass
+class Maps:
+    """What one pass over a batch gives, all on the patch grid ``h × w`` of the padded images.
+
+    Attributes:
+        logits: ``[B, K, h, w]`` float32: the head's output over the final temperature.
+        hidden: ``[B, D, h, w]``: ψ's features before the head.
+        graph: ``[B, C, h, w]``: the backbone's graph features F.
+        concat: ``[B, D, h, w]``: ψ's input.
+        padded: ``(H, W)`` of the padded images, ``h`` and ``w`` patches.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    graph: Tensor
+    concat: Tensor
+    padded: tuple[int, int]
+
+
+class Segmenter:
+    """Backbone and ψ together: from images to clusters.
+
+    Args:
+        backbone: frozen feature extractor.
+        psi: the trained eigenfunctions.
+        options: the run's options (temperature, crop, amp).
+    """
+
+    def __init__(self, backbone: Backbone, psi: Eigenfunction, options: TrainOptions) -> None:
+        self.backbone, self.psi, self.options = backbone, psi.eval(), options
+        self.temperature = options.temperatures()[1]
+        self.num_clusters = options.num_eigenfunctions
+        self.patch = backbone.patch
+        # Windows lie on the patch grid, overlapping by a third as the paper's 480 / 320.
+        self.window = -(-options.crop // self.patch) * self.patch
+        self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
+
+    @classmethod
+    def load(cls, run: str | Path, device: str = "auto", *, trained: bool = True) -> Segmenter:
+        """Load a run folder.
+
+        Args:
+            run: what ``python -m nefkern.train`` wrote.
+            device: "cpu", "cuda", or "auto".
+            trained: False leaves ψ as initialised (by torch's generator): a control.
+
+        Raises:
+            UserError: no run there, no checkpoint yet, or other backbone weights than the run's.
+        """
+        folder = Run(run)
+        options, config = folder.options(), folder.config()
+        found = folder.load()
+        if found is None:
+            raise UserError(f"{run}: holds no checkpoint yet")
+        backbone = load_backbone(
+            options.backbone, options.weights, high=options.high, device=choose_device(device)
+        )
+        if backbone.identity != config.get("backbone", {}).get("digest"):
+            raise UserError(
+                f"{run}: was trained on other weights of {options.backbone} than are found now "
+                f"({backbone.identity}); see --weights in its config.yaml"
+            )
+        psi = build_eigenfunction(options, backbone).to(backbone.mean.device)
+        if trained:
+            psi.load_state_dict(found[0])
+        return cls(backbone, psi, options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.backbone.mean.device
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Maps:
+        """All maps of a batch from one pass.
+
+        Args:
+            images: ``[B, 3, H, W]`` RGB, uint8 or float in [0, 1], of one size.
+        """
+        images = images.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            features = self.backbone(images)
+            hidden = self.psi.hidden(features.concat).float()
+        logits = self.psi.head(hidden) / self.temperature
+        h, w = features.grid
+
+        def as_map(tokens: Tensor) -> Tensor:
+            return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+        return Maps(
+            logits=as_map(logits),
+            hidden=as_map(hidden),
+            graph=as_map(features.high),
+            concat=as_map(features.concat),
+            padded=(h * self.patch, w * self.patch),
+        )
+
+    def logits(
+        self, image: Tensor, *, window: int | None = None, stride: int | None = None
+    ) -> Tensor:
+        """Logits at the image's resolution.
+
+        Args:
+            image: ``[3, H, W]`` RGB, uint8 or float in [0, 1].
+            window, stride: sliding windows in pixels; None takes the training crop and two thirds
+                of it. Images no larger than the window go through whole.
+
+        Returns:
+            ``[K, H, W]`` float32.
+        """
+        return sliding_windows(self._predict, image, *self._windows(window, stride))
+
+    def _windows(self, window: int | None, stride: int | None) -> tuple[int, int]:
+        return window or self.window, stride or self.stride
+
+    def _predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Logits on the patch grid, and the size in pixels that the grid spans."""
+        maps = self.maps(images)
+        return maps.logits, maps.padded
+
+    def __call__(
+        self, image: object, *, window: int | None = None, stride: int | None = None
+    ) -> Tensor:
+        """Segment one image.
+
+        Args:
+            image: a path, a PIL image, a ``[H, W, 3]`` uint8 array, or a ``[3, H, W]`` tensor
+                (uint8, or float in [0, 1]).
+            window, stride: as :meth:`logits`; memory does not grow with K times the pixels.
+
+        Returns:
+            The cluster of every pixel, ``[H, W]`` int64 on the CPU.
+
+        Raises:
+            UserError: not an image.
+        """
+        pixels = as_image(image)
+        return sliding_clusters(self._predict, pixels, *self._windows(window, stride)).cpu()
+
+
+def as_image(image: object) -> Tensor:
+    """Any of the accepted forms as ``[3, H, W]``; see :meth:`Segmenter.__call__`."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise UserError(f"image: expected a tensor [3, H, W], got {list(image.shape)}")
+        return image
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGB"))
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise UserError(f"image: expected uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)

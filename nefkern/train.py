@@ -1,0 +1,84 @@
+"""``python -m nefkern.train``: train ψ on a folder of images, or on the samples."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from nefkern.errors import UserError, command
+from nefkern.options import TrainOptions, add_arguments, resolve
+
+DESCRIPTION = """\
+Learn neural eigenfunctions of the patch graph of your images, without labels; their argmax is the
+segmentation. With no option at all: a short run on photographs that come inside installed packages.
+"""
+EXAMPLES = """\
+examples:
+  python -m nefkern.train                                      samples, a few minutes without a GPU
+  python -m nefkern.train --data folder --data-root photos     your images: photos/images/train/*.jpg
+  python -m nefkern.train --data folder --data-root voc --backbone vit_small_patch14_dinov2 \\
+      --crop 336 -K 64 --k 2% --epochs 20 --amp --out runs/voc
+  python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
+  python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume
+
+afterwards: open report.html in the run folder;
+  python -m nefkern.segment RUN IMAGE... --out DIR
+  python -m nefkern.evaluate RUN --data folder --data-root DIR --split val
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m nefkern.train",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--config", type=Path, metavar="FILE", help="YAML of options; flags win")
+    add_arguments(result)
+    return result
+
+
+def train(options: TrainOptions) -> Path:
+    """Train, draw the overlays and the report; returns the run folder.
+
+    Raises:
+        UserError: an option, an image or a weights file that cannot be used.
+    """
+    from nefkern.report import write_overlays, write_report
+    from nefkern.runs import Run
+    from nefkern.segmenter import Segmenter
+    from nefkern.trainer import Trainer
+
+    run = Run.create(options)
+    trainer = Trainer(options, run)
+    if trainer.finished:
+        logging.info("%s: training is complete", run.folder)
+    trainer.train()
+    segmenter = Segmenter(trainer.backbone, trainer.psi, options)
+    write_overlays(run, segmenter, trainer.dataset, options.pictures)
+    page = write_report(run)
+    logging.info("report: %s", page)
+    return run.folder
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, build, run."""
+    flags = vars(parser().parse_args(arguments))
+    config = flags.pop("config")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    try:
+        train(resolve(flags, config))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the checkpoint is written; --resume goes on") from None
+    except UserError:
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
