@@ -1,0 +1,84 @@
+"""Argument checks shared by the operators: each names the argument, what was expected, what came.
+
+The checks of shapes and dtypes run in the public functions and trace under ``torch.compile``; those
+that must read values (:func:`offsets`, :func:`finite`) run inside the operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """``value``, if it is a tensor; else TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def shape(name: str, value: Tensor, *expected: int | str) -> None:
+    """The dimensions of ``value``: a number is exact, a letter stands for any size."""
+    fits = value.dim() == len(expected) and all(
+        isinstance(want, str) or got == want
+        for got, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(want) for want in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+
+
+def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """The element type of ``value`` is one of ``allowed``; else TypeError."""
+    if value.dtype not in allowed:
+        names = ", ".join(str(one).removeprefix("torch.") for one in allowed)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected one of {names}, got {got}")
+
+
+def device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """``value`` is on the device of ``like``."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected the device of {like_name}, {like.device}, got {value.device}"
+        )
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """``value`` is an integer not below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """``value`` is one of the strings ``allowed``."""
+    if value not in allowed:
+        wanted = " or ".join(repr(one) for one in allowed)
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def offsets(name: str, value: Tensor, total: int) -> list[int]:
+    """CSR-style offsets [S + 1] from 0 to ``total``, never falling, read as a list."""
+    found = value.tolist()
+    if not found or found[0] != 0 or found[-1] != total:
+        ends = f"{found[0]} to {found[-1]}" if found else "no offsets"
+        raise ValueError(f"{name}: expected offsets from 0 to {total}, got {ends}")
+    for i in range(1, len(found)):
+        if found[i] < found[i - 1]:
+            raise ValueError(
+                f"{name}: expected offsets that never fall, "
+                f"got {found[i]} after {found[i - 1]} at position {i}"
+            )
+    return found
+
+
+def finite(name: str, value: Tensor) -> None:
+    """No entry of ``value`` is NaN or infinite; names the first row that has one."""
+    if not bool(value.isfinite().all()):
+        row = int((~value.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got NaN or inf in row {row}")

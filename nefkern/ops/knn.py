@@ -1,0 +1,105 @@
+"""k nearest neighbours by cosine similarity or Euclidean distance (section 3.3, eqs 2 and 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nefkern import reference
+from nefkern.ops import checks, registry
+
+METRICS = ("cosine", "euclidean")
+
+
+def knn(
+    features: Tensor,
+    k: int,
+    *,
+    metric: str = "cosine",
+    segments: Tensor | None = None,
+    include_self: bool = False,
+    check_finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest rows for every row, nearest first.
+
+    Exact: no approximate search. Values are right to the rounding of their dtype, and rows whose
+    computed values tie are ordered by index, so the result is the same at any number of threads.
+    The N x N matrix is never held: extra memory is O(N k) plus a fixed workspace.
+
+    Args:
+        features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
+        k: neighbours a row, at least 1; it may exceed the number of candidates.
+        metric: "cosine": similarity <x, y> / (|x| |y|), highest first, 0 where x or y is zero;
+            "euclidean": distance |x - y|, lowest first.
+        segments: [S + 1] int32 or int64 offsets from 0 to N, never falling. Row i of segment s
+            (``segments[s] <= i < segments[s + 1]``) finds neighbours in its own segment only: in
+            its own image, for instance. None: one segment of all rows.
+        include_self: whether a row is a candidate for itself.
+        check_finite: raise when ``features`` holds NaN or inf. Without it such a row neither has
+            neighbours nor is one.
+
+    Returns:
+        values [N, k], float32 (float64 for float64 features), and indices [N, k], int32. A row with
+        fewer than k candidates is filled up with index -1 and value -inf (cosine) or +inf
+        (euclidean).
+
+    Raises:
+        TypeError: ``features``, ``k`` or ``segments`` of the wrong type.
+        ValueError: a wrong shape, ``k`` below 1, an unknown metric, offsets that don't cover the
+            rows, or (``check_finite``) a value that isn't finite.
+        RuntimeError: in ``backward()``, when a gradient through ``values`` is asked for. The
+            operator isn't differentiable; use the indices to recompute the values that need it.
+    """
+    checks.tensor("features", features)
+    checks.shape("features", features, "N", "C")
+    checks.dtype("features", features, checks.FLOATING)
+    checks.at_least("k", k, 1)
+    checks.choice("metric", metric, METRICS)
+    if segments is not None:
+        checks.tensor("segments", segments)
+        checks.shape("segments", segments, "S + 1")
+        checks.dtype("segments", segments, checks.INTEGER)
+    return torch.ops.nefkern.knn(features, k, metric, segments, include_self, check_finite)
+
+
+def _fake(features, k, metric, segments, include_self, check_finite):
+    n = features.shape[0]
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return features.new_empty((n, k), dtype=dtype), features.new_empty((n, k), dtype=torch.int32)
+
+
+registry.define(
+    "knn(Tensor features, SymInt k, str metric, Tensor? segments, bool include_self, "
+    "bool check_finite) -> (Tensor values, Tensor indices)",
+    fake=_fake,
+)
+
+
+def _check_values(features: Tensor, segments: Tensor | None, check_finite: bool) -> list[int]:
+    """What only the values can tell; returns the segments' offsets."""
+    n = len(features)
+    if n >= 2**31:
+        raise ValueError(f"features: expected fewer than 2^31 rows (int32 indices), got {n}")
+    if check_finite:
+        checks.finite("features", features)
+    return [0, n] if segments is None else checks.offsets("segments", segments, n)
+
+
+@registry.kernel("knn", "reference")
+def _reference(features, k, metric, segments, include_self, check_finite):
+    bounds = _check_values(features, segments, check_finite)
+    return reference.knn(features, k, metric, bounds, include_self)
+
+
+def _setup_context(ctx, inputs, output):
+    pass
+
+
+def _backward(ctx, grad_values, grad_indices):
+    raise RuntimeError(
+        "knn is not differentiable: a gradient through its values was asked for. Call it on "
+        "features.detach(), or recompute the values from the indices."
+    )
+
+
+registry.autograd("knn", _backward, _setup_context)

@@ -1,0 +1,54 @@
+"""What the operators' tests share: the backends, poisoned memory, inputs that look like features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nefkern import backends
+
+TESTED = ("reference",)
+
+
+@pytest.fixture(params=TESTED)
+def backend(request):
+    """Each backend in turn, forced; skipped with its own reason where it cannot run."""
+    if reason := backends.why_not(request.param):
+        pytest.skip(reason)
+    with backends.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN (floats) and the largest value (integers): nothing stays unwritten."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def one_thread():
+    """A function that runs another on one thread."""
+
+    def run(function):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def clustered(n: int, channels: int, clusters: int = 12, seed: int = 0, **kwargs) -> torch.Tensor:
+    """[n, channels] rows around a few centres, as image features are."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(clusters, channels, generator=generator, dtype=torch.float64)
+    which = torch.randint(clusters, (n,), generator=generator)
+    noise = torch.randn(n, channels, generator=generator, dtype=torch.float64)
+    return (centres[which] + 0.5 * noise).to(**{"dtype": torch.float32, **kwargs})

@@ -1,0 +1,381 @@
+"""nefkern.ops.knn on every backend against dense float64 formulas."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clustered
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nefkern import backends
+from nefkern.ops import knn
+
+METRICS = ("cosine", "euclidean")
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+# ---- the dense formulas ----
+
+
+def dense_scores(x, metric, segments=None, include_self=False):
+    """[N, N] float64, greater is better; -inf where a pair is no candidate."""
+    x = x.double()
+    if metric == "cosine":
+        norm = x.norm(dim=1, keepdim=True)
+        unit = torch.where(norm > 0, x / norm, 0.0)
+        scores = unit @ unit.T
+    else:
+        scores = -(x[:, None] - x[None]).norm(dim=2)
+    n = len(x)
+    bounds = [0, n] if segments is None else segments.tolist()
+    segment = torch.bucketize(torch.arange(n), torch.tensor(bounds[1:]), right=True)
+    scores[segment[:, None] != segment[None]] = -math.inf
+    if not include_self:
+        scores.fill_diagonal_(-math.inf)
+    return scores
+
+
+def assert_best(x, k, metric="cosine", segments=None, include_self=False, tolerance=3e-6):
+    """Run knn and judge it: values against the k-th best, then the neighbours' own values."""
+    values, indices = knn(x, k, metric=metric, segments=segments, include_self=include_self)
+    n = len(x)
+    assert values.shape == indices.shape == (n, k)
+    assert indices.dtype == torch.int32
+    scores = dense_scores(x, metric, segments, include_self)
+    best = scores.sort(dim=1, descending=True, stable=True).values[:, :k]
+    best = torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-math.inf)
+    sign = 1 if metric == "cosine" else -1
+    got = sign * values.double()
+    scale = 1.0 if metric == "cosine" else max(1.0, *x.double().norm(dim=1).tolist(), 0.0)
+    filled = best == -math.inf
+    torch.testing.assert_close(got, best, atol=tolerance * scale, rtol=0)
+    assert (indices[filled] == -1).all() and (values[filled] == -sign * math.inf).all()
+    assert ((indices[~filled] >= 0) & (indices[~filled] < n)).all()
+    own = scores.gather(1, indices.long().clamp_min(0))
+    torch.testing.assert_close(own[~filled], got[~filled], atol=tolerance * scale, rtol=0)
+    ordered = torch.where(filled, torch.arange(n, n + k), indices.long()).sort(dim=1).values
+    assert (ordered.diff(dim=1) > 0).all(), "a neighbour appears twice"
+    if k > 1:
+        step = got.nan_to_num(neginf=-1e30).diff(dim=1)
+        assert (step <= 0).all(), "not sorted"
+        tie = (step == 0) & ~filled[:, 1:]
+        assert (indices.diff(dim=1)[tie] > 0).all(), "ties not in the order of the indices"
+    return values, indices
+
+
+def assert_identical(x, k, **options):
+    """Inputs whose scores are exact in float32: the indices must be those of a stable sort."""
+    values, indices = knn(x, k, **options)
+    scores = dense_scores(x, **{"metric": "cosine", **options})
+    best, expected = scores.sort(dim=1, descending=True, stable=True)
+    best, expected = best[:, :k], expected[:, :k].masked_fill(best[:, :k] == -math.inf, -1)
+    assert torch.equal(indices[:, : best.shape[1]].long(), expected)
+    sign = 1 if options.get("metric", "cosine") == "cosine" else -1
+    assert torch.equal(sign * values[:, : best.shape[1]], best.float())
+
+
+def exact_rows(n, channels, seed=0):
+    """Rows with four entries ±1: norm 2, so every cosine is an exact multiple of 1/4; many tie."""
+    generator = torch.Generator().manual_seed(seed)
+    where = torch.rand(n, channels, generator=generator).argsort(dim=1)[:, :4]
+    signs = torch.randint(0, 2, (n, 4), generator=generator) * 2.0 - 1
+    return torch.zeros(n, channels).scatter(1, where, signs)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("include_self", (False, True))
+@pytest.mark.parametrize(
+    "n, channels, k",
+    [(1, 3, 1), (2, 1, 1), (17, 5, 4), (64, 64, 16), (97, 33, 96), (130, 7, 200), (515, 40, 33)],
+)
+def test_shapes(n, channels, k, include_self, metric, poisoned_memory):
+    assert_best(clustered(n, channels, seed=n), k, metric, include_self=include_self)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_several_tiles(metric):
+    assert_best(clustered(1500, 72, seed=3), 50, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gaussian(metric):
+    """No clusters: in 72 dimensions all candidates are about equally near."""
+    x = torch.randn(900, 72, generator=torch.Generator().manual_seed(1))
+    assert_best(x, 100, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("sizes", [(5, 0, 1, 30, 300, 2), (0,), (1,), (40, 41)])
+def test_segments(sizes, metric, poisoned_memory):
+    segments = torch.tensor([0, *sizes]).cumsum(0)
+    for dtype in (torch.int32, torch.int64):
+        x = clustered(sum(sizes), 6, seed=4)
+        assert_best(x, 10, metric, segments=segments.to(dtype))
+        assert_best(x, 10, metric, segments=segments.to(dtype), include_self=True)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_empty(metric):
+    for segments in (None, torch.tensor([0]), torch.tensor([0, 0])):
+        values, indices = knn(torch.zeros(0, 4), 3, metric=metric, segments=segments)
+        assert values.shape == indices.shape == (0, 3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_channels(metric):
+    values, indices = knn(torch.zeros(4, 0), 2, metric=metric)
+    assert (values == 0).all()
+    assert indices.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
+
+
+def test_zero_rows():
+    x = clustered(300, 16, seed=5)
+    x[::7] = 0
+    values, indices = assert_best(x, 40)
+    assert (values[::7] == 0).all()
+    assert indices[0].tolist() == list(range(1, 41))
+
+
+def test_negative_similarities():
+    x = torch.cat([torch.ones(3, 8), -torch.ones(200, 8)]) + 0.01 * clustered(203, 8)
+    assert_best(x, 150)
+
+
+# ---- ties ----
+
+
+@pytest.mark.parametrize("include_self", (False, True))
+@pytest.mark.parametrize("n, channels, k", [(60, 5, 7), (400, 8, 50), (1100, 70, 200)])
+def test_ties_cosine(n, channels, k, include_self):
+    assert_identical(exact_rows(n, channels), k, include_self=include_self)
+
+
+@pytest.mark.parametrize("n, channels, k", [(60, 2, 7), (900, 3, 20), (700, 5, 699), (900, 40, 64)])
+def test_ties_euclidean(n, channels, k):
+    x = torch.randint(-3, 4, (n, channels), generator=torch.Generator().manual_seed(2)).float()
+    assert_identical(x, k, metric="euclidean")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_all_rows_identical(metric):
+    x = torch.full((1300, 64), 0.5)
+    values, indices = knn(x, 30, metric=metric)
+    assert (values == (1 if metric == "cosine" else 0)).all()
+    expected = torch.arange(31).repeat(1300, 1)
+    rows = torch.arange(1300)[:, None]
+    expected = expected[expected != rows.where(rows < 31, 30)].view(1300, 30)
+    assert torch.equal(indices.long(), expected)
+
+
+def test_duplicates_tie():
+    """Copies of one row have the same computed value, whatever tile they fall into."""
+    x = clustered(500, 96, seed=6).repeat(3, 1)
+    values, indices = assert_best(x, 9)
+    if backends.current() != "reference":  # a BLAS rounds differently at the edges of its tiles
+        assert torch.equal(values[:500], values[500:1000])
+        first, second = indices[0, 0].item(), indices[500, 0].item()
+        assert {first, second} <= {0, 500, 1000}
+
+
+# ---- hard inputs ----
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scales(metric):
+    """Rows of very different size; cosine must not overflow or vanish."""
+    x = clustered(200, 24, seed=7)
+    assert_best(x * torch.logspace(-4, 4, 200)[:, None], 20, metric)
+    if metric == "cosine":
+        assert_best(x * torch.logspace(-30, 30, 200)[:, None], 20)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_far_from_the_origin(metric):
+    """|x|² + |y|² - 2xy would lose every digit here."""
+    x = 1000 + clustered(700, 40, seed=8)
+    scores = dense_scores(x, metric)
+    values, _ = knn(x, 12, metric=metric)
+    best = scores.sort(dim=1, descending=True).values[:, :12]
+    sign, tolerance = (1, 2e-6) if metric == "cosine" else (-1, 1e-4)
+    torch.testing.assert_close(sign * values.double(), best, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+def test_not_finite(bad, metric, poisoned_memory):
+    x = clustered(150, 20, seed=9)
+    x[3, 5] = x[77, 0] = bad
+    kept = torch.ones(150, dtype=torch.bool)
+    kept[[3, 77]] = False
+    values, indices = knn(x, 12, metric=metric)
+    assert (indices[~kept] == -1).all() and values[~kept].isinf().all()
+    assert not torch.isin(indices, torch.tensor([3, 77])).any()
+    expected, _ = knn(x[kept], 12, metric=metric)
+    torch.testing.assert_close(values[kept], expected)
+    with pytest.raises(ValueError, match="features: expected finite values.*row 3"):
+        knn(x, 12, metric=metric, check_finite=True)
+    knn(x[kept], 12, metric=metric, check_finite=True)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_not_contiguous(metric):
+    x = clustered(120, 40, seed=10)
+    expected = knn(x, 9, metric=metric)
+    padded = torch.full((120, 90), math.nan)
+    padded[:, 3:83:2] = x
+    for view in (x.T.contiguous().T, padded[:, 3:83:2], x[None].expand(2, -1, -1)[1]):
+        values, indices = knn(view, 9, metric=metric)
+        torch.testing.assert_close(values, expected[0])
+        assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precisions_are_computed_in_float32(dtype, metric):
+    x = clustered(260, 48, seed=11, dtype=dtype)
+    values, indices = assert_best(x, 30, metric)
+    assert values.dtype == torch.float32
+    again, same = knn(x.float(), 30, metric=metric)
+    assert torch.equal(values, again) and torch.equal(indices, same)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_float64(metric):
+    """Float64 goes through the reference whatever was preferred, and keeps its digits."""
+    with backends.backend("auto"):
+        x = clustered(200, 30, seed=12, dtype=torch.float64)
+        values, _ = assert_best(x, 20, metric, tolerance=1e-13)
+        assert values.dtype == torch.float64
+
+
+def test_threads(one_thread):
+    x = exact_rows(1200, 40, seed=3) if backends.current() == "reference" else clustered(1200, 40)
+    for metric in METRICS:
+        values, indices = knn(x, 40, metric=metric)
+        values1, indices1 = one_thread(lambda: knn(x, 40, metric=metric))  # noqa: B023
+        assert torch.equal(values, values1) and torch.equal(indices, indices1)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_properties(data):
+    """Any sizes, duplicates, zero rows, empty segments: exact against the stable sort."""
+    sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=5))
+    n = sum(sizes)
+    metric = data.draw(st.sampled_from(METRICS))
+    x = exact_rows(n, data.draw(st.integers(4, 12)), seed=data.draw(st.integers(0, 99)))
+    if n:
+        x[data.draw(st.lists(st.integers(0, n - 1), max_size=3))] = 0
+        copies = data.draw(st.lists(st.integers(0, n - 1), max_size=min(n, 5)))
+        x[: len(copies)] = x[copies]
+    stride = data.draw(st.integers(1, 2))
+    x = x.repeat_interleave(stride, dim=1)[:, ::stride]
+    assert_identical(
+        x,
+        data.draw(st.integers(1, n + 2)),
+        metric=metric,
+        segments=torch.tensor([0, *sizes]).cumsum(0),
+        include_self=data.draw(st.booleans()),
+    )
+
+
+# ---- memory ----
+
+
+def test_memory_stays_far_below_n_squared():
+    """Peak memory of a process that runs N = 12,000: the N x N scores alone would be 576 MB."""
+    script = """
+import resource, torch, nefkern
+from nefkern.ops import knn
+x = torch.randn(12000, 16)
+knn(x[:600], 20)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+knn(x, 20)
+knn(torch.ones(12000, 16), 20)
+print(peak() - before)
+"""
+    environment = {**os.environ, "NEFKERN_BACKEND": backends.current()}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
+
+
+# ---- the dispatcher ----
+
+
+@pytest.mark.parametrize("segments", (None, torch.tensor([0, 20, 20, 50])))
+def test_opcheck(segments):
+    x = clustered(50, 8)
+    arguments = (x, 5, "cosine", segments, False, False)
+    torch.library.opcheck(torch.ops.nefkern.knn.default, arguments)
+
+
+def test_compile_fullgraph():
+    def graph(x, segments):
+        values, indices = knn(x * 2, 5, segments=segments)
+        return values.clamp_min(0), indices + 1
+
+    compiled = torch.compile(graph, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (40, 64):
+        x, segments = clustered(n, 8), torch.tensor([0, 20, n])
+        for got, expected in zip(compiled(x, segments), graph(x, segments), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_not_differentiable_and_says_so():
+    x = clustered(30, 8).requires_grad_()
+    values, indices = knn(x, 4)
+    assert not indices.requires_grad
+    with pytest.raises(RuntimeError, match="knn is not differentiable.*detach"):
+        values.sum().backward()
+    (x.sum() + knn(x.detach(), 4)[0].sum()).backward()
+
+
+# ---- bad input ----
+
+X = torch.zeros(6, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (("x", 2), {}, TypeError, "features: expected a torch.Tensor, got str"),
+        ((X[0], 2), {}, ValueError, r"features: expected shape \[N, C\], got \[3\]"),
+        ((X.int(), 2), {}, TypeError, "features: expected one of float16, .*, got int32"),
+        ((X, 0), {}, ValueError, "k: expected at least 1, got 0"),
+        ((X, 2.0), {}, TypeError, "k: expected an int, got float"),
+        ((X, 2), {"metric": "dot"}, ValueError, "metric: expected 'cosine' or 'euclidean', got"),
+        ((X, 2), {"segments": [0, 6]}, TypeError, "segments: expected a torch.Tensor, got list"),
+        ((X, 2), {"segments": X[0]}, TypeError, "segments: expected one of int32.*got float32"),
+        ((X, 2), {"segments": (0, 5)}, ValueError, "segments: .* from 0 to 6, got 0 to 5"),
+        ((X, 2), {"segments": (1, 6)}, ValueError, "segments: .* from 0 to 6, got 1 to 6"),
+        ((X, 2), {"segments": ()}, ValueError, "segments: .* got no offsets"),
+        ((X, 2), {"segments": (0, 4, 2, 6)}, ValueError, "got 2 after 4 at position 2"),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    if isinstance(options.get("segments"), tuple):
+        options = {"segments": torch.tensor(options["segments"], dtype=torch.int64)}
+    with pytest.raises(error, match=message):
+        knn(*arguments, **options)
