@@ -1,7 +1,12 @@
-"""The operators in pure PyTorch: written for reading, float64-capable, any device."""
+"""The pure-PyTorch twin of every operator: written for reading, any device, float64 included."""
 
 from __future__ import annotations
 
+from nefkern.reference.add import add
 from nefkern.reference.knn import knn
+from nefkern.reference.neuralef_loss import neuralef_loss
+from nefkern.reference.normalized_adjacency import normalized_adjacency
+from nefkern.reference.quadratic_form import quadratic_form
+from nefkern.reference.spmm import spmm
 
-__all__ = ["knn"]
+__all__ = ["add", "knn", "neuralef_loss", "normalized_adjacency", "quadratic_form", "spmm"]

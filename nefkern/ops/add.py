@@ -1,0 +1,59 @@
+"""``add``: the weighted sum of two graphs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from nefkern import reference
+from nefkern.ops import registry
+from nefkern.ops.csr import CSRGraph, check_graph
+
+
+def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
+    """graph_a + alpha graph_b (eq 4: kappa = feature graph + alpha pixel graph).
+
+    The result stores every place that either graph stores, also where a sum happens to be 0. Not
+    differentiable.
+
+    Args:
+        graph_a, graph_b: graphs of the same number of nodes on the same device.
+        alpha: a finite number.
+
+    Returns:
+        A graph, symmetric if both are; ``values`` is float64 if either graph's is.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    check_graph("graph_a", graph_a)
+    check_graph("graph_b", graph_b)
+    if graph_a.num_nodes != graph_b.num_nodes:
+        raise ValueError(
+            f"graph_b: expected {graph_a.num_nodes} nodes (graph_a's), got {graph_b.num_nodes}"
+        )
+    if graph_a.device != graph_b.device:
+        raise ValueError(f"graph_b: expected device {graph_a.device}, got {graph_b.device}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    tensors = torch.ops.nefkern.add(*graph_a.tensors(), *graph_b.tensors(), float(alpha))
+    return CSRGraph(*tensors, graph_a.num_nodes, graph_a.symmetric and graph_b.symmetric)
+
+
+def _fake(row_offsets_a, columns_a, values_a, row_offsets_b, columns_b, values_b, alpha):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    dtype = torch.promote_types(values_a.dtype, values_b.dtype)
+    return (
+        torch.empty_like(row_offsets_a),
+        columns_a.new_empty(nnz),
+        values_a.new_empty(nnz, dtype=dtype),
+    )
+
+
+registry.define(
+    "add(Tensor row_offsets_a, Tensor columns_a, Tensor values_a, Tensor row_offsets_b, "
+    "Tensor columns_b, Tensor values_b, float alpha) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+registry.kernel("add", "reference")(reference.add)

@@ -1,0 +1,88 @@
+"""``neuralef_loss``: the NeuralEF objective with its closed-form gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nefkern import reference
+from nefkern.ops import registry
+from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
+from nefkern.reference.neuralef_loss import neuralef_loss_backward
+from nefkern.reference.spmm import accumulation_dtype
+
+
+def neuralef_loss(
+    psi: Tensor, graph: CSRGraph, beta: float, t: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """The objective of neural eigenfunctions (eqs 5-7), whose minimisers order the eigenvectors.
+
+    With U = psi, R = U^T kappa U and R^ = stop_gradient(U)^T kappa U,
+
+        L = -(t/K) sum_j R_jj + (beta t^2/K) sum_{i<j} R^_ij^2 .
+
+    kappa is symmetric, so with Y = kappa U kept from the forward pass the gradient is one dense
+    product, dL/dU = -(2t/K) Y + (2 beta t^2/K) Y triu(R, 1). L is differentiable once, in ``psi``.
+
+    Args:
+        psi: U [N, K], columns already of unit L2 norm over the batch (the L2 batch norm); float32,
+            float64, float16 or bfloat16. K at least 1.
+        graph: kappa, N nodes, symmetric.
+        beta: the penalty's weight, already scaled for K (0.08 * 256 / K in the paper).
+        t: the trace's weight (0.01 in the authors' implementation).
+
+    Returns:
+        loss: a scalar, and R [K, K], which carries no gradient; both float64 if an operand is, else
+        float32, also for half precision.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the graph is not marked symmetric.
+    """
+    check_graph("graph", graph)
+    check_dense_operand("psi", psi, graph)
+    if psi.shape[1] == 0:
+        raise ValueError("psi: expected at least one column, got [N, 0]")
+    if not graph.symmetric:
+        raise ValueError("graph: expected a symmetric graph (symmetric=True), got symmetric=False")
+    for name, number in (("beta", beta), ("t", t)):
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: expected a finite number, got {number}")
+    loss, r, _ = torch.ops.nefkern.neuralef_loss(*graph.tensors(), psi, float(beta), float(t))
+    return loss, r.detach()
+
+
+def _fake(row_offsets, columns, values, psi, beta, t):
+    dtype = accumulation_dtype(values, psi)
+    k = psi.shape[1]
+    return (
+        psi.new_empty((), dtype=dtype),
+        psi.new_empty((k, k), dtype=dtype),
+        psi.new_empty(psi.shape, dtype=dtype),
+    )
+
+
+registry.define(
+    "neuralef_loss(Tensor row_offsets, Tensor columns, Tensor values, Tensor psi, float beta, "
+    "float t) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+registry.kernel("neuralef_loss", "reference")(reference.neuralef_loss)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *_, psi, ctx.beta, ctx.t = inputs
+    loss, r, y = output
+    ctx.mark_non_differentiable(r, y)
+    ctx.save_for_backward(r, y)
+    ctx.psi_dtype = psi.dtype
+
+
+def _backward(ctx, grad: Tensor, *_):
+    r, y = ctx.saved_tensors
+    d_psi = neuralef_loss_backward(grad, y, r, ctx.beta, ctx.t).to(ctx.psi_dtype)
+    return None, None, None, d_psi, None, None
+
+
+registry.autograd("neuralef_loss", _backward, _setup_context)

@@ -1,0 +1,116 @@
+"""``normalized_adjacency``: from neighbour lists to D^(-1/2) A D^(-1/2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nefkern import reference
+from nefkern.ops import registry
+from nefkern.ops.csr import _MAX_NODES, CSRGraph
+
+_SYMMETRIZE = ("mean", "union")
+
+
+def normalized_adjacency(
+    indices: Tensor,
+    weights: Tensor | None = None,
+    *,
+    num_nodes: int,
+    symmetrize: str = "mean",
+    clamp_min: float = 0.0,
+) -> CSRGraph:
+    """The symmetrically normalised adjacency D^(-1/2) A D^(-1/2) of neighbour lists (eqs 2-4).
+
+    Row i of ``indices`` lists the neighbours of node i, in any order. Index -1 is padding (as
+    :func:`nefkern.ops.knn` writes it) and is ignored; a node that lists itself gets a self loop; a
+    neighbour listed twice in a row counts once, with its largest weight. Weights are clamped from
+    below, then edges of weight 0 are dropped: they are not stored as zeros. D is the diagonal
+    matrix of A's row sums; a row of degree 0 is empty, so nothing is ever divided by zero. The
+    result equals its transpose bit for bit and does not depend on the number of threads.
+
+    Args:
+        indices: int32 or int64 [N, k]; values -1 to N - 1.
+        weights: floating point [N, k], or None for weight 1. Not differentiable.
+        num_nodes: N.
+        symmetrize: "mean" for (A + A^T) / 2, "union" for max(A, A^T), which is the logical or of
+            lists without weights.
+        clamp_min: lower bound of the weights, at least 0: negative similarities become 0.
+
+    Returns:
+        A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device, option or index; a weight that requires
+            a gradient.
+    """
+    _check(indices, weights, num_nodes, symmetrize, clamp_min)
+    tensors = torch.ops.nefkern.normalized_adjacency(
+        indices, weights, num_nodes, symmetrize, float(clamp_min)
+    )
+    return CSRGraph(*tensors, num_nodes, True)
+
+
+def _check(indices, weights, num_nodes, symmetrize, clamp_min) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices: expected int32 or int64, got {indices.dtype}")
+    if not 0 <= num_nodes <= _MAX_NODES:
+        raise ValueError(f"num_nodes: expected 0 to 2^31 - 1, got {num_nodes}")
+    if indices.ndim != 2 or indices.shape[0] != num_nodes:
+        raise ValueError(
+            f"indices: expected shape [{num_nodes}, k] (num_nodes), got {list(indices.shape)}"
+        )
+    if symmetrize not in _SYMMETRIZE:
+        raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
+    if not 0 <= clamp_min < math.inf:  # a negative weight could make a degree negative
+        raise ValueError(f"clamp_min: expected a number of at least 0, got {clamp_min}")
+    if weights is None:
+        return
+    if not weights.is_floating_point():
+        raise TypeError(f"weights: expected floating point, got {weights.dtype}")
+    if weights.shape != indices.shape:
+        raise ValueError(
+            f"weights: expected the shape of indices {list(indices.shape)}, "
+            f"got {list(weights.shape)}"
+        )
+    if weights.device != indices.device:
+        raise ValueError(f"weights: expected device {indices.device}, got {weights.device}")
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weights: not differentiable; expected weights.detach()")
+
+
+def _check_indices(indices: Tensor, num_nodes: int) -> None:
+    """Raise ValueError for an index outside -1 ... num_nodes - 1."""
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= num_nodes:
+            raise ValueError(
+                f"indices: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
+            )
+
+
+def _fake(indices, weights, num_nodes, symmetrize, clamp_min):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    wide = weights is not None and weights.dtype == torch.float64
+    return (
+        indices.new_empty(num_nodes + 1, dtype=torch.int64),
+        indices.new_empty(nnz, dtype=torch.int32),
+        indices.new_empty(nnz, dtype=torch.float64 if wide else torch.float32),
+    )
+
+
+registry.define(
+    "normalized_adjacency(Tensor indices, Tensor? weights, int num_nodes, str symmetrize, "
+    "float clamp_min) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+
+
+@registry.kernel("normalized_adjacency", "reference")
+def _reference(indices, weights, num_nodes, symmetrize, clamp_min):
+    _check_indices(indices, num_nodes)
+    return reference.normalized_adjacency(
+        indices, weights, num_nodes=num_nodes, symmetrize=symmetrize, clamp_min=clamp_min
+    )

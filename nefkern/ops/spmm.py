@@ -1,0 +1,64 @@
+"""``spmm``: a graph times a dense matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nefkern import reference
+from nefkern.ops import registry
+from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
+from nefkern.reference.csr import transpose
+
+
+def spmm(graph: CSRGraph, x: Tensor) -> Tensor:
+    """kappa x, differentiable in ``x`` (not in the graph's values).
+
+    Args:
+        graph: N nodes.
+        x: [N, K], float32, float64, float16 or bfloat16, any strides.
+
+    Returns:
+        [N, K] in the dtype of ``x``. Sums run in float32 (float64 if ``x`` or the graph is) and in
+        a fixed order: the result does not depend on the number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    check_graph("graph", graph)
+    check_dense_operand("x", x, graph)
+    return torch.ops.nefkern.spmm(*graph.tensors(), x, graph.symmetric)
+
+
+registry.define(
+    "spmm(Tensor row_offsets, Tensor columns, Tensor values, Tensor x, bool symmetric) -> Tensor",
+    fake=lambda row_offsets, columns, values, x, symmetric: x.new_empty(x.shape),
+)
+
+
+@registry.kernel("spmm", "reference")
+def _reference(row_offsets, columns, values, x, symmetric):
+    return reference.spmm(row_offsets, columns, values, x)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    row_offsets, columns, values, _, symmetric = inputs
+    ctx.save_for_backward(row_offsets, columns, values)
+    ctx.symmetric = symmetric
+
+
+def _backward(ctx, grad: Tensor):
+    return None, None, None, transposed_spmm(*ctx.saved_tensors, grad, ctx.symmetric), None
+
+
+def transposed_spmm(
+    row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor, symmetric: bool
+) -> Tensor:
+    """kappa^T x: the same product for a symmetric graph, else one with the transposed graph."""
+    graph = (row_offsets, columns, values)
+    if not symmetric:
+        graph = transpose(*graph)
+    return torch.ops.nefkern.spmm(*graph, x, symmetric)
+
+
+registry.autograd("spmm", _backward, _setup_context)

@@ -1,0 +1,40 @@
+"""Compressed sparse rows in plain tensors: the steps that the graph operators share.
+
+A matrix of ``num_nodes`` rows is the triple ``row_offsets`` (int64 [num_nodes + 1]), ``columns``
+(int32 [nnz], ascending inside a row) and ``values`` ([nnz]).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_of_entry(row_offsets: Tensor, nnz: int) -> Tensor:
+    """The row (int64 [nnz]) that each stored entry belongs to."""
+    rows = torch.arange(row_offsets.shape[0] - 1, device=row_offsets.device)
+    return torch.repeat_interleave(rows, row_offsets.diff(), output_size=nnz)
+
+
+def merge_entries(
+    rows: Tensor, columns: Tensor, values: Tensor, num_nodes: int, reduce: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort entries by row, then column, and ``reduce`` ("sum" or "amax") those of one place."""
+    place, which = torch.unique(rows * max(num_nodes, 1) + columns, return_inverse=True)
+    merged = values.new_zeros(place.shape).scatter_reduce_(
+        0, which, values, reduce, include_self=False
+    )
+    return place // max(num_nodes, 1), place % max(num_nodes, 1), merged
+
+
+def compress(rows: Tensor, num_nodes: int) -> Tensor:
+    """Row offsets (int64 [num_nodes + 1]) of entries whose ``rows`` ascend."""
+    return torch.searchsorted(rows, torch.arange(num_nodes + 1, device=rows.device))
+
+
+def transpose(row_offsets: Tensor, columns: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """The transposed square matrix; a stable sort by column keeps its columns ascending."""
+    rows = row_of_entry(row_offsets, columns.shape[0])
+    by_column, order = torch.sort(columns, stable=True)
+    nodes = torch.arange(row_offsets.shape[0], device=columns.device, dtype=columns.dtype)
+    return torch.searchsorted(by_column, nodes), rows[order].to(torch.int32), values[order]

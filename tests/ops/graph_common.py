@@ -1,0 +1,83 @@
+"""What the tests of the graph operators share: backends, cases and the dense formulas."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nefkern import backends
+from nefkern.ops import CSRGraph, registry
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def backends_of(op: str) -> list[str]:
+    """The backends that implement ``op`` and run on this machine's CPU."""
+    found = registry.implemented()[op]
+    return [name for name in ("reference", "cpu") if name in found and not backends.why_not(name)]
+
+
+def dense_adjacency(indices, weights, num_nodes, symmetrize="mean", clamp_min=0.0):
+    """D^(-1/2) A D^(-1/2) in float64, straight from the formulas, entry by entry."""
+    a = torch.zeros(num_nodes, num_nodes, dtype=torch.float64)
+    for i, row in enumerate(indices.tolist()):
+        for slot, j in enumerate(row):
+            if j >= 0:
+                w = 1.0 if weights is None else max(float(weights[i, slot]), clamp_min)
+                a[i, j] = max(a[i, j].item(), w)
+    a = (a + a.T) / 2 if symmetrize == "mean" else torch.maximum(a, a.T)
+    degree = a.sum(1)
+    scale = torch.where(degree > 0, degree.rsqrt(), 0.0)
+    return scale[:, None] * a * scale[None, :]
+
+
+def random_lists(n, k, seed=0, *, dtype=torch.float32, index_dtype=torch.int32):
+    """Neighbour lists with padding, duplicates, self loops, negative and zero weights."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(-1, max(n, 1), (n, k), generator=generator)
+    weights = torch.randn(n, k, generator=generator, dtype=torch.float64)
+    weights[torch.rand(n, k, generator=generator) < 0.1] = 0
+    return indices.to(index_dtype), weights.to(dtype)
+
+
+def random_graph(n, per_row, seed=0, *, symmetric=True, dtype=torch.float32) -> CSRGraph:
+    """A random sparse graph with empty rows and a few heavy ones; built without the operators."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(n, 1, generator=generator) * 2 * per_row / max(n, 1)
+    share[torch.rand(n, 1, generator=generator) < 0.2] = 0
+    dense = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    dense = torch.where(torch.rand(n, n, generator=generator) < share, dense, 0.0)
+    if symmetric:
+        dense = (dense + dense.T) / 2
+    return CSRGraph.from_torch(dense.to(dtype), symmetric=symmetric)
+
+
+def assert_half_close(result, exact, dtype):
+    """``result`` in half precision is as near to ``exact`` as rounding once to ``dtype`` allows."""
+    unit = torch.finfo(dtype).eps
+    error = (result.double() - exact).abs()
+    allowed = unit * exact.abs() + unit * 1e-2 * exact.abs().max() + torch.finfo(dtype).tiny
+    assert (error <= allowed).all(), f"largest excess {(error - allowed).max()}"
+
+
+def run_with_isa(isa: str, code: str) -> str:
+    """Run Python ``code`` in a process whose kernels are limited to the instruction set ``isa``."""
+    environment = dict(os.environ, NEFKERN_ISA=isa)
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture
+def nan_filled():
+    """Fresh tensors start as NaN, so an entry that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

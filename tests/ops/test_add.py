@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from graph_common import backends_of, nan_filled, random_graph  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nefkern import backend
+from nefkern.ops import CSRGraph, add
+
+BACKENDS = backends_of("add")
+each_backend = pytest.mark.parametrize("name", BACKENDS)
+
+
+def pattern(graph: CSRGraph):
+    return graph.to_dense().ne(0)
+
+
+@each_backend
+@pytest.mark.parametrize("n", [0, 1, 2, 33, 200])
+@pytest.mark.parametrize("alpha", [0.3, -2.0, 0.0])
+def test_equals_dense_sum(name, n, alpha, nan_filled):  # noqa: F811
+    a, b = random_graph(n, 5, 1), random_graph(n, 9, 2, symmetric=False)
+    with backend(name):
+        total = add(a, b, alpha).validate()
+    assert not total.symmetric
+    exact = a.to_dense().double() + alpha * b.to_dense().double()
+    torch.testing.assert_close(total.to_dense().double(), exact, rtol=1e-6, atol=1e-7)
+    assert total.nnz == (pattern(a) | pattern(b)).sum()
+
+
+@each_backend
+def test_symmetry_and_dtype(name):
+    a, b = random_graph(30, 4, 1), random_graph(30, 4, 2)
+    with backend(name):
+        assert add(a, b, 0.3).validate().symmetric
+        assert add(a, a, -1.0).nnz == a.nnz  # cancelled places stay stored
+    wide = random_graph(30, 4, 2, dtype=torch.float64)
+    total = add(a, wide, 0.3)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total.to_dense(), a.to_dense().double() + 0.3 * wide.to_dense())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(0, 25), one=st.integers(0, 12), two=st.integers(0, 12), seed=st.integers(0, 99)
+)
+def test_any_graphs(n, one, two, seed):
+    a, b = random_graph(n, one, seed), random_graph(n, two, seed + 1, symmetric=False)
+    exact = a.to_dense().double() + 0.3 * b.to_dense().double()
+    for name in BACKENDS:
+        with backend(name):
+            total = add(a, b, 0.3).validate()
+        torch.testing.assert_close(total.to_dense().double(), exact, rtol=1e-6, atol=1e-7)
+
+
+@each_backend
+def test_opcheck(name):
+    a, b = random_graph(12, 3, 1), random_graph(12, 3, 2)
+    with backend(name):
+        torch.library.opcheck(torch.ops.nefkern.add, (*a.tensors(), *b.tensors(), 0.3))
+
+
+def test_fullgraph_compile():
+    a, b = random_graph(12, 3, 1), random_graph(12, 3, 2)
+    compiled = torch.compile(lambda a, b: add(a, b, 0.3), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a, b).to_dense(), add(a, b, 0.3).to_dense())
+
+
+def test_bad_arguments():
+    a = random_graph(5, 2)
+    with pytest.raises(TypeError, match="graph_b: expected a CSRGraph, got Tensor"):
+        add(a, a.to_dense(), 0.3)
+    with pytest.raises(ValueError, match="graph_b: expected 5 nodes"):
+        add(a, random_graph(6, 2), 0.3)
+    with pytest.raises(ValueError, match="graph_b: expected device cpu"):
+        add(a, a.to("meta"), 0.3)
+    with pytest.raises(ValueError, match="alpha: expected a finite number"):
+        add(a, a, math.nan)

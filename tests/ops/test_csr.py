@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import scipy.sparse
+import torch
+from graph_common import random_graph
+
+from nefkern.ops import CSRGraph
+
+
+def test_conversions_agree():
+    graph = random_graph(40, 5, symmetric=False).validate()
+    dense = graph.to_dense()
+    assert torch.equal(torch.from_numpy(graph.to_scipy().toarray()), dense)
+    assert torch.equal(graph.to_torch().to_dense(), dense)
+    for again in (
+        CSRGraph.from_scipy(graph.to_scipy()),
+        CSRGraph.from_scipy(graph.to_scipy().tocoo()),
+        CSRGraph.from_torch(graph.to_torch()),
+        CSRGraph.from_torch(dense),
+        CSRGraph.from_torch(dense.to_sparse()),
+        graph.to("cpu"),
+    ):
+        again.validate()
+        assert not again.symmetric
+        assert all(torch.equal(a, b) for a, b in zip(again.tensors(), graph.tensors(), strict=True))
+
+
+def test_transpose():
+    graph = random_graph(30, 4, symmetric=False)
+    flipped = graph.transpose().validate()
+    assert torch.equal(flipped.to_dense(), graph.to_dense().T)
+    symmetric = random_graph(30, 4).validate()
+    assert symmetric.transpose() is symmetric
+
+
+def test_symmetry_is_found():
+    assert CSRGraph.from_torch(random_graph(30, 4).to_dense()).symmetric
+    assert not CSRGraph.from_torch(random_graph(30, 4, symmetric=False).to_dense()).symmetric
+
+
+def test_scipy_duplicates_are_summed_and_the_argument_is_kept():
+    matrix = scipy.sparse.csr_array(([1.0, 2.0, 4.0], [1, 1, 0], [0, 3, 3]), shape=(2, 2))
+    assert CSRGraph.from_scipy(matrix).to_dense().tolist() == [[4.0, 3.0], [0.0, 0.0]]
+    assert matrix.nnz == 3
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_smallest(n):
+    graph = CSRGraph.from_torch(torch.zeros(n, n)).validate()
+    assert graph.nnz == 0 and graph.symmetric
+    assert graph.to_dense().shape == graph.to_torch().shape == graph.to_scipy().shape == (n, n)
+    assert graph.transpose().num_nodes == n
+
+
+def make(offsets=(0, 1, 2), columns=(1, 0), values=(1.0, 1.0), n=2, symmetric=False):
+    return CSRGraph(
+        torch.tensor(offsets),
+        torch.tensor(columns, dtype=torch.int32),
+        torch.tensor(values),
+        n,
+        symmetric,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": (0, 2, 1)}, "row_offsets: expected to ascend"),
+        ({"offsets": (1, 1, 2)}, "row_offsets: expected to ascend"),
+        ({"columns": (2, 0)}, "columns: expected 0 to 1"),
+        ({"columns": (-1, 0)}, "columns: expected 0 to 1"),
+        ({"offsets": (0, 2, 2), "columns": (1, 0)}, "strictly ascending"),
+        ({"offsets": (0, 2, 2), "columns": (1, 1)}, "strictly ascending"),
+        ({"values": (1.0,)}, "values: expected 2 entries"),
+        ({"values": (1.0, 2.0), "symmetric": True}, "symmetric: True"),
+    ],
+)
+def test_validate_names_what_is_wrong(change, message):
+    make().validate()
+    with pytest.raises(ValueError, match=message):
+        make(**change).validate()
+
+
+def test_construction_checks_shapes_and_dtypes():
+    good = make()
+    with pytest.raises(TypeError, match="row_offsets: expected int64"):
+        CSRGraph(good.row_offsets.int(), good.columns, good.values, 2)
+    with pytest.raises(TypeError, match="columns: expected int32"):
+        CSRGraph(good.row_offsets, good.columns.long(), good.values, 2)
+    with pytest.raises(TypeError, match="values: expected float32"):
+        CSRGraph(good.row_offsets, good.columns, good.values.half(), 2)
+    with pytest.raises(ValueError, match=r"row_offsets: expected shape \[4\]"):
+        CSRGraph(good.row_offsets, good.columns, good.values, 3)
+    with pytest.raises(ValueError, match=r"matrix: expected shape \[N, N\]"):
+        CSRGraph.from_torch(torch.zeros(2, 3))

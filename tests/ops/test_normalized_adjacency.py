@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from graph_common import backends_of, dense_adjacency, nan_filled, random_lists  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nefkern import backend
+from nefkern.ops import normalized_adjacency
+
+BACKENDS = backends_of("normalized_adjacency")
+each_backend = pytest.mark.parametrize("name", BACKENDS)
+
+
+@each_backend
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (1, 1), (1, 0), (2, 5), (7, 3), (40, 40), (130, 9)])
+def test_equals_dense_formula(name, symmetrize, weighted, n, k, nan_filled):  # noqa: F811
+    indices, weights = random_lists(n, k)
+    weights = weights if weighted else None
+    with backend(name):
+        graph = normalized_adjacency(indices, weights, num_nodes=n, symmetrize=symmetrize)
+    graph.validate()
+    assert graph.symmetric and graph.dtype == torch.float32
+    exact = dense_adjacency(indices, weights, n, symmetrize)
+    assert torch.equal(graph.to_dense() != 0, exact != 0)
+    assert graph.nnz == (exact != 0).sum()  # weight 0 is dropped, not stored
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=1e-6, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_dtypes(name, dtype, index_dtype):
+    if name == "cpu" and dtype == torch.float64:
+        name = "auto"  # float64 goes to the reference
+    indices, weights = random_lists(50, 6, dtype=dtype, index_dtype=index_dtype)
+    with backend(name):
+        graph = normalized_adjacency(indices, weights, num_nodes=50).validate()
+    assert graph.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    rtol = 1e-14 if dtype == torch.float64 else 1e-6
+    exact = dense_adjacency(indices, weights, 50)
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=rtol, atol=0)
+
+
+@each_backend
+def test_clamp_min_and_strides(name):
+    indices, weights = random_lists(30, 8)
+    indices, weights = indices[:, ::2], weights.T.contiguous().T[:, ::2]
+    with backend(name):
+        graph = normalized_adjacency(indices, weights, num_nodes=30, clamp_min=0.25)
+    exact = dense_adjacency(indices, weights, 30, clamp_min=0.25)
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=1e-6, atol=0)
+
+
+@each_backend
+def test_degree_zero_rows_are_empty(name):
+    indices = torch.tensor([[1, -1], [-1, -1], [-1, -1], [1, 0]])
+    weights = torch.tensor([[-0.5, 0.9], [1.0, 1.0], [1.0, 1.0], [0.0, 0.5]])
+    with backend(name):
+        graph = normalized_adjacency(indices, weights, num_nodes=4).validate()
+    assert graph.row_offsets.tolist() == [0, 1, 1, 1, 2]
+    assert graph.columns.tolist() == [3, 0] and graph.values.tolist() == [1.0, 1.0]
+
+
+@each_backend
+def test_self_loop_and_duplicates(name):
+    indices = torch.tensor([[0, 1, 1], [1, -1, -1]])
+    weights = torch.tensor([[2.0, 1.0, 3.0], [1.0, 7.0, 7.0]])
+    with backend(name):
+        graph = normalized_adjacency(indices, weights, num_nodes=2)
+    a = torch.tensor([[2.0, 1.5], [1.5, 1.0]])  # the duplicate counts once, with weight 3
+    degree = a.sum(1)
+    torch.testing.assert_close(graph.to_dense(), a / (degree[:, None] * degree).sqrt())
+
+
+@each_backend
+def test_order_of_the_list_does_not_matter(name):
+    indices, weights = random_lists(60, 12)
+    shuffle = torch.argsort(torch.rand(60, 12, generator=torch.Generator().manual_seed(1)), 1)
+    with backend(name):
+        one = normalized_adjacency(indices, weights, num_nodes=60)
+        two = normalized_adjacency(
+            indices.gather(1, shuffle), weights.gather(1, shuffle), num_nodes=60
+        )
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+
+
+@each_backend
+def test_a_nan_weight_stays_visible(name):
+    with backend(name):
+        graph = normalized_adjacency(
+            torch.tensor([[1, 1], [-1, -1]]),
+            torch.tensor([[math.nan, 1.0], [1.0, 1.0]]),
+            num_nodes=2,
+        )
+    assert graph.values.isnan().any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 20), k=st.integers(0, 24), seed=st.integers(0, 99),
+    symmetrize=st.sampled_from(["mean", "union"]), weighted=st.booleans(),
+)  # fmt: skip
+def test_any_lists(n, k, seed, symmetrize, weighted):
+    indices, weights = random_lists(n, k, seed)
+    weights = weights if weighted else None
+    exact = dense_adjacency(indices, weights, n, symmetrize)
+    for name in BACKENDS:
+        with backend(name):
+            graph = normalized_adjacency(indices, weights, num_nodes=n, symmetrize=symmetrize)
+        torch.testing.assert_close(graph.validate().to_dense().double(), exact, rtol=1e-6, atol=0)
+
+
+@each_backend
+def test_result_does_not_depend_on_threads(name):
+    indices, weights = random_lists(700, 40)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with backend(name):
+                results.append(normalized_adjacency(indices, weights, num_nodes=700).tensors())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@each_backend
+def test_opcheck(name):
+    indices, weights = random_lists(20, 4)
+    with backend(name):
+        for arguments in (
+            (indices, weights, 20, "mean", 0.0),
+            (indices, None, 20, "union", 0.0),
+            (indices, weights.double() if name == "reference" else weights, 20, "union", 0.5),
+        ):
+            torch.library.opcheck(torch.ops.nefkern.normalized_adjacency, arguments)
+
+
+def test_fullgraph_compile():
+    indices, weights = random_lists(20, 4)
+    compiled = torch.compile(
+        lambda i, w: normalized_adjacency(i, w, num_nodes=20), fullgraph=True, backend="aot_eager"
+    )
+    one, two = compiled(indices, weights), normalized_adjacency(indices, weights, num_nodes=20)
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [5, -2])
+def test_index_out_of_range(name, bad):
+    indices = torch.tensor([[1], [2], [bad], [0], [0]], dtype=torch.int32)
+    with backend(name), pytest.raises(ValueError, match=r"indices: expected -1 .* to 4"):
+        normalized_adjacency(indices, num_nodes=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"indices": torch.zeros(3, 2)}, TypeError, "indices: expected int32 or int64"),
+        ({"indices": torch.zeros(3, dtype=torch.int32)}, ValueError, "indices: expected shape"),
+        ({"num_nodes": 4}, ValueError, r"indices: expected shape \[4, k\]"),
+        ({"num_nodes": -1}, ValueError, "num_nodes: expected 0"),
+        ({"weights": torch.ones(3, 1)}, ValueError, "weights: expected the shape"),
+        ({"weights": torch.ones(3, 2).int()}, TypeError, "weights: expected floating point"),
+        ({"weights": torch.ones(3, 2, requires_grad=True)}, ValueError, "not differentiable"),
+        ({"weights": torch.ones(3, 2, device="meta")}, ValueError, "weights: expected device"),
+        ({"symmetrize": "max"}, ValueError, "symmetrize: expected mean or union, got 'max'"),
+        ({"clamp_min": -1.0}, ValueError, "clamp_min: expected"),
+        ({"clamp_min": math.nan}, ValueError, "clamp_min: expected"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"indices": torch.zeros(3, 2, dtype=torch.int32), "num_nodes": 3} | change
+    with pytest.raises(error, match=message):
+        normalized_adjacency(**arguments)

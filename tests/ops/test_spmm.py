@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from graph_common import (  # noqa: F401
+    HALF,
+    assert_half_close,
+    backends_of,
+    nan_filled,
+    random_graph,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nefkern import backend
+from nefkern.ops import spmm
+
+BACKENDS = backends_of("spmm")
+each_backend = pytest.mark.parametrize("name", BACKENDS)
+
+
+def float32_error(graph, x):
+    """Entry by entry, the largest error that float32 sums of these terms may have."""
+    bound = graph.to_dense().double().abs() @ x.double().abs()
+    return (graph.nnz / max(graph.num_nodes, 1) + 4) * torch.finfo(torch.float32).eps * bound
+
+
+@each_backend
+@pytest.mark.parametrize("n", [0, 1, 7, 100, 300])
+@pytest.mark.parametrize("k", [0, 1, 3, 16, 37, 64, 130, 256])
+def test_equals_dense_product(name, n, k, nan_filled):  # noqa: F811
+    graph = random_graph(n, 8, symmetric=False)
+    x = torch.randn(n, k, generator=torch.Generator().manual_seed(3))
+    with backend(name):
+        y = spmm(graph, x)
+    exact = graph.to_dense().double() @ x.double()
+    assert y.dtype == torch.float32 and y.is_contiguous()
+    assert ((y.double() - exact).abs() <= float32_error(graph, x)).all()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("k", [1, 31, 32, 100, 256])
+def test_half_precision_is_rounded_once(name, dtype, k):
+    graph = random_graph(120, 30)
+    x = torch.randn(120, k, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with backend(name):
+        y = spmm(graph, x)
+    assert y.dtype == dtype
+    assert_half_close(y, graph.to_dense().double() @ x.double(), dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(name, dtype):
+    graph = random_graph(60, 8)
+    x = torch.randn(120, 90, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with backend(name):
+        expected = spmm(graph, x[::2, 3:40].contiguous())
+        assert torch.equal(spmm(graph, x[::2, 3:40]), expected)
+        assert torch.equal(spmm(graph, x[::2, 3:40].T.contiguous().T), expected)
+        assert torch.equal(spmm(graph, x[:1, 3:40].expand(60, 37)),
+                           spmm(graph, x[:1, 3:40].repeat(60, 1)))  # fmt: skip
+
+
+def test_float64():
+    graph = random_graph(50, 8, dtype=torch.float64, symmetric=False)
+    x = torch.randn(50, 9, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(spmm(graph, x), graph.to_dense() @ x, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(spmm(graph, x.float()), (graph.to_dense() @ x).float())
+    assert torch.autograd.gradcheck(lambda x: spmm(graph, x), x)
+    assert torch.autograd.gradgradcheck(lambda x: spmm(graph, x), x)
+
+
+@each_backend
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradient(name, symmetric):
+    graph = random_graph(80, 8, symmetric=symmetric)
+    x = torch.randn(80, 20, requires_grad=True)
+    grad = torch.randn(80, 20)
+    with backend(name):
+        spmm(graph, x).backward(grad)
+    exact = graph.to_dense().double().T @ grad.double()
+    torch.testing.assert_close(x.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(0, 30), per_row=st.integers(0, 30), k=st.integers(0, 70), seed=st.integers(0, 99)
+)
+def test_any_shape(n, per_row, k, seed):
+    graph = random_graph(n, per_row, seed, symmetric=False)
+    x = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    exact = graph.to_dense().double() @ x.double()
+    for name in BACKENDS:
+        with backend(name):
+            assert ((spmm(graph, x).double() - exact).abs() <= float32_error(graph, x)).all()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_result_does_not_depend_on_threads(name, dtype):
+    graph = random_graph(500, 30)
+    x = torch.randn(500, 72).to(dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with backend(name):
+                results.append(spmm(graph, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@each_backend
+def test_opcheck(name):
+    graph = random_graph(12, 3, symmetric=False)
+    with backend(name):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(12, 5, dtype=dtype, requires_grad=True)
+            torch.library.opcheck(torch.ops.nefkern.spmm, (*graph.tensors(), x, False))
+
+
+def test_fullgraph_compile_with_gradient():
+    graph = random_graph(12, 3, symmetric=False)
+    compiled = torch.compile(spmm, fullgraph=True, backend="aot_eager")
+    x = torch.randn(12, 5, requires_grad=True)
+    y = compiled(graph, x)
+    y.sum().backward()
+    assert torch.equal(y, spmm(graph, x))
+    torch.testing.assert_close(x.grad, graph.to_dense().T @ torch.ones(12, 5))
+
+
+def test_autocast_and_inference_mode():
+    graph = random_graph(12, 3)
+    x = torch.randn(12, 5)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert spmm(graph, x).dtype == torch.float32  # as given: autocast leaves it alone
+
+
+def test_bad_arguments():
+    graph = random_graph(5, 2)
+    with pytest.raises(TypeError, match="graph: expected a CSRGraph, got Tensor"):
+        spmm(graph.to_dense(), torch.zeros(5, 2))
+    with pytest.raises(TypeError, match="x: expected float32, float64, float16 or bfloat16"):
+        spmm(graph, torch.zeros(5, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"x: expected shape \[5, K\] .* got \[4, 2\]"):
+        spmm(graph, torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="x: expected device cpu"):
+        spmm(graph, torch.zeros(5, 2, device="meta"))
