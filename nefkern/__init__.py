@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nefkern.backends import backend
+from nefkern.version import __version__
 
-__version__ = "0.1.0"
+
 __all__ = ["__version__", "backend"]

@@ -22,7 +22,7 @@ def _option(default: Any, help: str, group: str, **extra: Any) -> Any:
 
 @dataclass
 class TrainOptions:
-    """Everything that decides a run. Defaults are the paper's; see ``SAMPLES`` for the short run."""
+    """Everything that decides a run. Defaults are the paper's; ``SAMPLES`` has the short run's."""
 
     # data
     data: str = _option(

