@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nefkern.data import ImageDataset
 from nefkern.runs import Run, replace_file
-from nefkern.segmentation import overlay
+from nefkern.segmentation.pictures import overlay, palette
 from nefkern.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
     """Draw "image | clusters | blend" of the first ``count`` readable images to ``overlays/``."""
     folder = run.path("overlays")
     folder.mkdir(exist_ok=True)
-    drawn = 0
-    for index in tqdm(range(len(dataset)), desc="overlays", total=None, leave=False):
+    colours, drawn = palette(segmenter.num_clusters), 0
+    for index in tqdm(range(len(dataset)), desc="overlays", leave=False):
         if drawn == count:
             break
         try:
@@ -52,7 +52,7 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
         except Exception as error:  # reported by name and skipped, as in training
             log.warning("no overlay of %s: %s", dataset.names[index], error)
             continue
-        picture = overlay(image, segmenter(image), num_clusters=segmenter.num_clusters)
+        picture = overlay(image, segmenter(image), colours=colours)
         replace_file(
             folder / f"{dataset.names[index].replace('/', '_')}.png",
             lambda part, picture=picture: picture.save(part, format="PNG"),

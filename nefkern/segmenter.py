@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from nefkern.data import read_image
 from nefkern.eigenfunction import Eigenfunction
@@ -15,7 +16,7 @@ from nefkern.errors import UserError
 from nefkern.features import Backbone, load_backbone
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
-from nefkern.segmentation import sliding_clusters, sliding_windows
+from nefkern.segmentation.windows import sliding_clusters, sliding_windows
 from nefkern.trainer import build_eigenfunction, choose_device
 
 
@@ -52,7 +53,7 @@ class Segmenter:
         self.temperature = options.temperatures()[1]
         self.num_clusters = options.num_eigenfunctions
         self.patch = backbone.patch
-        # Windows lie on the patch grid, overlapping by a third as the paper's 480 / 320.
+        # Sliding windows lie on the patch grid and overlap by a third, as the paper's 480 / 320.
         self.window = -(-options.crop // self.patch) * self.patch
         self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
 
@@ -139,24 +140,38 @@ class Segmenter:
         maps = self.maps(images)
         return maps.logits, maps.padded
 
-    def __call__(
-        self, image: object, *, window: int | None = None, stride: int | None = None
-    ) -> Tensor:
-        """Segment one image.
+    def __call__(self, image: object) -> Tensor:
+        """Segment one image at its own resolution.
+
+        The backbone sees it at the scale of training, its shorter side as long as a crop, and in
+        one piece, so that no window's edge shows; only an image more than twice as long as wide
+        goes through in windows. Logits are up-sampled to the image's pixels before the argmax, in
+        strips: memory does not grow with K times the pixels.
 
         Args:
             image: a path, a PIL image, a ``[H, W, 3]`` uint8 array, or a ``[3, H, W]`` tensor
                 (uint8, or float in [0, 1]).
-            window, stride: as :meth:`logits`; memory does not grow with K times the pixels.
 
         Returns:
             The cluster of every pixel, ``[H, W]`` int64 on the CPU.
 
         Raises:
-            UserError: not an image.
+            UserError: not an image, or one smaller than a patch.
         """
         pixels = as_image(image)
-        return sliding_clusters(self._predict, pixels, *self._windows(window, stride)).cpu()
+        if min(pixels.shape[1:]) < self.patch:
+            self.backbone.pad(pixels[None])  # says what is wrong
+        scale = self.options.crop / min(pixels.shape[1:])
+
+        def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
+            size = [max(self.patch, round(side * scale)) for side in crops.shape[2:]]
+            maps = self.maps(resize(crops, size, antialias=True))
+            # The grid's extent, in pixels of the crops: padding included.
+            extent = [p * c / s for p, c, s in zip(maps.padded, crops.shape[2:], size, strict=True)]
+            return maps.logits, (extent[0], extent[1])
+
+        window = round(2 * self.options.crop / scale)
+        return sliding_clusters(predict, pixels, window, -(-2 * window // 3), batch_size=1).cpu()
 
 
 def as_image(image: object) -> Tensor:
