@@ -23,7 +23,7 @@ def define(schema: str, *, fake: Callable) -> None:
     name = schema.partition("(")[0]
     _kernels[name] = {}
     _library.define(schema)
-    _library.impl(name, lambda *args: select(name, *args)(*args), "CompositeExplicitAutograd")
+    _library.impl(name, lambda *args: _run(name, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"nefkern::{name}", fake, lib=_library)
 
 
@@ -48,13 +48,27 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     )
 
 
+def _run(name: str, args: tuple) -> Any:
+    """Run the chosen implementation, outside autocast: it decides its own precision."""
+    function = select(name, *args)
+    device = _device(args)
+    if not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
+def _device(args: tuple) -> str:
+    return next(a.device.type for a in args if isinstance(a, torch.Tensor))
+
+
 def select(name: str, *args: Any) -> Callable:
     """The implementation that a call of operator ``name`` with ``args`` runs.
 
     Raises:
         RuntimeError: a backend was forced that cannot take this call.
     """
-    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    device = _device(args)
     for backend in backends.preference(device):
         function, accepts = _kernels[name].get(backend, (None, None))
         if function and not backends.why_not(backend) and (accepts is None or accepts(*args)):
