@@ -1,0 +1,156 @@
+"""Linear attention with the feature maps "elu" and "softmax" (section 3.5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nefkern.ops import registry
+from nefkern.reference import linear_attention as reference
+
+FEATURE_MAPS = reference.FEATURE_MAPS
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_NATIVE_DTYPES = _DTYPES[:3]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "elu",
+    mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Attention whose cost grows linearly with the number of tokens: out = φ(q) (φ(k)ᵀ v).
+
+    - "elu" (Katharopoulos et al. 2020, the paper's citation): φ(x) = elu(x) + 1, and each row of out
+      is divided by φ(q)·Σ_n φ(k_n) + eps;
+    - "softmax" (Efficient Attention, Shen et al. 2021; the authors' code): softmax of q over channels
+      times D^(-1/2), softmax of k over tokens; no divisor, eps is not used.
+
+    Differentiable once in q, k and v; the backward pass computes the feature maps anew, so that only
+    the inputs and a `[D, E]` state a head are kept. Any strides are accepted; those with adjacent
+    channels, such as q, k and v permuted out of one `[B, N, 3, H, D]` projection, are read in place.
+
+    Args:
+        q: `[B, H, N, D]` queries.
+        k: `[B, H, M, D]` keys.
+        v: `[B, H, M, E]` values.
+        feature_map: "elu" or "softmax".
+        mask: `[B, M]` bool, True where a key counts (None: all do). What masked keys and values hold
+            does not matter, be it NaN. With no valid key out is 0.
+        eps: ≥ 0, added to the divisor of "elu".
+
+    Returns:
+        `[B, H, N, E]` in the inputs' dtype: float32, float16, bfloat16 (both with float32 sums) or
+        float64 (reference backend). Stored as `[B, N, H, E]`, so that
+        `out.transpose(1, 2).reshape(B, N, H * E)` costs nothing; the gradients are stored likewise.
+
+    Raises:
+        ValueError: shapes that do not fit together, different devices, an unknown feature map, or a
+            negative eps.
+        TypeError: an argument that is not a tensor, or has another dtype than said.
+    """
+    _check(q, k, v, mask, feature_map, eps)
+    return torch.ops.nefkern.linear_attention(q, k, v, mask, feature_map, float(eps))[0]
+
+
+def _check(q, k, v, mask, feature_map, eps) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, q)
+    b, h, _, d = q.shape
+    m, e = v.shape[2:]
+    _check_shape("k", k, (b, h, m, d), "to fit q and v")
+    _check_shape("v", v, (b, h, m, e), "to fit q")
+    if min(d, e) < 1:
+        raise ValueError(f"q, v: expected at least one channel, got D = {d} and E = {e}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor or None, got {_describe(mask)}")
+        _check_shape("mask", mask, (b, m), "[B, M] to fit k")
+        _check_device("mask", mask, q)
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map: expected 'elu' or 'softmax', got {feature_map!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: expected a finite number ≥ 0, got {eps}")
+
+
+def _check_tensor(name: str, x: object, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected a float32, float16, bfloat16 or float64 tensor, got {_describe(x)}"
+        )
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [B, H, N, D], got shape {list(x.shape)}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+    _check_device(name, x, q)
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)} {why}, got {list(x.shape)}")
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+
+
+def _describe(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _fake(q, k, v, mask, feature_map, eps):
+    dtype = reference.compute_dtype(q)
+    b, h, n, d = q.shape
+    e = v.shape[-1]
+    out = reference.empty_token_major(q, (b, h, n, e), q.dtype)
+    return out, q.new_empty((b, h, d, e), dtype=dtype), q.new_empty((b, h, 2, d), dtype=dtype)
+
+
+def _fake_backward(grad, q, k, v, mask, state, stats, feature_map, eps):
+    return tuple(reference.empty_token_major(x, x.shape, x.dtype) for x in (q, k, v))
+
+
+registry.define(
+    "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str feature_map, float eps)"
+    " -> (Tensor out, Tensor state, Tensor stats)",
+    fake=_fake,
+)
+registry.define(
+    "linear_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor state,"
+    " Tensor stats, str feature_map, float eps) -> (Tensor dq, Tensor dk, Tensor dv)",
+    fake=_fake_backward,
+)
+
+registry.kernel("linear_attention", "reference")(reference.linear_attention)
+registry.kernel("linear_attention_backward", "reference")(reference.linear_attention_backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, mask, ctx.feature_map, ctx.eps = inputs
+    _, state, stats = output
+    ctx.mark_non_differentiable(state, stats)
+    ctx.save_for_backward(q, k, v, mask, state, stats)
+
+
+def _backward(ctx, grad, _state, _stats):
+    q, k, v, mask, state, stats = ctx.saved_tensors
+    gradients = torch.ops.nefkern.linear_attention_backward(
+        grad, q, k, v, mask, state, stats, ctx.feature_map, ctx.eps
+    )
+    return (*gradients, None, None, None)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("linear_attention: second derivatives are not implemented")
+
+
+registry.autograd("linear_attention", _backward, _setup_context)
+registry.autograd(
+    "linear_attention_backward", _no_double_backward, lambda ctx, inputs, output: None
+)
