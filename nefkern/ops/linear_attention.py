@@ -7,12 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from nefkern.ops import registry
+from nefkern.ops import checks, registry
 from nefkern.reference import linear_attention as reference
 
 FEATURE_MAPS = reference.FEATURE_MAPS
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NATIVE_DTYPES = _DTYPES[:3]
 
 
 def linear_attention(
@@ -26,22 +24,23 @@ def linear_attention(
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens: out = φ(q) (φ(k)ᵀ v).
 
-    - "elu" (Katharopoulos et al. 2020, the paper's citation): φ(x) = elu(x) + 1, and each row of out
-      is divided by φ(q)·Σ_n φ(k_n) + eps;
-    - "softmax" (Efficient Attention, Shen et al. 2021; the authors' code): softmax of q over channels
-      times D^(-1/2), softmax of k over tokens; no divisor, eps is not used.
+    - "elu" (Katharopoulos et al. 2020, the paper's citation): φ(x) = elu(x) + 1, and each row of
+      out is divided by φ(q)·Σ_n φ(k_n) + eps;
+    - "softmax" (Efficient Attention, Shen et al. 2021; the authors' code): softmax of q over
+      channels times D^(-1/2), softmax of k over tokens; no divisor, eps is not used.
 
-    Differentiable once in q, k and v; the backward pass computes the feature maps anew, so that only
-    the inputs and a `[D, E]` state a head are kept. Any strides are accepted; those with adjacent
-    channels, such as q, k and v permuted out of one `[B, N, 3, H, D]` projection, are read in place.
+    Differentiable once in q, k and v; the backward pass computes the feature maps anew, so that
+    only the inputs and a `[D, E]` state a head are kept. Any strides are accepted; those with
+    adjacent channels, such as q, k and v permuted out of one `[B, N, 3, H, D]` projection, are
+    read in place.
 
     Args:
         q: `[B, H, N, D]` queries.
         k: `[B, H, M, D]` keys.
         v: `[B, H, M, E]` values.
         feature_map: "elu" or "softmax".
-        mask: `[B, M]` bool, True where a key counts (None: all do). What masked keys and values hold
-            does not matter, be it NaN. With no valid key out is 0.
+        mask: `[B, M]` bool, True where a key counts (None: all do). What masked keys and values
+            hold does not matter, be it NaN. With no valid key out is 0.
         eps: ≥ 0, added to the divisor of "elu".
 
     Returns:
@@ -60,48 +59,25 @@ def linear_attention(
 
 def _check(q, k, v, mask, feature_map, eps) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, q)
+        checks.dtype(name, checks.tensor(name, x), checks.FLOATING)
+    checks.shape("q", q, "B", "H", "N", "D")
     b, h, _, d = q.shape
-    m, e = v.shape[2:]
-    _check_shape("k", k, (b, h, m, d), "to fit q and v")
-    _check_shape("v", v, (b, h, m, e), "to fit q")
-    if min(d, e) < 1:
-        raise ValueError(f"q, v: expected at least one channel, got D = {d} and E = {e}")
+    checks.shape("k", k, b, h, "M", d)
+    m = k.shape[2]
+    checks.shape("v", v, b, h, m, "E")
+    for name, size in (("q", d), ("v", v.shape[3])):
+        checks.at_least(f"the last dimension of {name}", size, 1)
+    for name, x in (("k", k), ("v", v)):
+        checks.device(name, x, q, "q")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor or None, got {_describe(mask)}")
-        _check_shape("mask", mask, (b, m), "[B, M] to fit k")
-        _check_device("mask", mask, q)
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map: expected 'elu' or 'softmax', got {feature_map!r}")
+        checks.dtype("mask", checks.tensor("mask", mask), (torch.bool,))
+        checks.shape("mask", mask, b, m)
+        checks.device("mask", mask, q, "q")
+    checks.choice("feature_map", feature_map, FEATURE_MAPS)
     if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite number ≥ 0, got {eps}")
-
-
-def _check_tensor(name: str, x: object, q: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name}: expected a float32, float16, bfloat16 or float64 tensor, got {_describe(x)}"
-        )
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected 4 dimensions [B, H, N, D], got shape {list(x.shape)}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-    _check_device(name, x, q)
-
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)} {why}, got {list(x.shape)}")
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-
-
-def _describe(x: object) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
 
 
 def _fake(q, k, v, mask, feature_map, eps):
@@ -122,8 +98,8 @@ registry.define(
     fake=_fake,
 )
 registry.define(
-    "linear_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor state,"
-    " Tensor stats, str feature_map, float eps) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "linear_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask,"
+    " Tensor state, Tensor stats, str feature_map, float eps) -> (Tensor dq, Tensor dk, Tensor dv)",
     fake=_fake_backward,
 )
 

@@ -1,15 +1,16 @@
 """Linear attention in pure PyTorch: the twin that the fast kernels are judged against.
 
-With feature maps φ the attention matrix φ(q)φ(k)ᵀ is never formed: its product with v is regrouped to
-φ(q)(φ(k)ᵀv), which costs O(N·D·E) instead of O(N²·(D + E)):
+With feature maps φ the attention matrix φ(q)φ(k)ᵀ is never formed: its product with v is regrouped
+to φ(q)(φ(k)ᵀv), which costs O(N·D·E) instead of O(N²·(D + E)):
 
 - "elu": φ(x) = elu(x) + 1; φ(q) stands over the divisor φ(q)·Σ_n φ(k_n) + eps (Katharopoulos et al.
   2020, eq. 5, with eps as in the authors' code);
 - "softmax": φ(q) = softmax over channels / √D, φ(k) = softmax over tokens (Shen et al. 2021).
 
-What the backward pass needs of all keys and values is small: the *state* S = φ(k)ᵀv, `[D, E]` a head,
-and the *stats*, two numbers a channel: a shift c and z = Σ_n φ(k_n), with c = 0 for "elu"; for
-"softmax" c is the largest valid k and z = Σ_n exp(k_n − c), so that φ(k) = exp(k − c) / z.
+What the backward pass needs of all keys and values is small: the *state* S = φ(k)ᵀv, `[D, E]` a
+head, and the *stats*, two numbers a channel: a shift c and a sum z. For "elu" c = 0 and
+z = Σ_n φ(k_n); for "softmax" c is the largest valid k and z = Σ_n exp(k_n − c), so that
+φ(k) = exp(k − c) / z.
 
 Both maps work in the inputs' own precision, but half precisions in float32.
 """
