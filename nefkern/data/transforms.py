@@ -105,7 +105,7 @@ class TrainTransform:
         scale = short_side / min(image.shape[1:])
         top, height, rows = self._window(image.shape[1], scale, generator)
         left, width, columns = self._window(image.shape[2], scale, generator)
-        return F.resized_crop(image, top, left, height, width, [rows, columns], antialias=True)
+        return _resize(F.crop(image, top, left, height, width), [rows, columns])
 
     def _window(self, length: int, scale: float, generator: Generator) -> tuple[int, int, int]:
         """Draw the window along one axis: first source pixel, source pixels, result pixels."""
@@ -116,6 +116,16 @@ class TrainTransform:
         first = min(round(start / scale), length - 1)
         last = min(max(round((start + self.crop) / scale), first + 1), length)
         return first, last - first, self.crop
+
+
+def _resize(image: Tensor, size: list[int]) -> Tensor:
+    """Bilinear, antialiased; ``size`` is one number for the shorter side, or height and width.
+
+    Channels last is the faster layout, and the only safe one: from channels first, torch 2.14
+    fails for a result of one pixel (and for floats silently gets results one pixel wide wrong).
+    """
+    image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
 
 
 def photometric_distortion(image: Tensor, generator: Generator) -> Tensor:
@@ -221,7 +231,7 @@ def eval_transform(protocol: str, size: int = EVAL_SIZE) -> Callable[[Sample], S
 
 
 def _centre(sample: Sample, size: int) -> Sample:
-    image = F.resize(sample.image, [size], InterpolationMode.BILINEAR, antialias=True)
+    image = _resize(sample.image, [size])
     labels = sample.annotation
     if labels is not None:
         # NEAREST_EXACT takes the pixel under the centre, as PIL does; NEAREST is shifted.

@@ -132,7 +132,7 @@ def test_missing_annotations_are_counted(annotated_folder):
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         (None, "annotations need this file"),
         ("", "the file is empty"),

@@ -107,7 +107,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
     assert read_image(tmp_path / "deep.png")[:, 0].tolist() == [[0, 100, 255]] * 3
 
 
-@pytest.mark.parametrize("dtype, text", [(np.float32, "floating-point"), (np.int32, "-7 to 9")])
+@pytest.mark.parametrize(("dtype", "text"), [(np.float32, "floating-point"), (np.int32, "-7 to 9")])
 def test_pixels_without_a_range_are_an_error(tmp_path, dtype, text):
     Image.fromarray(np.array([[-7, 9]], dtype)).save(tmp_path / "raw.tif")
     with pytest.raises(UserError, match=f"raw.tif.*{text}"):

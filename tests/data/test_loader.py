@@ -180,7 +180,9 @@ def test_workers_survive_the_interrupt_that_the_trainer_handles(images_folder):
     assert worker.is_alive()
 
 
-@pytest.mark.parametrize("options, text", [({"batch_size": 0}, "batch"), ({"workers": -1}, "work")])
+@pytest.mark.parametrize(
+    ("options", "text"), [({"batch_size": 0}, "batch"), ({"workers": -1}, "work")]
+)
 def test_arguments_out_of_range(images_folder, options, text):
     with pytest.raises(UserError, match=text):
         loader(images_folder, **options)

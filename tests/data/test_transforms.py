@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from nefkern.data import VOID, Sample, TrainTransform, eval_transform, photometric_distortion
-from nefkern.data.transforms import _reflect_to, _saturate_and_turn
+from nefkern.data.transforms import _reflect_to, _resize, _saturate_and_turn
 from nefkern.errors import UserError
 
 
@@ -38,7 +39,8 @@ def positions(height: int, width: int) -> torch.Tensor:
     return torch.stack([y, x, y]).round().to(torch.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@example(2, 2, 1, 1, 1)
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 80), st.integers(1, 50), st.integers()
 )
@@ -87,7 +89,8 @@ def test_one_resampling_equals_resize_then_crop(short_side):
     source = image(360, 270)
     view = geometric(90, 60)(source, generator(5), short_side=short_side).float()
     whole = F.resize(source, [short_side], antialias=True).float()
-    windows = whole.unfold(1, 60, 1).unfold(2, 60, 1)  # [3, y, x, 60, 60]
+    view = view[:, ::4, ::4]  # sparse, for speed
+    windows = whole.unfold(1, 57, 1).unfold(2, 57, 1)[..., ::4, ::4]  # [3, y, x, 15, 15]
     errors = (windows - view[:, None, None]).abs().mean(dim=(0, 3, 4))
     assert errors.min() < 4
     assert errors.mean() > 20  # so that the line above says something
@@ -99,8 +102,23 @@ def test_the_crop_reaches_every_border():
         view = transform(positions(60, 90), generator(seed))
         seen.append([view[0].min(), view[0].max(), view[1].min(), view[1].max()])
     lows, highs = np.min(seen, axis=0), np.max(seen, axis=0)
-    assert lows[0] == 0 and lows[2] == 0
-    assert highs[1] == 255 and highs[3] == 255
+    assert lows[0] == 0
+    assert lows[2] == 0
+    assert highs[1] == 255
+    assert highs[3] == 255
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (8, 2), (40, 30)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resizing_agrees_with_pil_down_to_one_pixel(size, channels_last):
+    """From channels first, torch's own kernel fails for one pixel."""
+    pixels = torch.randint(0, 256, (9, 7, 3), dtype=torch.uint8, generator=generator())
+    resized = Image.fromarray(pixels.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+    source = pixels.permute(2, 0, 1)
+    result = _resize(source if channels_last else source.contiguous(), list(size))
+    assert (
+        result.permute(1, 2, 0).int() - torch.from_numpy(np.array(resized)).int()
+    ).abs().max() <= 1
 
 
 def test_shrinking_is_antialiased():
@@ -177,7 +195,7 @@ def test_photometric_distortion_of_extremes():
 
 
 @pytest.mark.parametrize(
-    "arguments, text",
+    ("arguments", "text"),
     [
         ({"resize": 0}, "resize"),
         ({"crop": 0}, "crop"),
@@ -191,7 +209,7 @@ def test_arguments_out_of_range(arguments, text):
         TrainTransform(**{"resize": 8, "crop": 8, **arguments})
 
 
-@pytest.mark.parametrize("height, width", [(90, 120), (120, 90), (64, 64), (40, 200), (31, 33)])
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (120, 90), (64, 64), (40, 200), (31, 33)])
 def test_protocol_a_is_resize_then_centre_crop(height, width):
     labels = torch.arange(height * width).reshape(height, width).remainder(5).to(torch.uint8)
     sample = Sample("x", image(width, height), labels)
