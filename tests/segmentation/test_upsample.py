@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -26,8 +28,8 @@ def test_parts_make_up_the_whole(grid, extent):
     whole = upsample(logits, extent)
     row_cuts = sorted({0, extent[0] // 3, extent[0]})
     col_cuts = sorted({0, extent[1] // 2, extent[1]})
-    for rows in zip(row_cuts, row_cuts[1:], strict=False):
-        for cols in zip(col_cuts, col_cuts[1:], strict=False):
+    for rows in pairwise(row_cuts):
+        for cols in pairwise(col_cuts):
             part = upsample_part(logits, extent, rows, cols)
             assert_close(part, whole[:, slice(*rows), slice(*cols)])
 

@@ -1,0 +1,110 @@
+"""K-means, the paper's baseline, and the clustering step of Ours* (section 4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 16384  # rows whose similarities to all centres are held at once
+
+
+class KMeans:
+    """K-means for more rows than memory holds: :meth:`fit` on a sample, then one pass of
+    :meth:`partial_fit` over the rest, as the authors' implementation does.
+
+    The sample is clustered by scikit-learn (k-means++ seeding, Lloyd's iterations). The pass moves
+    each centre to the running mean of the rows it has won so far, the sample's included (Sculley,
+    *Web-scale k-means clustering*, WWW 2010), so every row counts once and equally.
+
+    The same seed and thread count give the same centres.
+
+    Args:
+        num_clusters: K.
+        seed: of the k-means++ seeding.
+        max_iter: bound on Lloyd's iterations.
+    """
+
+    def __init__(self, num_clusters: int, seed: int = 0, *, max_iter: int = 100) -> None:
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
+        self.num_clusters, self.seed, self.max_iter = num_clusters, seed, max_iter
+        self.centers: Tensor | None = None  # float32 [K, C]
+        self.counts: Tensor | None = None  # int64 [K], rows seen
+        self.variance = 0.0  # mean squared distance to the centre on the sample, a channel
+        self._origin: Tensor | None = None  # float32 [C], sample mean
+
+    def fit(self, sample: Tensor) -> KMeans:
+        """Cluster a sample, float ``[n, C]``, n ≥ K; centres end up on its device.
+
+        Raises:
+            ValueError: not a matrix, fewer rows than clusters, or a value that isn't finite.
+        """
+        from sklearn.cluster import KMeans as SampleKMeans
+
+        self._check(sample, least=self.num_clusters)
+        rows = sample.detach().float().cpu().numpy()
+        lloyd = SampleKMeans(
+            self.num_clusters,
+            init="k-means++",
+            n_init=1,
+            max_iter=self.max_iter,
+            random_state=self.seed,
+        ).fit(rows)
+        device = sample.device
+        self.centers = torch.from_numpy(lloyd.cluster_centers_).to(device)
+        labels = torch.from_numpy(lloyd.labels_).to(device).long()
+        self.counts = torch.bincount(labels, minlength=self.num_clusters)
+        self.variance = float(lloyd.inertia_) / rows.size
+        self._origin = torch.from_numpy(rows.mean(0)).to(device)
+        return self
+
+    def partial_fit(self, rows: Tensor) -> KMeans:
+        """Move the centres by rows not seen before, float ``[n, C]`` (any n, in blocks)."""
+        self._check(rows, least=0)
+        for block in rows.to(self.centers).split(_BLOCK):
+            # One-hot rows make the sums a matrix product: deterministic, unlike atomic adds.
+            won = F.one_hot(self._nearest(block), self.num_clusters).to(block)
+            new = won.sum(0)
+            self.counts += new.long()
+            pull = won.T @ block - new[:, None] * self.centers
+            self.centers += pull / self.counts.clamp(min=1)[:, None]
+        return self
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Scores whose argmax is the nearest centre: x·c − ‖c‖²/2, float32 ``[..., K]``.
+
+        They are linear in x (the term −‖x‖²/2, the same for every cluster, is left out). Bilinear
+        up-sampling of these scores therefore assigns every pixel to the centre nearest to its
+        up-sampled *feature*.
+        """
+        flat = rows.to(self.centers).flatten(0, -2)
+        blocks = [self._scores(block) for block in flat.split(_BLOCK)]
+        return torch.cat(blocks).unflatten(0, rows.shape[:-1])
+
+    def predict(self, rows: Tensor) -> Tensor:
+        """The nearest centre of every row ``[..., C]``, int64 ``[...]``; ties to the lower."""
+        flat = rows.to(self.centers).flatten(0, -2)
+        return torch.cat([self._nearest(b) for b in flat.split(_BLOCK)]).view(rows.shape[:-1])
+
+    def to(self, device: torch.device | str) -> KMeans:
+        """Move to a device, in place."""
+        self.centers, self.counts = self.centers.to(device), self.counts.to(device)
+        self._origin = self._origin.to(device)
+        return self
+
+    def _scores(self, block: Tensor) -> Tensor:
+        # Seen from the sample's mean the norms are small, and so is float32 cancellation.
+        centers = self.centers - self._origin
+        return torch.addmm(-0.5 * centers.square().sum(1), block - self._origin, centers.T)
+
+    def _nearest(self, block: Tensor) -> Tensor:
+        return self._scores(block).argmax(1)
+
+    def _check(self, rows: Tensor, least: int) -> None:
+        if rows.ndim != 2 or rows.shape[0] < least:
+            raise ValueError(
+                f"expected rows [n, C] with n >= {least} (one a cluster), got {tuple(rows.shape)}"
+            )
+        if not rows.isfinite().all():
+            raise ValueError("rows hold values that are not finite")

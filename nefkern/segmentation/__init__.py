@@ -1,0 +1,1 @@
+"""Segments and their scores: logits to clusters, classes, figures, pictures (section 3.6)."""

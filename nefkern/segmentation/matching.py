@@ -1,0 +1,95 @@
+"""Which class a cluster stands for (section 4): majority voting and Hungarian matching.
+
+Both look at the counts of a whole validation set, int64 ``[K, C]`` as made by
+:func:`nefkern.segmentation.metrics.count_matrix`, and return the class of each cluster.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+UNMATCHED = -1
+"""The "class" of a cluster that meets no annotated pixel."""
+
+
+def majority_vote(counts: Tensor, by: Literal["iou", "count"] = "iou") -> Tensor:
+    """Each cluster takes the class it fits best; several clusters may take the same one.
+
+    Args:
+        counts: int64 ``[K, C]``.
+        by: ``"iou"``: the class whose pixels have the highest intersection over union with the
+            cluster's (the authors' implementation); ``"count"``: the class with the most pixels in
+            the cluster, the best that any assignment can do for pixel accuracy. A small cluster
+            inside a dominant class often fits a rare class by IoU.
+
+    Returns:
+        int64 ``[K]``; ties go to the lower class, an empty cluster gets :data:`UNMATCHED`.
+
+    Raises:
+        ValueError: another ``by``.
+    """
+    if by == "iou":
+        score = cluster_iou(counts)
+    elif by == "count":
+        score = counts
+    else:
+        raise ValueError(f"by must be 'iou' or 'count', got {by!r}")
+    return torch.where(counts.sum(1) > 0, score.argmax(1), UNMATCHED)
+
+
+def hungarian(counts: Tensor) -> Tensor:
+    """The one-to-one matching with the most pixels in agreement, for K = C.
+
+    Returns:
+        int64 ``[K]``, a permutation.
+
+    Raises:
+        ValueError: K and C differ: no one-to-one matching would cover both.
+    """
+    k, c = counts.shape
+    if k != c:
+        raise ValueError(
+            f"Hungarian matching needs as many clusters as classes, got {k} clusters, {c} classes"
+        )
+    _, classes = linear_sum_assignment(counts.cpu().numpy(), maximize=True)
+    return torch.as_tensor(classes, dtype=torch.int64, device=counts.device)
+
+
+def matched_confusion(counts: Tensor, assignment: Tensor) -> Tensor:
+    """Merge clusters of one class: int64 ``[C, C]``, rows predicted, columns annotated.
+
+    Raises:
+        ValueError: a cluster with annotated pixels is unmatched (they would drop out of the score).
+    """
+    matched = assignment >= 0
+    if counts[~matched].any():
+        lost = counts[~matched].sum(1).nonzero().flatten().tolist()
+        raise ValueError(f"{len(lost)} unmatched clusters hold annotated pixels")
+    confusion = counts.new_zeros(counts.shape[1], counts.shape[1])
+    return confusion.index_add_(0, assignment[matched], counts[matched])
+
+
+def merge_clusters(probabilities: Tensor, assignment: Tensor, num_classes: int) -> Tensor:
+    """Probability of each class: the sum over its clusters.
+
+    Args:
+        probabilities: ``[K, ...]``.
+        assignment: int64 ``[K]``; what unmatched clusters hold is dropped.
+
+    Returns:
+        ``[num_classes, ...]``, sums to at most 1.
+    """
+    matched = assignment >= 0
+    merged = probabilities.new_zeros(num_classes, *probabilities.shape[1:])
+    return merged.index_add_(0, assignment[matched], probabilities[matched])
+
+
+def cluster_iou(counts: Tensor) -> Tensor:
+    """IoU of every cluster with every class, float64 ``[K, C]``; 0 where both are empty."""
+    intersection = counts.double()
+    union = intersection.sum(1, keepdim=True) + intersection.sum(0, keepdim=True) - intersection
+    return intersection / union.clamp(min=1)

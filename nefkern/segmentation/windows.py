@@ -1,0 +1,160 @@
+"""Overlapping windows over an image, their logits averaged (protocol B, section 4).
+
+Where windows begin and end cuts the image into rectangles, each covered by one fixed set of
+windows. The rectangles are produced one by one, so no sum or count over the whole image is kept:
+beyond the result, memory is one rectangle and the coarse grids of the windows in reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nefkern.segmentation.upsample import upsample_part
+
+Predictor = Callable[[Tensor], "Tensor | tuple[Tensor, tuple[float, float]]"]
+"""Crops ``[n, 3, h, w]`` to logits ``[n, K, gh, gw]`` on any grid that spans the crops; or the pair
+of these logits and the (height, width) the grid spans, if the predictor padded the crops at the
+bottom and on the right (in pixels of the crop, so not always whole if it resized them)."""
+
+
+class Tile(NamedTuple):
+    """A rectangle of the image and its averaged logits ``[K, rows, cols]``."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    logits: Tensor
+
+
+class _WindowRow(NamedTuple):
+    """The predictions of all windows with one top edge."""
+
+    grids: list[Tensor]  # [K, gh, gw] each, left to right
+    extent: tuple[float, float]
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """First pixels of the windows along one axis; the last window ends with the image.
+
+    Raises:
+        ValueError: a window or stride below 1, or a stride that would leave pixels uncovered.
+    """
+    if window < 1 or not 1 <= stride <= window:
+        raise ValueError(f"expected 1 <= stride <= window, got window {window}, stride {stride}")
+    if length <= window:
+        return [0]
+    return [*range(0, length - window, stride), length - window]
+
+
+def sliding_tiles(
+    predict: Predictor,
+    image: Tensor,
+    window: int,
+    stride: int,
+    *,
+    batch_size: int = 4,
+    max_pixels: int = 1 << 16,
+) -> Iterator[Tile]:
+    """Averaged logits, as disjoint rectangles that cover the image exactly once.
+
+    Args:
+        predict: see :data:`Predictor`; called with up to ``batch_size`` crops of one size.
+        image: ``[3, H, W]``, handed to ``predict`` in pieces as it is.
+        window: side of the square windows; an image smaller than that is one window.
+        stride: step between windows, at most ``window``.
+        max_pixels: largest rectangle, which bounds the memory (a single row may exceed it).
+
+    Raises:
+        ValueError: see :func:`window_starts`.
+    """
+    _, height, width = image.shape
+    tops, lefts = window_starts(height, window, stride), window_starts(width, window, stride)
+    h, w = min(window, height), min(window, width)
+    in_reach: dict[int, _WindowRow] = {}
+    for row_begin, row_end in _cuts(tops, h):
+        covering = [top for top in tops if top <= row_begin < top + h]
+        in_reach = {top: in_reach[top] for top in covering if top in in_reach}
+        for top in covering:
+            if top not in in_reach:
+                strip = image[:, top : top + h]
+                in_reach[top] = _predict_row(predict, strip, lefts, w, batch_size)
+        for cols in _cuts(lefts, w):
+            step = max(1, max_pixels // (cols[1] - cols[0]))
+            for begin in range(row_begin, row_end, step):
+                rows = (begin, min(begin + step, row_end))
+                yield Tile(rows, cols, _average(in_reach, lefts, w, rows, cols))
+
+
+def sliding_windows(
+    predict: Predictor, image: Tensor, window: int, stride: int, *, batch_size: int = 4
+) -> Tensor:
+    """Averaged logits ``[K, H, W]`` of the whole image (4·K bytes a pixel in float32).
+
+    Arguments and errors as :func:`sliding_tiles`.
+    """
+    result: Tensor | None = None
+    for tile in sliding_tiles(predict, image, window, stride, batch_size=batch_size):
+        if result is None:
+            result = tile.logits.new_empty(tile.logits.shape[0], *image.shape[1:])
+        result[:, slice(*tile.rows), slice(*tile.cols)] = tile.logits
+    return result
+
+
+def sliding_clusters(
+    predict: Predictor, image: Tensor, window: int, stride: int, *, batch_size: int = 4
+) -> Tensor:
+    """The argmax over K of :func:`sliding_windows`, int64 ``[H, W]``, in bounded memory.
+
+    Ties go to the lower index. Arguments and errors as :func:`sliding_tiles`.
+    """
+    clusters: Tensor | None = None
+    for tile in sliding_tiles(predict, image, window, stride, batch_size=batch_size):
+        if clusters is None:
+            clusters = tile.logits.new_empty(image.shape[1:], dtype=torch.int64)
+        clusters[slice(*tile.rows), slice(*tile.cols)] = tile.logits.argmax(0)
+    return clusters
+
+
+def _cuts(starts: list[int], window: int) -> Iterator[tuple[int, int]]:
+    return pairwise(sorted({*starts, *(start + window for start in starts)}))
+
+
+def _predict_row(
+    predict: Predictor, strip: Tensor, lefts: list[int], w: int, batch_size: int
+) -> _WindowRow:
+    grids: list[Tensor] = []
+    extent: tuple[float, float] = (strip.shape[1], w)
+    for i in range(0, len(lefts), batch_size):
+        crops = torch.stack([strip[:, :, left : left + w] for left in lefts[i : i + batch_size]])
+        prediction = predict(crops)
+        if isinstance(prediction, tuple):
+            prediction, extent = prediction
+        grids.extend(prediction)
+    return _WindowRow(grids, extent)
+
+
+def _average(
+    window_rows: dict[int, _WindowRow],
+    lefts: list[int],
+    w: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+) -> Tensor:
+    parts = [
+        upsample_part(
+            grid, extent, (rows[0] - top, rows[1] - top), (cols[0] - left, cols[1] - left)
+        )
+        for top, (grids, extent) in window_rows.items()
+        for grid, left in zip(grids, lefts, strict=True)
+        if left <= cols[0] < left + w
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total.div_(len(parts))

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans as ScikitKMeans
+from torch.testing import assert_close
+
+from nefkern.baselines.kmeans import KMeans
+
+
+def blobs(n, centres=5, channels=8, seed=0, spread=0.3, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 * torch.randn(centres, channels, generator=torch.Generator().manual_seed(99))
+    which = torch.randint(centres, (n,), generator=generator)
+    return means[which] + spread * torch.randn(n, channels, generator=generator) + offset, which
+
+
+def nearest(rows, centers):
+    """The definition, in float64."""
+    return torch.cdist(rows.double(), centers.double()).argmin(1)
+
+
+def test_fit_is_scikit_learns():
+    rows, _ = blobs(400)
+    ours = KMeans(5, seed=3).fit(rows)
+    theirs = ScikitKMeans(5, n_init=1, max_iter=100, random_state=3).fit(rows.numpy())
+    assert_close(ours.centers, torch.from_numpy(theirs.cluster_centers_))
+    assert ours.counts.tolist() == np.bincount(theirs.labels_, minlength=5).tolist()
+    assert torch.equal(ours.predict(rows), torch.from_numpy(theirs.labels_).long())
+    assert ours.variance == pytest.approx(theirs.inertia_ / 400 / 8, rel=1e-5)
+
+
+def test_well_separated_blobs_are_found():
+    rows, which = blobs(600)
+    found = KMeans(5, seed=0).fit(rows).predict(rows)
+    pairs = set(zip(found.tolist(), which.tolist(), strict=True))
+    assert len(pairs) == 5
+
+
+def test_online_pass_is_the_running_mean():
+    """With blobs this far apart no row changes its cluster: centres are means of all rows seen."""
+    rows, _ = blobs(2000)
+    kmeans = KMeans(5, seed=0).fit(rows[:300])
+    for part in rows[300:].split(190):
+        kmeans.partial_fit(part)
+    assert kmeans.counts.sum() == 2000
+    label_of = kmeans.predict(rows)
+    for cluster in range(5):
+        members = rows[label_of == cluster]
+        assert kmeans.counts[cluster] == len(members)
+        assert_close(kmeans.centers[cluster], members.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cluster_without_rows_stays_where_it_is():
+    rows, _ = blobs(300)
+    kmeans = KMeans(5, seed=0).fit(rows)
+    before, counts = kmeans.centers.clone(), kmeans.counts.clone()
+    only = rows[kmeans.predict(rows) == 2]
+    kmeans.partial_fit(only)
+    others = [0, 1, 3, 4]
+    assert torch.equal(kmeans.centers[others], before[others])
+    assert torch.equal(kmeans.counts[others], counts[others])
+    kmeans.partial_fit(only[:0])
+    assert kmeans.counts.sum() == 300 + len(only)
+
+
+def test_prediction_far_from_the_origin():
+    """A common offset of 1000 would eat the digits of x·c − ‖c‖²/2 in float32."""
+    rows, _ = blobs(500, spread=1.0, offset=1000.0)
+    kmeans = KMeans(7, seed=0).fit(rows)
+    assert torch.equal(kmeans.predict(rows), nearest(rows, kmeans.centers))
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    rows, _ = blobs(700)
+    whole = KMeans(5).fit(rows[:100])
+    labels, logits = whole.predict(rows), whole.logits(rows)
+    monkeypatch.setattr("nefkern.baselines.kmeans._BLOCK", 33)
+    assert torch.equal(whole.predict(rows), labels)
+    assert_close(whole.logits(rows), logits)
+
+
+def test_ties_go_to_the_lower_index():
+    kmeans = KMeans(3).fit(torch.tensor([[0.0], [2.0], [10.0]]))
+    kmeans.centers = torch.tensor([[2.0], [0.0], [2.0]])
+    assert kmeans.predict(torch.tensor([[1.0], [2.0]])).tolist() == [0, 0]
+
+
+def test_upsampled_logits_assign_upsampled_features():
+    features = torch.randn(1, 6, 5, 7, generator=torch.Generator().manual_seed(1))
+    kmeans = KMeans(4).fit(features[0].flatten(1).T)
+    logits = kmeans.logits(features.movedim(1, -1)).movedim(-1, 1)
+
+    def up(maps):
+        return F.interpolate(maps, (40, 56), mode="bilinear", align_corners=False)
+
+    pixels = up(features).movedim(1, -1)[0]
+    assert logits.shape == (1, 4, 5, 7)
+    agree = up(logits).argmax(1)[0] == nearest(pixels.flatten(0, 1), kmeans.centers).view(40, 56)
+    assert agree.float().mean() > 0.999  # all but pixels halfway between two centres
+
+
+def test_the_seed_decides():
+    rows, _ = blobs(300, centres=40, spread=2.0)
+    first, again, other = (KMeans(12, seed=s).fit(rows).centers for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_as_many_rows_as_clusters():
+    rows, _ = blobs(9)
+    assert sorted(KMeans(9).fit(rows).predict(rows).tolist()) == list(range(9))
+
+
+def test_half_precision_and_strided_rows():
+    rows, _ = blobs(200)
+    kmeans = KMeans(5).fit(rows)
+    strided = rows.T.contiguous().T
+    assert torch.equal(kmeans.predict(strided), kmeans.predict(rows))
+    assert kmeans.logits(rows.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(3, 2), r"n >= 4 \(one a cluster\), got \(3, 2\)"),
+        (torch.zeros(3, 2, 2), r"got \(3, 2, 2\)"),
+        (torch.tensor([[0.0], [1.0], [2.0], [torch.nan]]), "not finite"),
+        (torch.tensor([[0.0], [1.0], [2.0], [torch.inf]]), "not finite"),
+    ],
+)
+def test_wrong_rows_are_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        KMeans(4).fit(rows)
+
+
+def test_no_clusters_is_refused():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        KMeans(0)
