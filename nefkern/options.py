@@ -49,8 +49,8 @@ class TrainOptions:
     )
     views: int = _option(
         0,
-        "augmented views of each image, seen in turn and fit for "
-        "--feature-cache; 0: new ones in every epoch, as in the paper",
+        "augmented views of each image, seen in turn, the same for every seed, so that their "
+        "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper",
         "data",
     )
     strict: bool = _option(

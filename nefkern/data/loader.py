@@ -49,7 +49,8 @@ class Views(Dataset[View]):
         transform: the augmentation.
         seed: any integer.
         distinct: how many different views there are of each image, seen in turn epoch by epoch
-            (their feature maps can then be kept); 0 draws new ones in every epoch.
+            and the same for every seed, so that their feature maps can be kept; 0 draws new ones
+            in every epoch.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Views(Dataset[View]):
         raise UserError(f"none of the {len(self)} images can be read, the first: {problems[0]}")
 
     def _draw(self, epoch: int, index: int, used: int) -> Tensor:
-        epoch = epoch % self.distinct if self.distinct else epoch
-        generator = _generator(self.seed, epoch, index)
+        seed = self.seed
+        if self.distinct:
+            seed, epoch = 0, epoch % self.distinct
+        generator = _generator(seed, epoch, index)
         short_side = self.transform.short_side(generator)
         image = self.dataset.image(used, min_side=short_side)
         return self.transform(image, generator, short_side=short_side)
