@@ -15,8 +15,6 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-import torch
-
 AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -43,6 +41,8 @@ def interpreting() -> bool:
 @functools.cache
 def why_not(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine, or None when it can."""
+    import torch  # here: the commands' --help should not wait for it
+
     native = native_module()
     if name == "cpu":
         return native if isinstance(native, str) else None

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Something the user can mend: names the file or option, what was expected and what came."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with a mistake on the command line told as any other: by a :class:`UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, or its class's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
+
+
+#: What is wrong with the disk or the path, not with the program.
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -27,14 +48,14 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
             return 130
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if error.errno not in _DISK:
                 raise
-            where = f" ({error.filename})" if error.filename else ""
-            print(f"error: cannot write{where}: {error.strerror}", file=sys.stderr)
+            where = f" {error.filename}" if error.filename else ""
+            print(f"error: cannot read or write{where}: {error.strerror}", file=sys.stderr)
             return 2
 
     return wrapped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nefkern import weights as sources
-from nefkern.errors import UserError
+from nefkern.errors import UserError, first_line
+from nefkern.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ class Backbone(nn.Module):
         mean, std: normalisation statistics of its training, for RGB in [0, 1].
         keys: take the keys of the last attention layer as the high map (DINO v1).
         identity: what the weights are; part of the feature cache's key.
+
+    Raises:
+        UserError: a model whose maps cannot be had this way.
     """
 
     def __init__(
@@ -68,14 +71,28 @@ class Backbone(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.is_transformer = hasattr(model, "blocks") and hasattr(model, "patch_embed")
+        # Pyramids of attention have stages as convolutional networks do.
+        self.is_transformer = hasattr(model, "blocks") and hasattr(
+            getattr(model, "patch_embed", None), "patch_size"
+        )
         self.keys = keys
         self.identity = identity
+        if not hasattr(model, "forward_intermediates"):
+            raise UserError(
+                f"--backbone: timm's {type(model).__name__} gives no intermediate maps; "
+                "expected a model with forward_intermediates"
+            )
+        if keys and not (self.is_transformer and _has_joint_qkv(model)):
+            raise UserError(
+                f"--high keys: expected a transformer with a joint qkv layer, "
+                f"got {type(model).__name__}"
+            )
         if self.is_transformer:
             patch = model.patch_embed.patch_size
-            if patch[0] != patch[1]:
-                raise UserError(f"--backbone: expected square patches, got {patch}")
-            self.patch = patch[0]
+            height, width = (patch, patch) if isinstance(patch, int) else patch
+            if height != width:
+                raise UserError(f"--backbone: expected square patches, got {height} × {width}")
+            self.patch = height
             self.stages = [0, len(model.blocks) // 2]
             channels = [model.feature_info[i]["num_chs"] for i in (*self.stages, -1)]
         else:
@@ -88,6 +105,13 @@ class Backbone(nn.Module):
         """A frozen backbone stays in eval mode whatever its parents do."""
         return super().train(False)
 
+    def recipe(self) -> str:
+        """All that decides the maps of an image: weights, architecture, statistics, layers."""
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        parts = (type(self.model).__name__, config.get("architecture"), self.identity, self.patch)
+        statistics = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return repr((*parts, *statistics, self.stages, self.keys))
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Extract the maps.
@@ -96,11 +120,19 @@ class Backbone(nn.Module):
             images: ``[B, 3, H, W]`` RGB, uint8 in 0-255 or float in [0, 1].
 
         Raises:
-            UserError: an image smaller than one patch.
+            UserError: an image smaller than one patch, or of a size that the model cannot take.
         """
         images = self.normalize(images)
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        maps = self._tokens(images) if self.is_transformer else self._stages(images, grid)
+        try:
+            maps = self._tokens(images) if self.is_transformer else self._stages(images, grid)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "must match the size" not in str(error):
+                raise
+            raise UserError(
+                f"--backbone: {type(self.model).__name__} does not take images of "
+                f"{images.shape[-2]} × {images.shape[-1]} pixels ({first_line(error)})"
+            ) from error
         return Features(maps[-1].float(), torch.cat([m.float() for m in maps], dim=-1), grid)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -150,6 +182,11 @@ class Backbone(nn.Module):
             images, indices=self.stages, intermediates_only=True, output_fmt="NCHW"
         )
         return [_resample(m, grid).flatten(2).transpose(1, 2) for m in maps]
+
+
+def _has_joint_qkv(model: nn.Module) -> bool:
+    """Whether the last attention layer computes q, k and v by one linear module."""
+    return isinstance(getattr(model.blocks[-1].attn, "qkv", None), nn.Linear)
 
 
 def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -214,16 +251,18 @@ def _create(name: str, *, pretrained: bool) -> nn.Module:
     attempts = ({"dynamic_img_size": True}, {"output_stride": CONV_STRIDE}, {})
     for extra in attempts:
         try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
-        except (TypeError, NotImplementedError):
+            # Seeded, so that "random" weights are the same wherever the run is loaded again.
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
+        except (TypeError, NotImplementedError, AssertionError):
             continue  # an option of another family of models
         except Exception as error:  # hub, network and cache errors come in dozens of classes
             if not pretrained:
                 raise
-            reason = (str(error).splitlines() or [""])[0][:160]
             raise UserError(
                 f"--backbone {name}: its weights could not be had from the model hub "
-                f"({type(error).__name__}: {reason}); {sources.ways_out(name)}"
+                f"({type(error).__name__}: {first_line(error)}); {sources.ways_out(name)}"
             ) from error
     raise UserError(f"--backbone {name}: timm cannot build it as a feature extractor")
 
@@ -254,7 +293,8 @@ class FeatureCache:
 
     A frozen backbone gives the same maps for the same pixels, so a run that sees an image (or one
     of a fixed number of augmented views of it) again reads its maps instead of computing them.
-    Entries are written atomically, in half precision; a broken one is computed again.
+    Entries are written atomically, in half precision unless a value is too large for it; a broken
+    one is computed again.
 
     Args:
         folder: where the entries lie; made if absent. None keeps nothing.
@@ -265,8 +305,6 @@ class FeatureCache:
     def __init__(self, folder: Path | None, backbone: Backbone, *, amp: bool = False) -> None:
         self.folder, self.backbone, self.amp = folder, backbone, amp
         self.hits = self.misses = 0
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -281,7 +319,7 @@ class FeatureCache:
         if missing:
             fresh = self._compute(images[missing])
             for row, i in enumerate(missing):
-                found[i] = fresh.concat[row].half()
+                found[i] = _compact(fresh.concat[row])
                 self._write(paths[i], found[i])
         concat = torch.stack([f.to(images.device) for f in found]).float()
         patch = self.backbone.patch
@@ -294,8 +332,8 @@ class FeatureCache:
             return self.backbone(images)
 
     def _path(self, image: Tensor) -> Path:
-        how = f"{self.backbone.identity} {self.backbone.keys} {self.amp} {tuple(image.shape)}"
-        sha = hashlib.sha256(how.encode())
+        how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
+        sha = hashlib.sha256(repr(how).encode())
         sha.update(image.cpu().contiguous().numpy().tobytes())
         name = sha.hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.safetensors"
@@ -312,9 +350,13 @@ class FeatureCache:
 
     @staticmethod
     def _write(path: Path, concat: Tensor) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(f".part{os.getpid()}")
-        save_file({"concat": concat.cpu().contiguous()}, part)
-        part.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, save({"concat": concat.cpu().contiguous()}))
+
+
+def _compact(features: Tensor) -> Tensor:
+    """``features`` in half precision, where that holds them all."""
+    half = features.half()
+    return half if half.isfinite().all() else features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,10 @@ class GraphConfig:
 
     def __post_init__(self) -> None:
         resolve_neighbours(self.neighbours, 10_000)
-        if self.alpha < 0:
+        if not 0 <= self.alpha < math.inf:
             raise UserError(f"--alpha {self.alpha}: expected a weight of at least 0")
         for k, weight in self.pixel_graphs:
-            if k < 1 or weight < 0:
+            if k < 1 or not 0 <= weight < math.inf:
                 raise UserError(
                     f"--pixel-graphs {k}:{weight}: expected k̃ of at least 1 and λ of at least 0"
                 )
@@ -47,10 +48,11 @@ def resolve_neighbours(neighbours: int | str, rows: int) -> int:
     """
     text = str(neighbours).strip()
     try:
-        k = max(1, round(float(text[:-1]) / 100 * rows)) if text.endswith("%") else int(text)
-    except ValueError:
-        k = 0
-    if k < 1 or text.startswith("-"):
+        share = float(text[:-1]) if text.endswith("%") else None
+        k = int(text) if share is None else max(1, round(share / 100 * rows))
+    except (ValueError, OverflowError):
+        share = k = 0
+    if k < 1 or (share is not None and not share > 0):
         raise UserError(
             f"--k {neighbours}: expected a number of neighbours, or a share of N such as 2%"
         )

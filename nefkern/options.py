@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from nefkern.errors import UserError
-from nefkern.graph import GraphConfig, resolve_neighbours
 
-PAPER = "the paper's"
+if TYPE_CHECKING:
+    from nefkern.graph import GraphConfig
 
 
 def _option(default: Any, help: str, group: str, **extra: Any) -> Any:
@@ -143,6 +145,8 @@ class TrainOptions:
 
     def graph(self) -> GraphConfig:
         """The options of κ."""
+        from nefkern.graph import GraphConfig  # here: --help should not wait for torch
+
         return GraphConfig(self.k, self.alpha, parse_pairs("--pixel-graphs", self.pixel_graphs))
 
     def temperatures(self) -> tuple[float, float]:
@@ -151,7 +155,7 @@ class TrainOptions:
             start, end = (float(part) for part in self.temperature.split(":"))
         except ValueError:
             start = end = 0.0
-        if start <= 0 or end <= 0:
+        if not (0 < start < math.inf and 0 < end < math.inf):
             raise UserError(
                 f"--temperature {self.temperature}: expected start:end, both above 0, as 1.0:0.3"
             )
@@ -170,15 +174,16 @@ class TrainOptions:
         """Raise a UserError that names the first option out of range."""
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         for name in ("lr", "t", "min_norm", "mlp_ratio"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected more than 0")
         if self.data == "folder" and not self.data_root:
             raise UserError("--data folder: expected --data-root DIR beside it")
-        resolve_neighbours(self.k, 10**9)
+        if self.data == "samples" and self.data_root:
+            raise UserError(f"--data-root {self.data_root}: expected --data folder beside it")
         self.graph()
         self.temperatures()
 
@@ -227,9 +232,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flags = [f"--{f.name.replace('_', '-')}", *meta.pop("flags", ())]
         kind = f.type.partition(" |")[0]
         if kind == "bool":
-            meta["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
-            if f.name == "amp":
-                meta["action"] = argparse.BooleanOptionalAction
+            meta["action"] = argparse.BooleanOptionalAction
         else:
             meta["type"] = {"int": int, "float": float}.get(kind, str)
         group.add_argument(*flags, default=argparse.SUPPRESS, help=help_text, **meta)
@@ -256,14 +259,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """Options in a YAML file: a mapping of option names, or the ``options`` of a run's config."""
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path}: not a YAML file ({reason})") from None
+    content = content.get("options", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a mapping of option names to values")
-    content = content.get("options", content)
     fields = {f.name: f for f in dataclasses.fields(TrainOptions)}
     options = {}
     for key, value in content.items():
@@ -279,8 +282,9 @@ def _converted(path: Path, f: dataclasses.Field, value: Any) -> Any:
     if value is None and optional:
         return None
     wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if wanted is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as text
+            return float(value)
     if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if wanted is not type(value):

@@ -6,13 +6,16 @@ import html
 import io
 import json
 import logging
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from nefkern.data import ImageDataset
-from nefkern.runs import Run, replace_file
+from nefkern.errors import UserError
+from nefkern.files import replace_file
+from nefkern.runs import Run
 from nefkern.segmentation.pictures import overlay, palette
 from nefkern.segmenter import Segmenter
 
@@ -27,6 +30,9 @@ PANELS = (
     ("Clusters", ("live", "dead"), "live: win somewhere in the batch; dead: norm under the clamp"),
     ("Confidence", ("confidence", "temperature"), "mean largest probability; temperature"),
 )
+
+#: Steps drawn in a curve: more cannot be told apart, and would weigh megabytes.
+POINTS = 500
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
@@ -49,14 +55,13 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
             break
         try:
             image = dataset.image(index)
-        except Exception as error:  # reported by name and skipped, as in training
+            clusters = segmenter(image)
+        except UserError as error:  # reported by name and skipped, as in training
             log.warning("no overlay of %s: %s", dataset.names[index], error)
             continue
-        picture = overlay(image, segmenter(image), colours=colours)
-        replace_file(
-            folder / f"{dataset.names[index].replace('/', '_')}.png",
-            lambda part, picture=picture: picture.save(part, format="PNG"),
-        )
+        png = io.BytesIO()
+        overlay(image, clusters, colours=colours).save(png, format="PNG")
+        replace_file(folder / f"{dataset.names[index]}.png", png.getvalue())
         drawn += 1
 
 
@@ -64,6 +69,7 @@ def curves(rows: list[dict[str, Any]]) -> str:
     """The record as one SVG of small panels."""
     from matplotlib.figure import Figure
 
+    rows = rows[:: max(1, len(rows) // POINTS)]
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     axes = figure.subplots(2, 3).flat
     steps = [row["step"] for row in rows]
@@ -77,7 +83,9 @@ def curves(rows: list[dict[str, Any]]) -> str:
         if len(keys) > 1:
             axis.legend(fontsize=8)
     text = io.StringIO()
-    figure.savefig(text, format="svg")
+    # Without metadata the page neither changes from run to run nor mentions other hosts.
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(text, format="svg", metadata=nothing)
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 
@@ -100,7 +108,8 @@ def write_report(run: Run) -> Path:
     for picture in sorted(run.path("overlays").glob("*.png")):
         name = html.escape(picture.name)
         parts.append(
-            f"<figure><img src='overlays/{name}' loading=lazy alt='{name}'>"
+            f"<figure><img src='overlays/{urllib.parse.quote(picture.name)}' loading=lazy "
+            f"alt='{name}'>"
             f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
         )
     for scores in sorted(run.folder.glob("evaluation-*.json")):
@@ -112,7 +121,7 @@ def write_report(run: Run) -> Path:
     )
     parts += ["<h2>Configuration</h2>", f"<table>{cells}</table>"]
     page = run.path("report.html")
-    replace_file(page, lambda part: part.write_text("\n".join(parts), encoding="utf-8"))
+    replace_file(page, "\n".join(parts))
     return page
 
 

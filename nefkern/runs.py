@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import nefkern
-from nefkern.errors import UserError
+from nefkern.errors import UserError, first_line
+from nefkern.files import remove_parts, replace_file
 from nefkern.options import TrainOptions
 
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
@@ -32,21 +33,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def replace_file(path: Path, write) -> None:
-    """Call ``write(part)`` on a file beside ``path``, then move it there in one step.
-
-    A kill or a full disk at any moment leaves the old file or the new one, never half of one.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Run:
@@ -75,10 +61,12 @@ class Run:
                     f"--out {run.folder}: holds a run already; --resume goes on with it, "
                     "another --out starts a new one"
                 )
-            run._check_same(options)
+            if run.path(CHECKPOINT).exists():
+                run._check_same(options)
         elif run.folder.exists() and any(run.folder.iterdir()):
             raise UserError(f"--out {run.folder}: is not empty and holds no run")
         run.folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(run.folder)
         return run
 
     def path(self, name: str) -> Path:
@@ -97,9 +85,11 @@ class Run:
 
     def write_config(self, options: TrainOptions, **facts: Any) -> None:
         """Write all that is needed to repeat the run: options, versions, data, weights."""
-        content = {"options": dataclasses.asdict(options), "versions": versions(), **facts}
+        asked = dataclasses.asdict(options)
+        del asked["resume"]  # says how the command was called, not what the run is
+        content = {"options": asked, "versions": versions(), **facts}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        replace_file(self.path(CONFIG), lambda part: part.write_text(text))
+        replace_file(self.path(CONFIG), text)
 
     def config(self) -> dict[str, Any]:
         """The run's configuration.
@@ -129,10 +119,12 @@ class Run:
     def save(self, weights: dict[str, Tensor], state: dict[str, Any], step: int) -> None:
         """Replace the checkpoint: state first, then the weights that name it."""
         name = f"state-{step:07d}.pt"
-        replace_file(self.path(name), lambda part: torch.save(state, part))
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        replace_file(self.path(name), buffer.getvalue())
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         metadata = {"step": str(step), "state": name, "nefkern": nefkern.__version__}
-        replace_file(self.path(CHECKPOINT), lambda part: save_file(tensors, part, metadata))
+        replace_file(self.path(CHECKPOINT), save(tensors, metadata))
         for old in self.folder.glob("state-*.pt"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -148,16 +140,20 @@ class Run:
             return None
         try:
             with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, dict(file.metadata() or {})
         except SafetensorError as error:
-            raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+            raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
 
     def load_state(self, name: str) -> dict[str, Any]:
         """The optimiser's state that belongs to a checkpoint."""
         path = self.path(name)
         if not path.exists():
             raise UserError(f"--resume: {path} is missing, and it belongs to the checkpoint")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load has no exception of its own for a damaged file
+            raise UserError(f"--resume: {path} is damaged ({first_line(error)})") from error
 
     # ---- the record ----
 
@@ -165,7 +161,7 @@ class Run:
         """Drop the record of steps after ``step``: a resumed run writes them again."""
         kept = [json.dumps(row) for row in self.metrics() if row["step"] <= step]
         text = "".join(f"{line}\n" for line in kept)
-        replace_file(self.path(METRICS), lambda part: part.write_text(text))
+        replace_file(self.path(METRICS), text)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The record, a dict a step; a half-written last line is left out."""

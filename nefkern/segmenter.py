@@ -160,7 +160,11 @@ class Segmenter:
         """
         pixels = as_image(image)
         if min(pixels.shape[1:]) < self.patch:
-            self.backbone.pad(pixels[None])  # says what is wrong
+            name = image if isinstance(image, (str, Path)) else "image"
+            raise UserError(
+                f"{name}: {pixels.shape[1]} × {pixels.shape[2]} pixels, expected at least one "
+                f"patch, {self.patch} × {self.patch}"
+            )
         scale = self.options.crop / min(pixels.shape[1:])
 
         def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from nefkern.errors import UserError, command
+from nefkern.errors import ArgumentParser, command
 from nefkern.options import TrainOptions, add_arguments, resolve
 
 DESCRIPTION = """\
@@ -31,7 +31,7 @@ afterwards: open report.html in the run folder;
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = ArgumentParser(
         prog="python -m nefkern.train",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -72,12 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = flags.pop("config")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    try:
-        train(resolve(flags, config))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the checkpoint is written; --resume goes on") from None
-    except UserError:
-        raise
+    train(resolve(flags, config))
 
 
 if __name__ == "__main__":

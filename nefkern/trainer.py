@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from nefkern.eigenfunction import (
     annealed_temperature,
     live_clusters,
 )
-from nefkern.errors import UserError
+from nefkern.errors import UserError, first_line
 from nefkern.features import Backbone, FeatureCache, load_backbone
 from nefkern.graph import kappa, resolve_neighbours
 from nefkern.objective import objective, scaled_beta
@@ -46,8 +47,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"--device {name}: not usable on this machine ({reason})") from None
+        raise UserError(
+            f"--device {name}: not usable on this machine ({first_line(error)})"
+        ) from None
     return device
 
 
@@ -109,8 +111,8 @@ class Trainer:
         self.temperatures = options.temperatures()
         self.position = Position(batch_size=min(options.batch_size, len(self.dataset)))
         self.interrupted = False
+        self._check_rows()  # before anything is written
         self._resume()
-        self._check_rows()
 
     def _cache_folder(self) -> Path | None:
         if self.options.feature_cache:
@@ -120,6 +122,11 @@ class Trainer:
 
     def _check_rows(self) -> None:
         """Refuse K or k that the rows of a batch cannot carry, before anything is computed."""
+        if self.options.crop < self.backbone.patch:
+            raise UserError(
+                f"--crop {self.options.crop}: expected at least {self.backbone.patch}, "
+                "a patch of the backbone"
+            )
         side = -(-self.options.crop // self.backbone.patch)
         rows = self.position.batch_size * side * side
         resolve_neighbours(self.options.k, rows)
@@ -138,11 +145,18 @@ class Trainer:
             self.run.truncate_metrics(0)
             return
         weights, metadata = found
-        known = self.run.config().get("backbone", {}).get("digest")
+        config = self.run.config()
+        known = config.get("backbone", {}).get("digest")
         if known != self.backbone.identity:
             raise UserError(
                 f"--resume: the backbone's weights ({self.backbone.identity}) are not those of the "
                 f"run ({known}); give the --weights it was trained with"
+            )
+        images = config.get("dataset", {}).get("images")
+        if images != len(self.dataset):
+            raise UserError(
+                f"--resume: the run was trained on {images} images, there are {len(self.dataset)} "
+                "now; start anew with another --out"
             )
         state = self.run.load_state(metadata["state"])
         self.psi.load_state_dict(weights)
@@ -206,7 +220,9 @@ class Trainer:
                     break
         self.save()
         if self.interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(
+                f"the checkpoint after step {self.position.total} is written; --resume goes on"
+            )
         return last
 
     @property
@@ -258,11 +274,13 @@ class Trainer:
             unit="step",
             leave=self.position.epoch + 1 == self.options.epochs,
         ) as bar:
+            started = time.perf_counter()
             for images in loader:
-                started = time.perf_counter()
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
                 row = self._step(images, progress)
-                row["images_per_second"] = len(images) / (time.perf_counter() - started)
+                now = time.perf_counter()
+                row["images_per_second"] = len(images) / (now - started)  # with loading
+                started = now
                 self.position.step += 1
                 self.position.total += 1
                 bar.update()
@@ -311,7 +329,11 @@ class Trainer:
     def _interrupts(self) -> Iterator[None]:
         """Let Ctrl-C and a polite kill end the current step first; a second one ends it at once."""
 
+        owner = os.getpid()
+
         def note(number: int, frame: Any) -> None:
+            if os.getpid() != owner:  # a loading process; it ends with its owner
+                return
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True

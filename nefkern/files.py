@@ -1,0 +1,33 @@
+"""Files written in one step: a kill or a full disk leaves the old one or the new, not half."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write ``content`` (text as UTF-8) beside ``path``, then move it there.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was. Content is made in memory first
+            and written here, because the writers of torch and safetensors report a full disk by
+            errors of their own.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    # Another process that writes the same file (a shared feature cache) has a part of its own.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left of :func:`replace_file` in ``folder``."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
