@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -102,9 +103,11 @@ class CSRGraph:
     def to_torch(self) -> Tensor:
         """A ``torch.sparse_csr`` tensor [N, N] with int64 indices; shares ``values``."""
         n = self.num_nodes
-        return torch.sparse_csr_tensor(
-            self.row_offsets, self.columns.long(), self.values, (n, n), check_invariants=False
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                self.row_offsets, self.columns.long(), self.values, (n, n), check_invariants=False
+            )
 
     def to_scipy(self) -> scipy.sparse.csr_array:
         """A ``scipy.sparse.csr_array`` [N, N] on the CPU."""
@@ -224,3 +227,21 @@ def check_dense_operand(name: str, x: Tensor, graph: CSRGraph) -> None:
         )
     if x.device != graph.device:
         raise ValueError(f"{name}: expected device {graph.device} (the graph's), got {x.device}")
+
+
+def check_content(row_offsets: Tensor, columns: Tensor) -> None:
+    """Raise ValueError for offsets or columns that would be read out of bounds."""
+    n, nnz = row_offsets.shape[0] - 1, columns.shape[0]
+    ends = row_offsets[0] == 0 and row_offsets[-1] == nnz
+    if not ends or bool((row_offsets.diff() < 0).any()):
+        raise_invalid_content()
+    if nnz and not (columns.min() >= 0 and columns.max() < n):
+        raise_invalid_content()
+
+
+def raise_invalid_content() -> NoReturn:
+    """The error of a graph whose tensors contradict each other."""
+    raise ValueError(
+        "graph: expected row_offsets that never fall, from 0 to nnz, and columns from 0 to "
+        "num_nodes - 1, got others; CSRGraph.validate() says which"
+    )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
-from nefkern.reference.neuralef_loss import neuralef_loss_backward
+from nefkern.ops.csr import CSRGraph, check_content, check_dense_operand, check_graph
+from nefkern.ops.spmm import native_accepts, native_spmm
+from nefkern.reference.neuralef_loss import loss_of_r, neuralef_loss_backward
 from nefkern.reference.spmm import accumulation_dtype
 
 
@@ -68,12 +69,24 @@ registry.define(
     "float t) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
 )
-registry.kernel("neuralef_loss", "reference")(reference.neuralef_loss)
+
+
+@registry.kernel("neuralef_loss", "reference")
+def _reference(row_offsets, columns, values, psi, beta, t):
+    check_content(row_offsets, columns)
+    return reference.neuralef_loss(row_offsets, columns, values, psi, beta, t)
+
+
+@registry.kernel("neuralef_loss", "cpu", accepts=native_accepts)
+def _cpu(row_offsets, columns, values, psi, beta, t):
+    y = native_spmm(row_offsets, columns, values, psi)
+    r = psi.float().T @ y
+    return loss_of_r(r, beta, t), r, y
 
 
 def _setup_context(ctx, inputs, output) -> None:
     *_, psi, ctx.beta, ctx.t = inputs
-    loss, r, y = output
+    _, r, y = output
     ctx.mark_non_differentiable(r, y)
     ctx.save_for_backward(r, y)
     ctx.psi_dtype = psi.dtype

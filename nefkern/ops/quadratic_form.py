@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
-from nefkern.ops.spmm import transposed_spmm
+from nefkern.ops.csr import CSRGraph, check_content, check_dense_operand, check_graph
+from nefkern.ops.spmm import native_accepts, native_spmm, transposed_spmm
 from nefkern.reference.spmm import accumulation_dtype
 
 
@@ -54,12 +54,19 @@ registry.define(
 
 @registry.kernel("quadratic_form", "reference")
 def _reference(row_offsets, columns, values, psi, phi, symmetric):
+    check_content(row_offsets, columns)
     return reference.quadratic_form(row_offsets, columns, values, psi, psi if phi is None else phi)
+
+
+@registry.kernel("quadratic_form", "cpu", accepts=native_accepts)
+def _cpu(row_offsets, columns, values, psi, phi, symmetric):
+    y = native_spmm(row_offsets, columns, values, psi if phi is None else phi)
+    return psi.float().T @ y, y
 
 
 def _setup_context(ctx, inputs, output) -> None:
     row_offsets, columns, values, psi, phi, symmetric = inputs
-    r, y = output
+    y = output[1]
     ctx.mark_non_differentiable(y)
     ctx.save_for_backward(row_offsets, columns, values, psi, y)
     ctx.symmetric, ctx.one_operand = symmetric, phi is None

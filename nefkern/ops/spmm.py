@@ -7,7 +7,13 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
+from nefkern.ops.csr import (
+    CSRGraph,
+    check_content,
+    check_dense_operand,
+    check_graph,
+    raise_invalid_content,
+)
 from nefkern.reference.csr import transpose
 
 
@@ -38,7 +44,32 @@ registry.define(
 
 @registry.kernel("spmm", "reference")
 def _reference(row_offsets, columns, values, x, symmetric):
+    check_content(row_offsets, columns)
     return reference.spmm(row_offsets, columns, values, x)
+
+
+def native_accepts(row_offsets, columns, values, x, *_) -> bool:
+    """Whether the compiled kernel takes these dtypes; float64 is the reference's."""
+    return values.dtype == torch.float32 and x.dtype != torch.float64
+
+
+def native_spmm(row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """kappa x in float32, by the compiled kernel; bfloat16 ``x`` is read as it is."""
+    x = x.float() if x.dtype == torch.float16 else x
+    y, valid = torch.ops.nefkern_native.spmm(row_offsets, columns, values, x, True)
+    if not valid:
+        raise_invalid_content()
+    return y
+
+
+@registry.kernel("spmm", "cpu", accepts=native_accepts)
+def _cpu(row_offsets, columns, values, x, symmetric):
+    if x.dtype != torch.bfloat16:
+        return native_spmm(row_offsets, columns, values, x).to(x.dtype)
+    y, valid = torch.ops.nefkern_native.spmm(row_offsets, columns, values, x, False)
+    if not valid:
+        raise_invalid_content()
+    return y
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from nefkern import backends
@@ -72,12 +71,3 @@ def run_with_isa(isa: str, code: str) -> str:
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
-
-
-@pytest.fixture
-def nan_filled():
-    """Fresh tensors start as NaN, so an entry that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from graph_common import backends_of, nan_filled, random_graph  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nefkern import backend
 from nefkern.ops import CSRGraph, add
+from tests.ops.graph_common import backends_of, random_graph
 
 BACKENDS = backends_of("add")
 each_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -22,7 +22,7 @@ def pattern(graph: CSRGraph):
 @each_backend
 @pytest.mark.parametrize("n", [0, 1, 2, 33, 200])
 @pytest.mark.parametrize("alpha", [0.3, -2.0, 0.0])
-def test_equals_dense_sum(name, n, alpha, nan_filled):  # noqa: F811
+def test_equals_dense_sum(name, n, alpha, poisoned_memory):
     a, b = random_graph(n, 5, 1), random_graph(n, 9, 2, symmetric=False)
     with backend(name):
         total = add(a, b, alpha).validate()

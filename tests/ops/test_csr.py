@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import scipy.sparse
 import torch
-from graph_common import random_graph
 
 from nefkern.ops import CSRGraph
+from tests.ops.graph_common import random_graph
 
 
 def test_conversions_agree():
@@ -48,7 +48,8 @@ def test_scipy_duplicates_are_summed_and_the_argument_is_kept():
 @pytest.mark.parametrize("n", [0, 1])
 def test_smallest(n):
     graph = CSRGraph.from_torch(torch.zeros(n, n)).validate()
-    assert graph.nnz == 0 and graph.symmetric
+    assert graph.nnz == 0
+    assert graph.symmetric
     assert graph.to_dense().shape == graph.to_torch().shape == graph.to_scipy().shape == (n, n)
     assert graph.transpose().num_nodes == n
 

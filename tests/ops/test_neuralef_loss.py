@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from graph_common import (
+
+from nefkern import backend
+from nefkern.ops import add, neuralef_loss, normalized_adjacency
+from tests.ops.graph_common import (
     HALF,
     backends_of,
     dense_adjacency,
     random_graph,
     random_lists,
 )
-
-from nefkern import backend
-from nefkern.ops import add, neuralef_loss, normalized_adjacency
 
 each_backend = pytest.mark.parametrize("name", backends_of("neuralef_loss"))
 
@@ -78,7 +78,8 @@ def test_half_precision(name, dtype):
     with backend(name):
         loss, r = neuralef_loss(psi, graph, 20.0, 0.5)
         loss.backward()
-    assert loss.dtype == r.dtype == torch.float32 and psi.grad.dtype == dtype
+    assert loss.dtype == r.dtype == torch.float32
+    assert psi.grad.dtype == dtype
     exact_psi = psi.detach().double().requires_grad_()
     exact, exact_r = dense_objective(exact_psi, graph.to_dense().double(), 20.0, 0.5)
     exact.backward()
@@ -100,12 +101,17 @@ def test_strides_and_empty_graphs(name):
         psi = torch.randn(40, 3, requires_grad=True)
         loss, r = neuralef_loss(psi, empty, 0.3)
         loss.backward()
-        assert loss == 0 and not r.any() and not psi.grad.any()
+        assert loss == 0
+        assert not r.any()
+        assert not psi.grad.any()
         nothing = normalized_adjacency(torch.zeros(0, 2, dtype=torch.int32), num_nodes=0)
         psi = torch.zeros(0, 3, requires_grad=True)
         loss, r = neuralef_loss(psi, nothing, 0.3)
         loss.backward()
-        assert loss == 0 and r.shape == (3, 3) and not r.any() and psi.grad.shape == (0, 3)
+        assert loss == 0
+        assert r.shape == (3, 3)
+        assert not r.any()
+        assert psi.grad.shape == (0, 3)
 
 
 @each_backend

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from graph_common import backends_of, dense_adjacency, nan_filled, random_lists  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nefkern import backend
 from nefkern.ops import normalized_adjacency
+from tests.ops.graph_common import backends_of, dense_adjacency, random_lists
 
 BACKENDS = backends_of("normalized_adjacency")
 each_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -19,13 +19,14 @@ each_backend = pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("symmetrize", ["mean", "union"])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (1, 1), (1, 0), (2, 5), (7, 3), (40, 40), (130, 9)])
-def test_equals_dense_formula(name, symmetrize, weighted, n, k, nan_filled):  # noqa: F811
+def test_equals_dense_formula(name, symmetrize, weighted, n, k, poisoned_memory):
     indices, weights = random_lists(n, k)
     weights = weights if weighted else None
     with backend(name):
         graph = normalized_adjacency(indices, weights, num_nodes=n, symmetrize=symmetrize)
     graph.validate()
-    assert graph.symmetric and graph.dtype == torch.float32
+    assert graph.symmetric
+    assert graph.dtype == torch.float32
     exact = dense_adjacency(indices, weights, n, symmetrize)
     assert torch.equal(graph.to_dense() != 0, exact != 0)
     assert graph.nnz == (exact != 0).sum()  # weight 0 is dropped, not stored
@@ -64,7 +65,8 @@ def test_degree_zero_rows_are_empty(name):
     with backend(name):
         graph = normalized_adjacency(indices, weights, num_nodes=4).validate()
     assert graph.row_offsets.tolist() == [0, 1, 1, 1, 2]
-    assert graph.columns.tolist() == [3, 0] and graph.values.tolist() == [1.0, 1.0]
+    assert graph.columns.tolist() == [3, 0]
+    assert graph.values.tolist() == [1.0, 1.0]
 
 
 @each_backend

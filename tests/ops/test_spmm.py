@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graph_common import (  # noqa: F401
-    HALF,
-    assert_half_close,
-    backends_of,
-    nan_filled,
-    random_graph,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nefkern import backend
 from nefkern.ops import spmm
+from tests.ops.graph_common import (
+    HALF,
+    assert_half_close,
+    backends_of,
+    random_graph,
+)
 
 BACKENDS = backends_of("spmm")
 each_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -28,13 +27,14 @@ def float32_error(graph, x):
 @each_backend
 @pytest.mark.parametrize("n", [0, 1, 7, 100, 300])
 @pytest.mark.parametrize("k", [0, 1, 3, 16, 37, 64, 130, 256])
-def test_equals_dense_product(name, n, k, nan_filled):  # noqa: F811
+def test_equals_dense_product(name, n, k, poisoned_memory):
     graph = random_graph(n, 8, symmetric=False)
     x = torch.randn(n, k, generator=torch.Generator().manual_seed(3))
     with backend(name):
         y = spmm(graph, x)
     exact = graph.to_dense().double() @ x.double()
-    assert y.dtype == torch.float32 and y.is_contiguous()
+    assert y.dtype == torch.float32
+    assert y.is_contiguous()
     assert ((y.double() - exact).abs() <= float32_error(graph, x)).all()
 
 
@@ -111,7 +111,8 @@ def test_result_does_not_depend_on_threads(name, dtype):
                 results.append(spmm(graph, x))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @each_backend
