@@ -86,8 +86,7 @@ bool row_panel(const SpmmArgs& args, int64_t row, int64_t begin, int64_t last) {
       valid = false;
       continue;
     }
-    for (int i = 0; i < kVectors; i += kVectorsALine)
-      __builtin_prefetch(soon + i * kLanes);
+    for (int i = 0; i < kVectors; i += kVectorsALine) __builtin_prefetch(soon + i * kLanes);
     const X* from = x + args.columns[e] * k + begin;
     const float value = args.values[e];
     for (int i = 0; i < kVectors - 1; ++i) sum[i] += value * load(from + i * kLanes);
@@ -142,8 +141,7 @@ bool spmm_typed(const SpmmArgs& args) {
   std::atomic<bool> valid{true};
   for_each_piece(pieces, workers, [&](int64_t piece, int64_t) {
     const int64_t begin = piece * kRowsAPiece;
-    const int64_t end =
-        begin + kRowsAPiece < args.num_nodes ? begin + kRowsAPiece : args.num_nodes;
+    const int64_t end = begin + kRowsAPiece < args.num_nodes ? begin + kRowsAPiece : args.num_nodes;
     bool good = true;
     if (args.num_columns >= kLanes)
       good = rows_from<kMostVectors, X, Y>(args, begin, end, 0);

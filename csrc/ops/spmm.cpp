@@ -8,6 +8,8 @@
 
 #include <tuple>
 
+#include "ops/csr_checks.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -21,31 +23,20 @@ nefkern::cpu::Storage storage_of(const Tensor& tensor) {
                                    : nefkern::cpu::Storage::kBFloat16;
 }
 
-bool never_falls(const Tensor& offsets, int64_t nnz) {
-  const int64_t* data = offsets.const_data_ptr<int64_t>();
-  const int64_t last = offsets.numel() - 1;
-  bool good = data[0] == 0 && data[last] == nnz;
-  for (int64_t i = 0; i < last; ++i) good &= data[i] <= data[i + 1];
-  return good;
-}
-
 // kappa x [N, K], in float32 if `accumulated`, else in the type of x; and whether the graph's
 // offsets and columns made sense.
-std::tuple<Tensor, bool> spmm(const Tensor& row_offsets, const Tensor& columns, const Tensor& values,
-            const Tensor& dense, bool accumulated) {
+std::tuple<Tensor, bool> spmm(const Tensor& row_offsets, const Tensor& columns,
+                              const Tensor& values, const Tensor& dense, bool accumulated) {
   const Tensor offsets = torch::stable::contiguous(row_offsets);
   const Tensor column = torch::stable::contiguous(columns);
   const Tensor value = torch::stable::contiguous(values);
   const Tensor x = torch::stable::contiguous(dense);
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long &&
-                      column.scalar_type() == ScalarType::Int &&
-                      value.scalar_type() == ScalarType::Float && x.dim() == 2 &&
-                      offsets.numel() == x.size(0) + 1 && column.numel() == value.numel(),
-                  "spmm: expected a graph of float32 values with as many nodes as x has rows");
-  Tensor y = accumulated
-                 ? torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float)
-                 : torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  if (!never_falls(offsets, column.numel())) return {y, false};
+  STD_TORCH_CHECK(
+      nefkern::is_csr(offsets, column, value) && x.dim() == 2 && offsets.numel() == x.size(0) + 1,
+      "spmm: expected a graph of float32 values with as many nodes as x has rows");
+  Tensor y = accumulated ? torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float)
+                         : torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  if (!nefkern::never_falls(offsets, column.numel())) return {y, false};
   const nefkern::cpu::SpmmArgs args{
       .num_nodes = x.size(0),
       .num_columns = x.size(1),

@@ -8,7 +8,7 @@ import torch
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import CSRGraph, check_graph
+from nefkern.ops.csr import CSRGraph, check_content, check_graph, raise_invalid_content
 
 
 def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
@@ -56,4 +56,24 @@ registry.define(
     "Tensor columns_b, Tensor values_b, float alpha) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
 )
-registry.kernel("add", "reference")(reference.add)
+
+
+@registry.kernel("add", "reference")
+def _reference(row_offsets_a, columns_a, values_a, row_offsets_b, columns_b, values_b, alpha):
+    check_content(row_offsets_a, columns_a)
+    check_content(row_offsets_b, columns_b)
+    return reference.add(
+        row_offsets_a, columns_a, values_a, row_offsets_b, columns_b, values_b, alpha
+    )
+
+
+def _native_accepts(row_offsets_a, columns_a, values_a, row_offsets_b, columns_b, values_b, _):
+    return values_a.dtype == values_b.dtype == torch.float32
+
+
+@registry.kernel("add", "cpu", accepts=_native_accepts)
+def _cpu(*args):
+    *graph, valid = torch.ops.nefkern_native.add(*args)
+    if not valid:
+        raise_invalid_content()
+    return tuple(graph)

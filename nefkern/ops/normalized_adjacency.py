@@ -114,3 +114,17 @@ def _reference(indices, weights, num_nodes, symmetrize, clamp_min):
     return reference.normalized_adjacency(
         indices, weights, num_nodes=num_nodes, symmetrize=symmetrize, clamp_min=clamp_min
     )
+
+
+def _native_accepts(indices, weights, *_) -> bool:
+    return weights is None or weights.dtype != torch.float64
+
+
+@registry.kernel("normalized_adjacency", "cpu", accepts=_native_accepts)
+def _cpu(indices, weights, num_nodes, symmetrize, clamp_min):
+    *graph, valid = torch.ops.nefkern_native.normalized_adjacency(
+        indices, None if weights is None else weights.float(), symmetrize == "union", clamp_min
+    )
+    if not valid:
+        _check_indices(indices, num_nodes)
+    return tuple(graph)

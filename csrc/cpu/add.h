@@ -1,0 +1,30 @@
+// c = a + alpha b for two sparse matrices in compressed rows.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace nefkern::cpu {
+
+struct SparseRows {
+  const int64_t* row_offsets;  // [num_nodes + 1]
+  const int32_t* columns;      // ascending inside a row
+  const float* values;
+};
+
+struct AddArgs {
+  int64_t num_nodes;
+  SparseRows a, b;
+  float alpha;
+  int64_t* row_offsets;  // [num_nodes + 1], out
+  int32_t* columns;      // [row_offsets[num_nodes]], out
+  float* values;         // the same
+};
+
+// First step: row_offsets, so that the caller can allocate columns and values.
+NEFKERN_DECLARE(void, add_count, (const AddArgs& args));
+// Second step: columns and values.
+NEFKERN_DECLARE(void, add_fill, (const AddArgs& args));
+
+}  // namespace nefkern::cpu

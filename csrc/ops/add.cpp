@@ -1,0 +1,66 @@
+// torch.ops.nefkern_native.add: arguments come checked from nefkern.ops.
+#include "cpu/add.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "ops/csr_checks.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// (row_offsets, columns, values) of a + alpha b, and whether both graphs' offsets made sense.
+std::tuple<Tensor, Tensor, Tensor, bool> add(const Tensor& row_offsets_a, const Tensor& columns_a,
+                                             const Tensor& values_a, const Tensor& row_offsets_b,
+                                             const Tensor& columns_b, const Tensor& values_b,
+                                             double alpha) {
+  const Tensor a[] = {torch::stable::contiguous(row_offsets_a),
+                      torch::stable::contiguous(columns_a), torch::stable::contiguous(values_a)};
+  const Tensor b[] = {torch::stable::contiguous(row_offsets_b),
+                      torch::stable::contiguous(columns_b), torch::stable::contiguous(values_b)};
+  STD_TORCH_CHECK(nefkern::is_csr(a[0], a[1], a[2]) && nefkern::is_csr(b[0], b[1], b[2]) &&
+                      a[0].numel() == b[0].numel(),
+                  "add: expected two graphs of float32 values and as many nodes");
+  const auto rows = [](const Tensor* graph) {
+    return nefkern::cpu::SparseRows{graph[0].const_data_ptr<int64_t>(),
+                                    graph[1].const_data_ptr<int32_t>(),
+                                    graph[2].const_data_ptr<float>()};
+  };
+  const int64_t n = a[0].numel() - 1;
+  const bool valid =
+      nefkern::never_falls(a[0], a[1].numel()) && nefkern::never_falls(b[0], b[1].numel());
+  Tensor row_offsets = torch::stable::new_empty(a[0], {n + 1});
+  nefkern::cpu::AddArgs args{
+      .num_nodes = n,
+      .a = rows(a),
+      .b = rows(b),
+      .alpha = static_cast<float>(alpha),
+      .row_offsets = row_offsets.mutable_data_ptr<int64_t>(),
+      .columns = nullptr,
+      .values = nullptr,
+  };
+  const nefkern::cpu::Isa isa = nefkern::cpu::best_isa();
+  if (valid) nefkern::cpu::add_count_for(isa)(args);
+  const int64_t nnz = valid ? args.row_offsets[n] : 0;
+  Tensor columns = torch::stable::new_empty(a[1], {nnz});
+  Tensor values = torch::stable::new_empty(a[2], {nnz});
+  args.columns = columns.mutable_data_ptr<int32_t>();
+  args.values = values.mutable_data_ptr<float>();
+  if (valid) nefkern::cpu::add_fill_for(isa)(args);
+  return {row_offsets, columns, values, valid};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nefkern_native, m) {
+  m.def(
+      "add(Tensor row_offsets_a, Tensor columns_a, Tensor values_a, Tensor row_offsets_b, Tensor "
+      "columns_b, Tensor values_b, float alpha) -> (Tensor, Tensor, Tensor, bool)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nefkern_native, CPU, m) { m.impl("add", TORCH_BOX(&add)); }
