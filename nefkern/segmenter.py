@@ -16,7 +16,7 @@ from nefkern.errors import UserError
 from nefkern.features import Backbone, load_backbone
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
-from nefkern.segmentation.windows import sliding_clusters, sliding_windows
+from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
 from nefkern.trainer import build_eigenfunction, choose_device
 
 
@@ -130,13 +130,15 @@ class Segmenter:
         Returns:
             ``[K, H, W]`` float32.
         """
-        return sliding_windows(self._predict, image, *self._windows(window, stride))
+        return sliding_windows(self.predict, image, *self._windows(window, stride))
 
     def _windows(self, window: int | None, stride: int | None) -> tuple[int, int]:
         return window or self.window, stride or self.stride
 
-    def _predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Logits on the patch grid, and the size in pixels that the grid spans."""
+    def predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Logits on the patch grid, and the size in pixels that the grid spans: the predictor
+        that :mod:`nefkern.segmentation.windows` asks for.
+        """
         maps = self.maps(images)
         return maps.logits, maps.padded
 
@@ -159,12 +161,19 @@ class Segmenter:
             UserError: not an image, or one smaller than a patch.
         """
         pixels = as_image(image)
+        self.check_size(pixels, name=image if isinstance(image, (str, Path)) else "image")
+        return sliding_clusters(*self.at_training_scale(pixels), batch_size=1).cpu()
+
+    def check_size(self, pixels: Tensor, name: object = "image") -> None:
+        """Raise a UserError that names the image if it is smaller than a patch."""
         if min(pixels.shape[1:]) < self.patch:
-            name = image if isinstance(image, (str, Path)) else "image"
             raise UserError(
                 f"{name}: {pixels.shape[1]} × {pixels.shape[2]} pixels, expected at least one "
                 f"patch, {self.patch} × {self.patch}"
             )
+
+    def at_training_scale(self, pixels: Tensor) -> tuple[Predictor, Tensor, int, int]:
+        """How :meth:`__call__` looks at ``[3, H, W]`` pixels: predictor, pixels, window, stride."""
         scale = self.options.crop / min(pixels.shape[1:])
 
         def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
@@ -175,7 +184,7 @@ class Segmenter:
             return maps.logits, (extent[0], extent[1])
 
         window = round(2 * self.options.crop / scale)
-        return sliding_clusters(predict, pixels, window, -(-2 * window // 3), batch_size=1).cpu()
+        return predict, pixels, window, -(-2 * window // 3)
 
 
 def as_image(image: object) -> Tensor:
