@@ -131,7 +131,7 @@ class TrainLoader:
     Batch ``s`` of epoch ``e`` is a function of the seed, ``e`` and ``s``: it does not depend on
     the number of workers, nor on where iteration began. A short last batch is dropped unless it
     is the only one; which images that leaves out changes with the epoch. Worker processes live
-    until the loader is gone.
+    from one epoch to the next, until :meth:`close`.
 
     An unreadable image is replaced (:class:`Views`) and reported once, as a logged warning from
     the main process.
@@ -162,16 +162,8 @@ class TrainLoader:
         self.views, self.batch_size = views, batch_size
         self._steps = _Steps(len(views), batch_size, views.seed)
         self._reported: set[str] = set()
-        self._loader = DataLoader(
-            _Batches(views),
-            sampler=self._steps,
-            batch_size=None,  # an item of _Batches is a batch already
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
-            generator=Generator(),  # else every iteration would draw from the global one
-        )
+        self._workers, self._pin_memory = workers, pin_memory
+        self._loader: DataLoader | None = None
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -196,12 +188,35 @@ class TrainLoader:
         self._steps.epoch, self._steps.start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[Tensor]:
+        if self._loader is None:
+            self._loader = self._start()
+        error = None
         for outcome in self._loader:
             if isinstance(outcome, str):
-                raise UserError(outcome)
+                error = outcome
+                break
             images, problems = outcome
             self._report(problems)
             yield images
+        if error is not None:
+            self.close()  # now: a traceback may keep this loader for long
+            raise UserError(error)
+
+    def close(self) -> None:
+        """End the worker processes, if any; another iteration starts new ones."""
+        self._loader = None
+
+    def _start(self) -> DataLoader:
+        return DataLoader(
+            _Batches(self.views),
+            sampler=self._steps,
+            batch_size=None,  # an item of _Batches is a batch already
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            generator=Generator(),  # else every iteration would draw from the global one
+        )
 
     def _report(self, problems: Sequence[str]) -> None:
         for problem in problems:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -158,9 +160,11 @@ def test_good_images_do_not_notice_a_bad_one(images_folder, damage):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_strict_makes_a_bad_image_an_error(images_folder, workers, damage):
     damage("c")
+    before = set(multiprocessing.active_children())
     with pytest.raises(UserError, match=r"c\.jpg: cannot read this image") as caught:
         list(loader(images_folder, batch_size=7, workers=workers, strict=True))
     assert "\n" not in str(caught.value)
+    assert set(multiprocessing.active_children()) <= before  # ended with the error
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -178,6 +182,18 @@ def test_workers_survive_the_interrupt_that_the_trainer_handles(images_folder):
     os.kill(worker.pid, signal.SIGINT)
     assert torch.equal(epoch(each, 0), expected)
     assert worker.is_alive()
+    each.close()
+
+
+def test_closing_ends_the_workers_and_iterating_starts_new_ones(images_folder):
+    each = loader(images_folder, workers=2)
+    expected = epoch(each, 0)
+    workers = list(each._loader._iterator._workers)
+    start = time.monotonic()
+    each.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert time.monotonic() - start < 4
+    assert torch.equal(epoch(each, 0), expected)
 
 
 @pytest.mark.parametrize(
