@@ -91,6 +91,14 @@ def _reference(features, k, metric, segments, include_self, check_finite):
     return reference.knn(features, k, metric, bounds, include_self)
 
 
+@registry.kernel("knn", "cpu", accepts=lambda features, *_: features.dtype != torch.float64)
+def _cpu(features, k, metric, segments, include_self, check_finite):
+    bounds = torch.tensor(_check_values(features, segments, check_finite))
+    return torch.ops.nefkern_native.knn(
+        features.float(), bounds, k, metric == "euclidean", include_self
+    )
+
+
 def _setup_context(ctx, inputs, output):
     pass
 

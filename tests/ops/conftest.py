@@ -1,4 +1,4 @@
-"""What the operators' tests share: the backends, poisoned memory, inputs that look like features."""
+"""What the operators' tests share: the backends, poisoned memory, one thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from nefkern import backends
 
-TESTED = ("reference",)
+TESTED = ("reference", "cpu")
 
 
 @pytest.fixture(params=TESTED)
@@ -43,12 +43,3 @@ def one_thread():
             torch.set_num_threads(threads)
 
     return run
-
-
-def clustered(n: int, channels: int, clusters: int = 12, seed: int = 0, **kwargs) -> torch.Tensor:
-    """[n, channels] rows around a few centres, as image features are."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(clusters, channels, generator=generator, dtype=torch.float64)
-    which = torch.randint(clusters, (n,), generator=generator)
-    noise = torch.randn(n, channels, generator=generator, dtype=torch.float64)
-    return (centres[which] + 0.5 * noise).to(**{"dtype": torch.float32, **kwargs})

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clustered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,18 @@ from nefkern.ops import knn
 
 METRICS = ("cosine", "euclidean")
 pytestmark = pytest.mark.usefixtures("backend")
+
+
+# ---- inputs ----
+
+
+def clustered(n: int, channels: int, clusters: int = 12, seed: int = 0, **kwargs) -> torch.Tensor:
+    """[n, channels] rows around a few centres, as image features are."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(clusters, channels, generator=generator, dtype=torch.float64)
+    which = torch.randint(clusters, (n,), generator=generator)
+    noise = torch.randn(n, channels, generator=generator, dtype=torch.float64)
+    return (centres[which] + 0.5 * noise).to(**{"dtype": torch.float32, **kwargs})
 
 
 # ---- the dense formulas ----
@@ -56,7 +67,8 @@ def assert_best(x, k, metric="cosine", segments=None, include_self=False, tolera
     scale = 1.0 if metric == "cosine" else max(1.0, *x.double().norm(dim=1).tolist(), 0.0)
     filled = best == -math.inf
     torch.testing.assert_close(got, best, atol=tolerance * scale, rtol=0)
-    assert (indices[filled] == -1).all() and (values[filled] == -sign * math.inf).all()
+    assert (indices[filled] == -1).all()
+    assert (values[filled] == -sign * math.inf).all()
     assert ((indices[~filled] >= 0) & (indices[~filled] < n)).all()
     own = scores.gather(1, indices.long().clamp_min(0))
     torch.testing.assert_close(own[~filled], got[~filled], atol=tolerance * scale, rtol=0)
@@ -93,9 +105,9 @@ def exact_rows(n, channels, seed=0):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("include_self", (False, True))
+@pytest.mark.parametrize("include_self", [False, True])
 @pytest.mark.parametrize(
-    "n, channels, k",
+    ("n", "channels", "k"),
     [(1, 3, 1), (2, 1, 1), (17, 5, 4), (64, 64, 16), (97, 33, 96), (130, 7, 200), (515, 40, 33)],
 )
 def test_shapes(n, channels, k, include_self, metric, poisoned_memory):
@@ -154,13 +166,15 @@ def test_negative_similarities():
 # ---- ties ----
 
 
-@pytest.mark.parametrize("include_self", (False, True))
-@pytest.mark.parametrize("n, channels, k", [(60, 5, 7), (400, 8, 50), (1100, 70, 200)])
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize(("n", "channels", "k"), [(60, 5, 7), (400, 8, 50), (1100, 70, 200)])
 def test_ties_cosine(n, channels, k, include_self):
     assert_identical(exact_rows(n, channels), k, include_self=include_self)
 
 
-@pytest.mark.parametrize("n, channels, k", [(60, 2, 7), (900, 3, 20), (700, 5, 699), (900, 40, 64)])
+@pytest.mark.parametrize(
+    ("n", "channels", "k"), [(60, 2, 7), (900, 3, 20), (700, 5, 699), (900, 40, 64)]
+)
 def test_ties_euclidean(n, channels, k):
     x = torch.randint(-3, 4, (n, channels), generator=torch.Generator().manual_seed(2)).float()
     assert_identical(x, k, metric="euclidean")
@@ -211,18 +225,19 @@ def test_far_from_the_origin(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite(bad, metric, poisoned_memory):
     x = clustered(150, 20, seed=9)
     x[3, 5] = x[77, 0] = bad
     kept = torch.ones(150, dtype=torch.bool)
     kept[[3, 77]] = False
     values, indices = knn(x, 12, metric=metric)
-    assert (indices[~kept] == -1).all() and values[~kept].isinf().all()
+    assert (indices[~kept] == -1).all()
+    assert values[~kept].isinf().all()
     assert not torch.isin(indices, torch.tensor([3, 77])).any()
     expected, _ = knn(x[kept], 12, metric=metric)
     torch.testing.assert_close(values[kept], expected)
-    with pytest.raises(ValueError, match="features: expected finite values.*row 3"):
+    with pytest.raises(ValueError, match=r"features: expected finite values.*row 3"):
         knn(x, 12, metric=metric, check_finite=True)
     knn(x[kept], 12, metric=metric, check_finite=True)
 
@@ -240,13 +255,14 @@ def test_not_contiguous(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precisions_are_computed_in_float32(dtype, metric):
     x = clustered(260, 48, seed=11, dtype=dtype)
     values, indices = assert_best(x, 30, metric)
     assert values.dtype == torch.float32
     again, same = knn(x.float(), 30, metric=metric)
-    assert torch.equal(values, again) and torch.equal(indices, same)
+    assert torch.equal(values, again)
+    assert torch.equal(indices, same)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -263,7 +279,8 @@ def test_threads(one_thread):
     for metric in METRICS:
         values, indices = knn(x, 40, metric=metric)
         values1, indices1 = one_thread(lambda: knn(x, 40, metric=metric))  # noqa: B023
-        assert torch.equal(values, values1) and torch.equal(indices, indices1)
+        assert torch.equal(values, values1)
+        assert torch.equal(indices, indices1)
 
 
 @settings(
@@ -324,7 +341,7 @@ print(peak() - before)
 # ---- the dispatcher ----
 
 
-@pytest.mark.parametrize("segments", (None, torch.tensor([0, 20, 20, 50])))
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 20, 20, 50])])
 def test_opcheck(segments):
     x = clustered(50, 8)
     arguments = (x, 5, "cosine", segments, False, False)
@@ -347,7 +364,7 @@ def test_not_differentiable_and_says_so():
     x = clustered(30, 8).requires_grad_()
     values, indices = knn(x, 4)
     assert not indices.requires_grad
-    with pytest.raises(RuntimeError, match="knn is not differentiable.*detach"):
+    with pytest.raises(RuntimeError, match=r"knn is not differentiable.*detach"):
         values.sum().backward()
     (x.sum() + knn(x.detach(), 4)[0].sum()).backward()
 
@@ -358,7 +375,7 @@ X = torch.zeros(6, 3)
 
 
 @pytest.mark.parametrize(
-    "arguments, options, error, message",
+    ("arguments", "options", "error", "message"),
     [
         (("x", 2), {}, TypeError, "features: expected a torch.Tensor, got str"),
         ((X[0], 2), {}, ValueError, r"features: expected shape \[N, C\], got \[3\]"),

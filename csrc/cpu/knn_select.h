@@ -1,0 +1,223 @@
+// Candidate buffers: every row keeps the candidates that may still be among its k best, and a
+// threshold that nearly all others fail.
+//
+// A candidate comes with a *score*: an estimate, greater is better, of the *value* that decides.
+// `margin` bounds the difference for all pairs of a row (proof in knn_pack.h). Let s be a score
+// that at least k candidates reach. Their exact scores are at least s - margin, so the k-th best
+// exact score is too, and whoever is to be among the k best has an estimate of at least s - 2
+// margin: candidates below are dropped, and so is every later one. `relative` covers the rounding
+// of the value itself where it is no plain sum (the square root of the distance).
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "cpu/knn_lanes.h"
+#include "cpu/knn_memory.h"
+
+namespace nefkern::cpu::NEFKERN_ISA {
+
+constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold of a row left out
+constexpr float kAnything = -FLT_MAX;
+
+// A row's k best so far are sorted by this key: value descending, then index ascending.
+inline uint64_t sort_key(float value, int32_t index) {
+  const float positive_zero = value + 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &positive_zero, sizeof(bits));
+  const uint32_t ascending = bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
+  return static_cast<uint64_t>(~ascending) << 32 | static_cast<uint32_t>(index);
+}
+
+inline float key_value(uint64_t key) {
+  const uint32_t ascending = ~static_cast<uint32_t>(key >> 32);
+  const uint32_t bits = ascending ^ (ascending >> 31 ? 0x80000000u : 0xFFFFFFFFu);
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline int32_t key_index(uint64_t key) { return static_cast<int32_t>(static_cast<uint32_t>(key)); }
+
+// One row's buffer: scores and positions of its candidates, in no order.
+struct Row {
+  float* score;
+  int32_t* position;
+  int32_t* count;
+  float* threshold;
+  float margin;
+};
+
+class Candidates {
+ public:
+  // At most this many candidates a row, whatever the input.
+  static int64_t capacity(int64_t k, int64_t n) {
+    return round_up(std::min(2 * k, n) + 96, kLanes);
+  }
+
+  Candidates(int64_t rows, int64_t k, int64_t n)
+      : k_(k),
+        capacity_(capacity(k, n)),
+        score_(rows * capacity_),
+        position_(rows * capacity_),
+        count_(rows),
+        threshold_(rows),
+        margin_(rows) {}
+
+  void reset(int64_t row, float threshold, float margin) {
+    count_[row] = 0;
+    threshold_[row] = threshold;
+    margin_[row] = margin;
+  }
+
+  int64_t k() const { return k_; }
+  int64_t limit() const { return capacity_ - kLanes; }  // room for one more vector of candidates
+  const float* threshold() const { return threshold_.data(); }
+  Row row(int64_t i) {
+    return {score_.data() + i * capacity_, position_.data() + i * capacity_, &count_[i],
+            &threshold_[i], margin_[i]};
+  }
+
+ private:
+  int64_t k_, capacity_;
+  Array<float> score_;
+  Array<int32_t> position_;
+  Array<int32_t> count_;
+  Array<float> threshold_, margin_;
+};
+
+inline void append(const Row& row, float score, int32_t position) {
+  const int32_t at = (*row.count)++;
+  row.score[at] = score;
+  row.position[at] = position;
+}
+
+// Appends the lanes of `mask`, in order. Writes up to a whole vector beyond the count.
+inline void append(const Row& row, const Lanes& score, int32_t first_position, uint32_t mask) {
+#if defined(__AVX512F__)
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i position = _mm512_add_epi32(_mm512_set1_epi32(first_position), iota);
+  const __mmask16 m = static_cast<__mmask16>(mask);
+  _mm512_storeu_ps(row.score + *row.count, _mm512_maskz_compress_ps(m, (__m512)score));
+  _mm512_storeu_si512(row.position + *row.count, _mm512_maskz_compress_epi32(m, position));
+  *row.count += __builtin_popcount(mask);
+#else
+  for_each_bit(mask, [&](int l) { append(row, score[l], first_position + l); });
+#endif
+}
+
+inline int32_t count_at_least(const float* score, int32_t count, float bound) {
+  int32_t found = 0;
+  const Lanes bounds = broadcast(bound);
+  int32_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    found += __builtin_popcount(at_least(load(score + i), bounds));
+  for (; i < count; ++i) found += score[i] >= bound;
+  return found;
+}
+
+// A score that at least k and, where the scores allow, not many more than k candidates reach.
+// Bisection: a pass over the scores costs less than one step of a partition around a pivot does.
+inline float about_kth(const float* score, int32_t count, int64_t k) {
+  float low = score[0], high = score[0];
+  for (int32_t i = 1; i < count; ++i) {
+    low = std::min(low, score[i]);
+    high = std::max(high, score[i]);
+  }
+  const int64_t enough = k + k / 32;
+  for (int step = 0; step < 24; ++step) {
+    const float middle = 0.5f * low + 0.5f * high;
+    if (middle <= low || middle >= high) break;
+    const int32_t reached = count_at_least(score, count, middle);
+    if (reached < k) {
+      high = middle;
+    } else {
+      low = middle;
+      if (reached <= enough) break;
+    }
+  }
+  return low;
+}
+
+// Drops the candidates below `bound`, keeping the order of the others.
+inline void keep_at_least(const Row& row, float bound) {
+  const int32_t count = *row.count;
+  const Lanes bounds = broadcast(bound);
+  *row.count = 0;
+  for (int32_t i = 0; i < count; i += kLanes) {
+    const uint32_t inside = i + kLanes <= count ? 0xFFFFu : (1u << (count - i)) - 1;
+    const Lanes score = load(row.score + i);
+    const uint32_t mask = at_least(score, bounds) & inside;
+#if defined(__AVX512F__)
+    const __mmask16 m = static_cast<__mmask16>(mask);
+    const __m512i position = _mm512_loadu_si512(row.position + i);
+    _mm512_storeu_ps(row.score + *row.count, _mm512_maskz_compress_ps(m, (__m512)score));
+    _mm512_storeu_si512(row.position + *row.count, _mm512_maskz_compress_epi32(m, position));
+    *row.count += __builtin_popcount(mask);
+#else
+    for_each_bit(mask, [&](int l) { append(row, score[l], row.position[i + l]); });
+#endif
+  }
+}
+
+// The threshold once k candidates reach `score`.
+inline float threshold_from(float score, float margin, double relative) {
+  const double bound = score - 2.0 * margin - relative * (std::abs(double{score}) + margin);
+  return std::max(kAnything, std::nextafterf(static_cast<float>(bound), -kNothing));
+}
+
+// Makes room in a full buffer. `Exact` knows the values:
+//   float value(int32_t row, int32_t position, float score)   what decides, greater is better
+//   float score(float value)                                  the same as a score
+//   int32_t index(int32_t position)                           breaks ties, lower first
+//   double relative
+template <class Exact>
+void compact(const Row& row, int32_t i, int64_t k, int64_t limit, const Exact& exact) {
+  const float bound =
+      threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative);
+  *row.threshold = std::max(*row.threshold, bound);
+  keep_at_least(row, *row.threshold);
+  if (*row.count <= (k + limit) / 2 + 1) return;
+  // Too many estimates near the k-th: only their values can tell, and then k are enough.
+  struct Entry {
+    uint64_t key;
+    int32_t position;
+  };
+  thread_local std::vector<Entry> entries;
+  entries.resize(*row.count);
+  for (int32_t c = 0; c < *row.count; ++c)
+    entries[c] = {
+        sort_key(exact.value(i, row.position[c], row.score[c]), exact.index(row.position[c])),
+        row.position[c]};
+  const auto before = [](const Entry& a, const Entry& b) { return a.key < b.key; };
+  std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end(), before);
+  *row.count = 0;
+  for (int64_t c = 0; c < k; ++c)
+    append(row, exact.score(key_value(entries[c].key)), entries[c].position);
+  *row.threshold = std::max(
+      *row.threshold,
+      threshold_from(exact.score(key_value(entries[k - 1].key)), row.margin, exact.relative));
+}
+
+// The final k of a row, sorted, as keys; fewer where there are fewer candidates.
+template <class Exact>
+int64_t finish(const Row& row, int32_t i, int64_t k, const Exact& exact,
+               std::vector<uint64_t>& keys) {
+  if (*row.count > k)
+    keep_at_least(row,
+                  threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative));
+  const int32_t count = *row.count;
+  keys.resize(count);
+  for (int32_t c = 0; c < count; ++c) {
+    exact.prefetch(row.position[std::min(c + 4, count - 1)]);
+    keys[c] = sort_key(exact.value(i, row.position[c], row.score[c]), exact.index(row.position[c]));
+  }
+  std::sort(keys.begin(), keys.end());
+  return std::min<int64_t>(k, count);
+}
+
+}  // namespace nefkern::cpu::NEFKERN_ISA

@@ -1,0 +1,146 @@
+// Scores of all pairs between two blocks of rows, each computed once and offered to both rows.
+#pragma once
+
+#include "cpu/knn_pack.h"
+#include "cpu/knn_select.h"
+
+namespace nefkern::cpu::NEFKERN_ISA {
+
+constexpr int kTileVectors = kTileColumns / kLanes;
+
+// One element of row a (same in every lane) times one of 16 rows b, added to `sum`.
+inline void multiply_add(Lanes& sum, uint32_t a, const uint32_t* b) {
+#if defined(__AVX512BF16__)
+  sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                                (__m512bh)_mm512_load_si512(b));
+#else
+  float value;
+  std::memcpy(&value, &a, sizeof(value));
+  sum += broadcast(value) * load(reinterpret_cast<const float*>(b));
+#endif
+}
+
+// tile[r][v]: scores of rows i + r with the 16 rows from j + 16 v.
+inline void score_tile(const Panels& panels, int64_t i, int64_t j,
+                       Lanes (&tile)[kTileRows][kTileVectors]) {
+  const uint32_t* a = panels.panel(i) + i % kLanes;
+  const uint32_t* b = panels.panel(j);
+  const int64_t panel = panels.steps * kLanes;
+  Lanes sum[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kTileVectors; ++v)
+      sum[r][v] = broadcast(panels.offset[i + r]) + load(panels.offset.data() + j + kLanes * v);
+  for (int64_t s = 0; s < panels.steps; ++s) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < kTileVectors; ++v)
+        multiply_add(sum[r][v], a[s * kLanes + r], b + v * panel + s * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kTileVectors; ++v) tile[r][v] = sum[r][v];
+}
+
+// The values that decide, from the unrounded rows. One fixed order of summation, symmetric in the
+// two rows: the result doesn't depend on tiles or threads, and copies of a row tie exactly.
+struct ExactRows {
+  const Panels& panels;
+  bool euclidean;
+  double relative;
+
+  float value(int32_t i, int32_t j, float) const {
+    const float* x = panels.row(i);
+    const float* y = panels.row(j);
+    Lanes part[4] = {};
+    for (int64_t c = 0; c < panels.padded_channels; c += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const Lanes p = load(x + c + u * kLanes), q = load(y + c + u * kLanes);
+        if (euclidean) {
+          part[u] += (p - q) * (p - q);
+        } else {
+          part[u] += p * q;
+        }
+      }
+    }
+    const float total = sum((part[0] + part[1]) + (part[2] + part[3]));
+    return euclidean ? -std::sqrt(total) : total;
+  }
+  float score(float value) const { return euclidean ? -0.5f * value * value : value; }
+  int32_t index(int32_t position) const { return panels.index[position]; }
+  void prefetch(int32_t position) const {
+    const char* row = reinterpret_cast<const char*>(panels.row(position));
+    const int64_t bytes = panels.padded_channels * static_cast<int64_t>(sizeof(float));
+    for (int64_t line = 0; line < std::min<int64_t>(bytes, 4096); line += 64)
+      __builtin_prefetch(row + line);
+  }
+};
+
+class Tiles {
+ public:
+  Tiles(const Panels& panels, Candidates& candidates, bool include_self, const ExactRows& exact)
+      : panels_(panels), candidates_(candidates), include_self_(include_self), exact_(exact) {}
+
+  // All pairs of rows [a, a_end) with rows [b, b_end): the same range, or two apart with a < b.
+  void pairs(int64_t a, int64_t a_end, int64_t b, int64_t b_end) const {
+    // A block of rows stays in the second-level cache while all columns pass by.
+    const int64_t block =
+        std::max<int64_t>(kTileRows, kCacheBytes / (4 * panels_.steps) / kTileRows * kTileRows);
+    for (int64_t i_block = a; i_block < a_end; i_block += block) {
+      const int64_t i_end = std::min(i_block + block, a_end);
+      for (int64_t j = b; j < b_end; j += kTileColumns) {
+        if (j + kTileColumns <= i_block) continue;  // the transposed tile has these pairs
+        for (int64_t i = i_block; i < std::min(i_end, j + kTileColumns); i += kTileRows) tile(i, j);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kCacheBytes = 384 << 10;
+
+  void tile(int64_t i, int64_t j) const {
+    alignas(64) Lanes score[kTileRows][kTileVectors];
+    score_tile(panels_, i, j, score);
+    const bool crosses = j < i + kTileRows;  // the diagonal
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kTileVectors; ++v) offer(i + r, j + v * kLanes, score[r][v], crosses);
+  }
+
+  // Scores of row i with the 16 rows from j: candidates for row i, and row i for each of them.
+  void offer(int64_t i, int64_t j, const Lanes& score, bool crosses) const {
+    const float* threshold = candidates_.threshold();
+    uint32_t for_i = at_least(score, broadcast(threshold[i]));
+    uint32_t for_j = at_least(score, load(threshold + j));
+    if (crosses) {
+      const uint32_t after = i < j ? 0xFFFFu : i - j < kLanes ? 0xFFFEu << (i - j) & 0xFFFFu : 0;
+      const uint32_t self = include_self_ && i >= j && i - j < kLanes ? 1u << (i - j) : 0;
+      for_i &= after | self;
+      for_j &= after;
+    }
+    if (for_i) {
+      const Row row = candidates_.row(i);
+      append(row, score, static_cast<int32_t>(j), for_i);
+      if (*row.count > candidates_.limit()) make_room(row, i);
+    }
+    for_each_bit(for_j, [&](int l) {
+      const Row row = candidates_.row(j + l);
+      append(row, score[l], static_cast<int32_t>(i));
+      if (*row.count > candidates_.limit()) make_room(row, j + l);
+    });
+  }
+
+  __attribute__((noinline)) void make_room(const Row& row, int64_t i) const {
+    compact(row, static_cast<int32_t>(i), candidates_.k(), candidates_.limit(), exact_);
+  }
+
+  const Panels& panels_;
+  Candidates& candidates_;
+  bool include_self_;
+  const ExactRows& exact_;
+};
+
+}  // namespace nefkern::cpu::NEFKERN_ISA
