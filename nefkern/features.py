@@ -131,7 +131,7 @@ class Backbone(nn.Module):
                 raise
             raise UserError(
                 f"--backbone: {type(self.model).__name__} does not take images of "
-                f"{images.shape[-2]} × {images.shape[-1]} pixels ({first_line(error)})"
+                f"{images.shape[-1]} × {images.shape[-2]} pixels ({first_line(error)})"
             ) from error
         return Features(maps[-1].float(), torch.cat([m.float() for m in maps], dim=-1), grid)
 

@@ -58,13 +58,12 @@ class Segmenter:
         self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "auto", *, trained: bool = True) -> Segmenter:
+    def load(cls, run: str | Path, device: str = "auto") -> Segmenter:
         """Load a run folder.
 
         Args:
             run: what ``python -m nefkern.train`` wrote.
             device: "cpu", "cuda", or "auto".
-            trained: False leaves ψ as initialised (by torch's generator): a control.
 
         Raises:
             UserError: no run there, no checkpoint yet, or other backbone weights than the run's.
@@ -83,9 +82,15 @@ class Segmenter:
                 f"({backbone.identity}); see --weights in its config.yaml"
             )
         psi = build_eigenfunction(options, backbone).to(backbone.mean.device)
-        if trained:
-            psi.load_state_dict(found[0])
+        psi.load_state_dict(found[0])
         return cls(backbone, psi, options)
+
+    def untrained(self, seed: int) -> Segmenter:
+        """The same backbone with ψ freshly initialised: the control of what training adds."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            psi = build_eigenfunction(self.options, self.backbone)
+        return Segmenter(self.backbone, psi.to(self.device), self.options)
 
     @property
     def device(self) -> torch.device:
@@ -102,8 +107,7 @@ class Segmenter:
         images = images.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
             features = self.backbone(images)
-            hidden = self.psi.hidden(features.concat).float()
-        logits = self.psi.head(hidden) / self.temperature
+        logits, hidden = self.project(features.concat)
         h, w = features.grid
 
         def as_map(tokens: Tensor) -> Tensor:
@@ -116,6 +120,13 @@ class Segmenter:
             concat=as_map(features.concat),
             padded=(h * self.patch, w * self.patch),
         )
+
+    @torch.no_grad()
+    def project(self, concat: Tensor) -> tuple[Tensor, Tensor]:
+        """ψ alone: its input ``[B, n, D]`` to logits ``[B, n, K]`` and hidden ``[B, n, D]``."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            hidden = self.psi.hidden(concat).float()
+        return self.psi.head(hidden) / self.temperature, hidden
 
     def logits(
         self, image: Tensor, *, window: int | None = None, stride: int | None = None
@@ -168,7 +179,7 @@ class Segmenter:
         """Raise a UserError that names the image if it is smaller than a patch."""
         if min(pixels.shape[1:]) < self.patch:
             raise UserError(
-                f"{name}: {pixels.shape[1]} × {pixels.shape[2]} pixels, expected at least one "
+                f"{name}: {pixels.shape[2]} × {pixels.shape[1]} pixels, expected at least one "
                 f"patch, {self.patch} × {self.patch}"
             )
 

@@ -1,0 +1,68 @@
+"""What the tests of the pipeline share: photographs on disk, options of a run of seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nefkern.options import TrainOptions
+
+
+def _photograph(width: int, height: int, seed: int) -> Image.Image:
+    """Discs of colour on a gradient, with a little noise."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x / width, y / height, (x + y) / (width + height)], -1) * 160
+    for _ in range(4):
+        centre, radius = random.uniform(0, [width, height]), random.uniform(8, 25)
+        inside = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
+        pixels[inside] = random.uniform(0, 255, 3)
+    pixels += random.normal(0, 4, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Callable[[int, int, int], Image.Image]:
+    """photograph(width, height, seed): a small colour picture."""
+    return _photograph
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten photographs in images/train, of different sizes."""
+    folder = tmp_path / "photos" / "images" / "train"
+    folder.mkdir(parents=True)
+    for number in range(10):
+        _photograph(70 + 3 * number, 90 - 2 * number, number).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def tiny(photos: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
+    """tiny(**changes): options of a run of 3 epochs of 5 steps, with a small random backbone."""
+
+    def make(**changes) -> TrainOptions:
+        options = TrainOptions(
+            data="folder", data_root=str(photos), out=str(tmp_path / "run"),
+            backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=8,
+            epochs=3, batch_size=2, workers=0, pictures=2, checkpoint_seconds=1000.0,
+        )  # fmt: skip
+        for name, value in changes.items():
+            assert hasattr(options, name), name
+            setattr(options, name, value)
+        options.check()
+        return options
+
+    return make
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two photographs, uint8 [2, 3, 70, 100]: neither side a multiple of a patch of 16."""
+    pictures = [np.array(_photograph(100, 70, seed)) for seed in (1, 2)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
