@@ -107,6 +107,20 @@ registry.kernel("linear_attention", "reference")(reference.linear_attention)
 registry.kernel("linear_attention_backward", "reference")(reference.linear_attention_backward)
 
 
+def _native(*args) -> bool:
+    return args[0].device.type == "cpu" and args[0].dtype != torch.float64
+
+
+@registry.kernel("linear_attention", "cpu", accepts=_native)
+def _cpu(*args):
+    return torch.ops.nefkern_native.linear_attention(*args)
+
+
+@registry.kernel("linear_attention_backward", "cpu", accepts=_native)
+def _cpu_backward(*args):
+    return torch.ops.nefkern_native.linear_attention_backward(*args)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, mask, ctx.feature_map, ctx.eps = inputs
     _, state, stats = output

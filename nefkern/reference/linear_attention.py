@@ -130,7 +130,7 @@ def _query_features(
         return q.softmax(-1) / math.sqrt(q.shape[-1]), 1.0
     phi = _elu1(q)
     divisor = phi @ stats[:, :, 1:].mT + eps
-    reciprocal = torch.where(divisor > 0, 1 / divisor, 0)
+    reciprocal = torch.where(divisor == 0, 0, 1 / divisor)
     return phi * reciprocal, reciprocal
 
 
