@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class GraphConfig:
     pixel_graphs: tuple[tuple[int, float], ...] = ((10, 2.0), (5, 0.1))
 
     def __post_init__(self) -> None:
-        resolve_neighbours(self.neighbours, 10_000)
+        resolve_neighbours(self.neighbours, sys.maxsize)  # whether it is a number or share at all
         if not 0 <= self.alpha < math.inf:
             raise UserError(f"--alpha {self.alpha}: expected a weight of at least 0")
         for k, weight in self.pixel_graphs:
@@ -52,7 +53,7 @@ def resolve_neighbours(neighbours: int | str, rows: int) -> int:
         k = int(text) if share is None else max(1, round(share / 100 * rows))
     except (ValueError, OverflowError):
         share = k = 0
-    if k < 1 or (share is not None and not share > 0):
+    if k < 1 or (share is not None and not 0 < share < 100):
         raise UserError(
             f"--k {neighbours}: expected a number of neighbours, or a share of N such as 2%"
         )
