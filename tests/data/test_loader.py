@@ -130,6 +130,16 @@ def test_views_follow_the_epoch(images_folder):
     assert len(list(views)) == 7
 
 
+def test_distinct_views_come_in_turn_and_are_those_of_every_seed(images_folder):
+    dataset = open_dataset("folder", root=images_folder)
+    one, other = (Views(dataset, TRANSFORM, seed=seed, distinct=2) for seed in (1, 2))
+    images = [one.view(number, 3).image for number in range(4)]
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], images[3])
+    assert torch.equal(other.view(4, 3).image, images[0])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_reported_once_and_replaced(images_folder, caplog, workers, damage):
     damage("bc")
