@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import logging
 import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,8 +273,13 @@ def _go_offline_without_network() -> None:
     """Without a network: cached files or nothing, not a minute of the hub client's retries."""
     from huggingface_hub import constants
 
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(hub.scheme)
+    if proxy and not urllib.request.proxy_bypass(hub.hostname):
+        hub = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = hub.port or (443 if hub.scheme == "https" else 80)
     try:
-        socket.getaddrinfo(constants.ENDPOINT.split("//")[-1].split("/")[0].split(":")[0], 443)
+        socket.create_connection((hub.hostname, port), timeout=5).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
 
