@@ -7,6 +7,7 @@ authors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,31 @@ def crf(
     refined = _mean_field(image, probabilities[labels], parameters)
     result[labels] = torch.from_numpy(refined).view(-1, height, width).to(result.device)
     return result
+
+
+def refine_clusters(
+    image: Tensor,
+    clusters: Tensor,
+    probabilities: Callable[[Tensor], Tensor],
+    parameters: CRFParameters = CRFParameters(),
+) -> Tensor:
+    """Refine a cluster map by the CRF, over the clusters that win a pixel of this image.
+
+    Args:
+        image: uint8 ``[3, H, W]``, RGB.
+        clusters: int64 ``[H, W]``.
+        probabilities: from those clusters, int64 ``[n]`` ascending, to their probabilities
+            ``[n, H, W]``; so those of the hundreds of others never fill the memory.
+
+    Returns:
+        int64 ``[H, W]``, of the same clusters.
+
+    Raises:
+        ValueError, UserError: as :func:`crf`.
+    """
+    winners = clusters.unique()
+    refined = crf(image, probabilities(winners), parameters, all_labels=True)
+    return winners[refined.argmax(0)]
 
 
 def _mean_field(image: Tensor, probabilities: Tensor, p: CRFParameters) -> np.ndarray:

@@ -119,8 +119,51 @@ def sliding_clusters(
     return clusters
 
 
+def window_crops(
+    image: Tensor, window: int, stride: int, *, batch_size: int = 4
+) -> Iterator[Tensor]:
+    """What :func:`sliding_tiles` hands to its predictor: batches of crops ``[n, 3, h, w]``."""
+    lefts = window_starts(image.shape[2], window, stride)
+    h, w = min(window, image.shape[1]), min(window, image.shape[2])
+    for top in window_starts(image.shape[1], window, stride):
+        yield from _batches(image[:, top : top + h], lefts, w, batch_size)
+
+
+class Replay:
+    """A predictor that remembers its answers, for several passes over one image.
+
+    Wrap a predictor, let a first pass call it, and hand :meth:`select` to the passes after it: the
+    windows come in the same order, and the network isn't asked again.
+    """
+
+    def __init__(self, predict: Predictor) -> None:
+        self._predict = predict
+        self._answers: list[Tensor | tuple[Tensor, tuple[float, float]]] = []
+
+    def __call__(self, crops: Tensor) -> Tensor | tuple[Tensor, tuple[float, float]]:
+        self._answers.append(self._predict(crops))
+        return self._answers[-1]
+
+    def select(self, channels: slice | Tensor) -> Predictor:
+        """The remembered answers, only these channels: a predictor for one further pass."""
+        answers = iter(self._answers)
+
+        def predict(crops: Tensor) -> Tensor | tuple[Tensor, tuple[float, float]]:
+            answer = next(answers)
+            if isinstance(answer, tuple):
+                return answer[0][:, channels], answer[1]
+            return answer[:, channels]
+
+        return predict
+
+
 def _cuts(starts: list[int], window: int) -> Iterator[tuple[int, int]]:
     return pairwise(sorted({*starts, *(start + window for start in starts)}))
+
+
+def _batches(strip: Tensor, lefts: list[int], w: int, batch_size: int) -> Iterator[Tensor]:
+    for i in range(0, len(lefts), batch_size):
+        yield torch.stack([strip[:, :, left : left + w] for left in lefts[i : i + batch_size]])
 
 
 def _predict_row(
@@ -128,8 +171,7 @@ def _predict_row(
 ) -> _WindowRow:
     grids: list[Tensor] = []
     extent: tuple[float, float] = (strip.shape[1], w)
-    for i in range(0, len(lefts), batch_size):
-        crops = torch.stack([strip[:, :, left : left + w] for left in lefts[i : i + batch_size]])
+    for crops in _batches(strip, lefts, w, batch_size):
         prediction = predict(crops)
         if isinstance(prediction, tuple):
             prediction, extent = prediction

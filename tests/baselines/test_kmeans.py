@@ -3,9 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans as ScikitKMeans
+from sklearn.cluster import kmeans_plusplus
 from torch.testing import assert_close
 
-from nefkern.baselines.kmeans import KMeans
+from nefkern.baselines.kmeans import KMeans, plus_plus
 
 
 def blobs(n, centres=5, channels=8, seed=0, spread=0.3, offset=0.0):
@@ -20,10 +21,11 @@ def nearest(rows, centers):
     return torch.cdist(rows.double(), centers.double()).argmin(1)
 
 
-def test_fit_is_scikit_learns():
-    rows, _ = blobs(400)
+def test_fit_is_lloyds_algorithm_from_the_seeding():
+    rows, _ = blobs(400, centres=30, spread=2.0)
     ours = KMeans(5, seed=3).fit(rows)
-    theirs = ScikitKMeans(5, n_init=1, max_iter=100, random_state=3).fit(rows.numpy())
+    init = rows[plus_plus(rows, 5, seed=3)].numpy()
+    theirs = ScikitKMeans(5, init=init, n_init=1, max_iter=100).fit(rows.numpy())
     assert_close(ours.centers, torch.from_numpy(theirs.cluster_centers_))
     assert ours.counts.tolist() == np.bincount(theirs.labels_, minlength=5).tolist()
     assert torch.equal(ours.predict(rows), torch.from_numpy(theirs.labels_).long())
@@ -137,3 +139,44 @@ def test_wrong_rows_are_named(rows, message):
 def test_no_clusters_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         KMeans(0)
+
+
+# ---- seeding ----
+
+
+def potential(rows, chosen):
+    """The sum of squared distances to the nearest chosen row, in float64."""
+    return torch.cdist(rows.double(), rows[chosen].double()).amin(1).square().sum().item()
+
+
+def test_seeding_takes_a_row_from_every_blob():
+    for seed in range(20):
+        rows, which = blobs(300, seed=seed)
+        assert len(set(which[plus_plus(rows, 5, seed)].tolist())) == 5
+
+
+def test_seeding_is_as_good_as_scikit_learns():
+    rows, _ = blobs(800, centres=60, spread=1.5)
+    ours, theirs = [], []
+    for seed in range(10):
+        ours.append(potential(rows, plus_plus(rows, 20, seed)))
+        theirs.append(potential(rows, kmeans_plusplus(rows.numpy(), 20, random_state=seed)[1]))
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.05)
+
+
+def test_seeding_draws_by_squared_distance(monkeypatch):
+    """One trial, three points at 0, 1 and 3: from 0 the second seed is 1 or 3 with odds 1 to 9."""
+    monkeypatch.setattr("nefkern.baselines.kmeans.math.log", lambda _: -1)
+    rows = torch.tensor([[0.0], [1.0], [3.0]])
+    second = [c[1] for c in (plus_plus(rows, 2, s).tolist() for s in range(3000)) if c[0] == 0]
+    assert np.mean(np.array(second) == 2) == pytest.approx(0.9, abs=0.03)
+
+
+def test_seeds_differ_even_among_near_duplicates():
+    rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).repeat(2, 1) + 100
+    rows[40:] += 1e-3
+    assert len(set(plus_plus(rows, 80, 0).tolist())) == 80
+
+
+def test_seeding_survives_too_few_different_rows():
+    assert len(plus_plus(torch.ones(6, 2), 4, 0)) == 4

@@ -1,0 +1,217 @@
+"""Several methods on one data set, from one pass of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nefkern.baselines.clusterer import Clusterer
+from nefkern.baselines.methods import Method
+from nefkern.segmentation.crf import crf, refine_clusters
+from nefkern.segmentation.matching import merge_clusters
+from nefkern.segmentation.metrics import count_matrix
+from nefkern.segmentation.windows import Replay, sliding_tiles, sliding_windows, window_crops
+
+_TILE_FLOATS = 1 << 24  # up-sampled logits held at once
+
+
+class Network(Protocol):
+    """What is asked of :class:`nefkern.segmenter.Segmenter`."""
+
+    num_clusters: int
+    device: torch.device
+
+    def maps(self, images: Tensor) -> Any: ...
+
+    def project(self, concat: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How images reach the network: windows of this size and stride, so many at once."""
+
+    window: int
+    stride: int
+    batch_size: int = 4
+
+
+class Comparison:
+    """Methods that share the backbone's maps, from fitting to counts.
+
+    Args:
+        network: the trained segmenter.
+        methods: which methods, at least one.
+        windows: how images are cut.
+        control: a segmenter with an untrained ψ and the same backbone, if a method asks for one.
+        seed, sample_rows: of K-means, see :class:`Clusterer`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        methods: list[Method],
+        windows: Windows,
+        *,
+        control: Network | None = None,
+        seed: int = 0,
+        sample_rows: int = 1 << 16,
+    ) -> None:
+        self.network, self.control, self.windows = network, control, windows
+        self.clusterers = {
+            method.name: Clusterer(method, network.num_clusters, seed=seed, sample_rows=sample_rows)
+            for method in methods
+        }
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether some method has to see training images."""
+        return any(c.kmeans is not None for c in self.clusterers.values())
+
+    @torch.inference_mode()
+    def fit(self, images: Iterable[Tensor]) -> None:
+        """Fit every K-means on training images, uint8 ``[3, H, W]`` each, in their order.
+
+        Raises:
+            ValueError: fewer patches than clusters.
+        """
+        w = self.windows
+        for image in images:
+            for crops in window_crops(image, w.window, w.stride, batch_size=w.batch_size):
+                maps, _ = self._maps(crops)
+                for clusterer in self.clusterers.values():
+                    clusterer.observe(maps)
+        for clusterer in self.clusterers.values():
+            clusterer.finish(self.network.device)
+
+    @torch.inference_mode()
+    def clusters(self, image: Tensor) -> dict[str, Tensor]:
+        """Every method's clusters of one image ``[3, H, W]``: int64 ``[H, W]`` each."""
+        return self._clusters(image, self._predict)
+
+    @torch.inference_mode()
+    def count(
+        self,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        num_classes: int,
+        *,
+        refine: bool = False,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Count how clusters and classes meet over a data set.
+
+        Args:
+            pairs: image uint8 ``[3, H, W]`` and labels ``[H, W]``, 255 = void.
+            refine: count the clusters once more after a CRF.
+
+        Returns:
+            By method, "none" and perhaps "clusters": int64 counts ``[K, num_classes]``.
+        """
+        k = self.network.num_clusters
+        stages = ("none", "clusters") if refine else ("none",)
+        counts = {
+            name: {stage: torch.zeros(k, num_classes, dtype=torch.int64) for stage in stages}
+            for name in self.clusterers
+        }
+        for image, labels in pairs:
+            replay = Replay(self._predict)
+            for name, clusters in self._clusters(image, replay).items():
+                counts[name]["none"] += count_matrix(clusters, labels, k, num_classes).cpu()
+                if refine:
+                    refined = self._refined(image, replay, name, clusters)
+                    counts[name]["clusters"] += count_matrix(refined, labels, k, num_classes).cpu()
+        return counts
+
+    @torch.inference_mode()
+    def count_refined_classes(
+        self,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        assignments: dict[str, dict[str, Tensor]],
+        num_classes: int,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Confusion after a CRF on the probabilities of *classes*, clusters merged by a matching.
+
+        Args:
+            pairs: as for :meth:`count`.
+            assignments: by method and matching, int64 ``[K]``.
+
+        Returns:
+            By method and matching, int64 ``[num_classes, num_classes]``.
+        """
+        confusions = {
+            name: {m: torch.zeros(num_classes, num_classes, dtype=torch.int64) for m in matchings}
+            for name, matchings in assignments.items()
+        }
+        for image, labels in pairs:
+            replay = Replay(self._predict)
+            for _ in self._tiles(image, replay):
+                pass
+            for name, matchings in assignments.items():
+                for matching, assignment in matchings.items():
+                    merged = self._class_probabilities(image, replay, name, assignment, num_classes)
+                    refined = crf(image, merged).argmax(0)
+                    confusions[name][matching] += count_matrix(
+                        refined, labels, num_classes, num_classes
+                    ).cpu()
+        return confusions
+
+    def _maps(self, crops: Tensor) -> tuple[dict[str, Tensor], tuple[int, int]]:
+        """All maps of a batch by name, on the patch grid, and the size in pixels it spans."""
+        maps = self.network.maps(crops)
+        found = {name: getattr(maps, name) for name in ("logits", "hidden", "graph", "concat")}
+        if self.control is not None:
+            tokens = maps.concat.flatten(2).transpose(1, 2)
+            grid = maps.concat.shape[2:]
+            logits, hidden = self.control.project(tokens)
+            found["logits-untrained"] = logits.transpose(1, 2).unflatten(2, grid)
+            found["hidden-untrained"] = hidden.transpose(1, 2).unflatten(2, grid)
+        return found, maps.padded
+
+    def _predict(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The cluster logits of all methods, one after another along the channels."""
+        maps, padded = self._maps(crops)
+        return torch.cat([c.logits(maps) for c in self.clusterers.values()], dim=1), padded
+
+    def _tiles(self, image: Tensor, predict: Callable) -> Iterator:
+        w = self.windows
+        pixels = _TILE_FLOATS // (len(self.clusterers) * self.network.num_clusters)
+        return sliding_tiles(
+            predict, image, w.window, w.stride, batch_size=w.batch_size, max_pixels=max(1, pixels)
+        )
+
+    def _clusters(self, image: Tensor, predict: Callable) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for tile in self._tiles(image, predict):
+            parts = tile.logits.split(self.network.num_clusters)
+            for name, part in zip(self.clusterers, parts, strict=True):
+                if name not in found:
+                    found[name] = part.new_empty(image.shape[1:], dtype=torch.int64)
+                found[name][slice(*tile.rows), slice(*tile.cols)] = part.argmax(0)
+        return found
+
+    def _first_channel(self, name: str) -> int:
+        return list(self.clusterers).index(name) * self.network.num_clusters
+
+    def _refined(self, image: Tensor, replay: Replay, name: str, clusters: Tensor) -> Tensor:
+        def probabilities(winners: Tensor) -> Tensor:
+            predict, w = replay.select(winners + self._first_channel(name)), self.windows
+            logits = sliding_windows(predict, image, w.window, w.stride, batch_size=w.batch_size)
+            return self.clusterers[name].probabilities(logits)
+
+        return refine_clusters(image, clusters, probabilities)
+
+    def _class_probabilities(
+        self, image: Tensor, replay: Replay, name: str, assignment: Tensor, num_classes: int
+    ) -> Tensor:
+        first = self._first_channel(name)
+        predict = replay.select(slice(first, first + self.network.num_clusters))
+        merged: Tensor | None = None
+        for tile in self._tiles(image, predict):
+            probabilities = self.clusterers[name].probabilities(tile.logits)
+            part = merge_clusters(probabilities, assignment.to(probabilities.device), num_classes)
+            if merged is None:
+                merged = part.new_empty(num_classes, *image.shape[1:])
+            merged[:, slice(*tile.rows), slice(*tile.cols)] = part
+        return merged

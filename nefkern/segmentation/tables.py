@@ -1,0 +1,66 @@
+"""Evaluation results as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nefkern.segmentation.evaluation import MATCHINGS
+
+
+def summary_table(evaluation: dict[str, Any]) -> str:
+    """Accuracy and mean IoU of every method and matching, in percent.
+
+    Args:
+        evaluation: what ``python -m nefkern.evaluate`` writes as JSON.
+    """
+    rows = [("method", "CRF on", "matching", "accuracy", "mIoU", "classes", "clusters")]
+    count, clusters = len(evaluation["classes"]), evaluation["num_clusters"]
+    for name, method in evaluation["methods"].items():
+        for crf, stage in method["stages"].items():
+            for matching, result in stage["matchings"].items():
+                rows.append(
+                    (
+                        name,
+                        "-" if crf == "none" else crf,
+                        MATCHINGS[matching],
+                        _percent(result["accuracy"]),
+                        _percent(result["mean_iou"]),
+                        f"{result['classes_matched']}/{count}",
+                        f"{stage['clusters_used']}/{clusters}",
+                    )
+                )
+    return _aligned(rows, left=3)
+
+
+def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
+    """IoU of every class, in percent, a column for each method; largest class first."""
+    columns = [
+        (name if crf == "none" else f"{name}+crf", stage["matchings"][matching]["iou"])
+        for name, method in evaluation["methods"].items()
+        for crf, stage in method["stages"].items()
+    ]
+    pixels = evaluation["pixels"]
+    total = max(1, sum(pixels.values()))
+    rows = [("class", "pixels %", *(name for name, _ in columns))]
+    for label in sorted(pixels, key=pixels.get, reverse=True):
+        share = f"{100 * pixels[label] / total:.1f}"
+        rows.append((label, share, *(_percent(iou[label]) for _, iou in columns)))
+    return _aligned(rows, left=1)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
