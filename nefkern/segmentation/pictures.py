@@ -114,11 +114,15 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
     return sheet
 
 
-def index_image(clusters: Tensor | np.ndarray) -> Image.Image:
+def index_image(clusters: Tensor | np.ndarray, num_clusters: int | None = None) -> Image.Image:
     """An index map as an image whose pixel values are the indices.
 
     Up to 256 clusters become a palette image, which viewers show in colour; more become 16-bit
     grey.
+
+    Args:
+        clusters: ``[H, W]``.
+        num_clusters: how many there are in all images; default, as many as here.
 
     Raises:
         ValueError: an index below 0 or above 65535.
@@ -126,7 +130,7 @@ def index_image(clusters: Tensor | np.ndarray) -> Image.Image:
     clusters = _numpy(clusters)
     if clusters.min(initial=0) < 0 or clusters.max(initial=0) > 65535:
         raise ValueError(f"indices must lie in 0..65535, got {clusters.min()}..{clusters.max()}")
-    if clusters.max(initial=0) > 255:
+    if max(clusters.max(initial=0) + 1, num_clusters or 0) > 256:
         return Image.fromarray(clusters.astype(np.uint16))
     picture = Image.fromarray(clusters.astype(np.uint8))
     picture.putpalette(palette(256).tobytes())

@@ -121,6 +121,11 @@ def test_index_images_keep_the_indices(largest, mode):
     assert np.array(read).tolist() == index.tolist()
 
 
+def test_the_format_can_be_fixed_for_all_images():
+    assert index_image(torch.zeros(2, 2, dtype=torch.int64), 256).mode == "P"
+    assert index_image(torch.zeros(2, 2, dtype=torch.int64), 257).mode == "I;16"
+
+
 def test_index_images_show_the_palette():
     picture = index_image(torch.tensor([[0, 7]]))
     assert (np.array(picture.convert("RGB"))[0, 1] == palette(8)[7]).all()
