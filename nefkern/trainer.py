@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nefkern.data import TrainTransform, open_dataset, train_loader
+from nefkern.data import TrainLoader, TrainTransform, open_dataset, train_loader
 from nefkern.eigenfunction import (
     Eigenfunction,
     EigenfunctionConfig,
@@ -110,6 +110,7 @@ class Trainer:
         self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
         self.temperatures = options.temperatures()
         self.position = Position(batch_size=min(options.batch_size, len(self.dataset)))
+        self.loader: TrainLoader | None = None
         self.interrupted = False
         self._check_rows()  # before anything is written
         self._resume()
@@ -218,6 +219,7 @@ class Trainer:
                     self.save()
                 if self.interrupted:
                     break
+        self.loader = None  # ends its processes
         self.save()
         if self.interrupted:
             raise KeyboardInterrupt(
@@ -236,13 +238,20 @@ class Trainer:
             try:
                 yield from self._epoch()
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or self.position.batch_size < 2:
+                if not _is_out_of_memory(error):
                     raise
+                if self.position.batch_size < 2:
+                    raise UserError(
+                        "out of memory with a single image: lower --crop or "
+                        "--num-eigenfunctions, or take a smaller --backbone"
+                    ) from error
                 self._halve_batch()
 
     def _halve_batch(self) -> None:
+        """Go on from the image that comes next; an odd batch repeats up to one batch of images."""
         old = self.position
         seen = old.step * old.batch_size
+        self.loader = None
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -256,15 +265,21 @@ class Trainer:
             return TrainTransform(size, crop)
         return TrainTransform(crop, crop, ratio=(1.0, 1.0), flip=0.0, photometric=False)
 
+    def _batches(self) -> TrainLoader:
+        """One loader for all epochs: it keeps its processes, and reports a bad image once."""
+        if self.loader is None:
+            self.loader = train_loader(
+                self.dataset,
+                self._transform(),
+                batch_size=self.position.batch_size,
+                workers=self.options.workers,
+                seed=self.options.seed,
+                views=self.options.views if self.options.augment else 1,
+            )
+        return self.loader
+
     def _epoch(self) -> Iterator[dict[str, float]]:
-        loader = train_loader(
-            self.dataset,
-            self._transform(),
-            batch_size=self.position.batch_size,
-            workers=self.options.workers,
-            seed=self.options.seed,
-            views=self.options.views if self.options.augment else 1,
-        )
+        loader = self._batches()
         loader.set_epoch(self.position.epoch, start_step=self.position.step)
         steps = len(loader)
         with tqdm(

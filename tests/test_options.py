@@ -1,0 +1,164 @@
+"""Options: flags over YAML over the preset over the paper's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nefkern.errors import UserError
+from nefkern.graph import GraphConfig
+from nefkern.options import SAMPLES, TrainOptions, parse_pairs, read_config, resolve
+from nefkern.train import parser
+
+FIELDS = dataclasses.fields(TrainOptions)
+
+
+def given(*arguments: str) -> TrainOptions:
+    flags = vars(parser().parse_args(arguments))
+    return resolve(flags, flags.pop("config"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(content) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+def test_every_option_is_in_the_help_with_its_default():
+    text = " ".join(parser().format_help().split())
+    for f in FIELDS:
+        assert f"--{f.name.replace('_', '-')}" in text, f.name
+        if isinstance(f.default, bool):
+            assert f"--no-{f.name.replace('_', '-')}" in text, f.name
+    for shown in ("[256]", "[0.3]", "[10:2.0,5:0.1]", "[1.0:0.3]", "[0.001]", "[samples: 2%]"):
+        assert shown in text, shown
+    assert "%%" not in text
+
+
+def test_the_defaults_are_the_paper_s():
+    options = given("--data", "folder", "--data-root", "x")
+    assert options == TrainOptions(data="folder", data_root="x")
+    paper = {
+        "k": "256", "num_eigenfunctions": 256, "alpha": 0.3, "beta": 0.08, "t": 0.01, "lr": 1e-3,
+        "final_lr": 1e-5, "epochs": 40, "batch_size": 16, "blocks": 2, "head_dim": 64, "crop": 480,
+        "mlp_ratio": 1.5, "feature_map": "softmax", "orthogonal_head": True, "gumbel": True,
+        "min_norm": 1.0, "views": 0, "augment": True, "amp": False,
+    }  # fmt: skip
+    assert {name: getattr(options, name) for name in paper} == paper
+    assert options.graph() == GraphConfig("256", 0.3)
+    assert options.temperatures() == (1.0, 0.3)
+    assert options.base_size() == 520
+
+
+def test_samples_preset_applies_only_to_samples_and_gives_way_to_flags():
+    assert given() == TrainOptions(**SAMPLES)
+    assert given("--crop", "111", "--no-amp").crop == 111
+    assert given("--crop", "111", "--no-amp").amp is False
+    assert given("--crop", "111").num_eigenfunctions == SAMPLES["num_eigenfunctions"]
+
+
+def test_flags_win_over_yaml(config):
+    path = config({"lr": 0.5, "epochs": 7, "k": 99, "strict": True, "amp": True})
+    options = given("--config", path, "--lr", "0.25", "--no-strict")
+    assert (options.lr, options.epochs, options.k, options.strict) == (0.25, 7, "99", False)
+    assert options.amp is True
+
+
+def test_yaml_accepts_dashes_shares_and_numbers_without_a_point(config):
+    options = given("--config", config("batch-size: 3\nlr: 1e-3\nk: 2%\nalpha: 1\nresize: null\n"))
+    assert (options.batch_size, options.lr, options.k) == (3, 1e-3, "2%")
+    assert type(options.alpha) is float
+    assert options.resize is None
+
+
+def test_a_run_s_configuration_is_a_config(config):
+    before = TrainOptions(data="folder", data_root="x", lr=3e-5, k="3%", resize=77, out="o")
+    path = config({"options": dataclasses.asdict(before), "versions": {"torch": "2"}})
+    assert given("--config", path) == before
+    assert given("--config", path, "--seed", "4").seed == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("colour: red", "unknown option 'colour'"),
+        ("epochs: 2.5", "epochs: expected int, got 2.5"),
+        ("epochs: true", "epochs: expected int, got True"),
+        ("amp: 1", "amp: expected bool, got 1"),
+        ("lr: fast", "lr: expected float, got 'fast'"),
+        ("lr: null", "lr: expected float, got None"),
+        ("backbone: [a]", "backbone: expected str"),
+        ("feature_map: relu", "feature_map: expected one of softmax, elu"),
+        ("- 1\n- 2", "expected a mapping"),
+        ("options: 3", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("a: [", "not a YAML file"),
+    ],
+)
+def test_bad_yaml(config, content, message):
+    path = config(content)
+    with pytest.raises(UserError) as caught:
+        read_config(Path(path))
+    assert str(caught.value).startswith(f"--config {path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_that_cannot_be_read(tmp_path):
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(UserError, match=f"--config {path}: "):
+            read_config(path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="not a YAML file"):
+        read_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--crop 0", "--crop 0: expected at least 1"),
+        ("--epochs 0", "--epochs 0: expected at least 1"),
+        ("--batch-size -1", "--batch-size -1: expected at least 1"),
+        ("--workers -1", "--workers -1: expected at least 0"),
+        ("-K 1", "--num-eigenfunctions 1: expected at least 2"),
+        ("--lr 0", "--lr 0.0: expected more than 0"),
+        ("--lr nan", "--lr nan: expected more than 0"),
+        ("--beta inf", "--beta inf: expected at least 0"),
+        ("--alpha -1", "--alpha -1.0: expected"),
+        ("--k none", "--k none: expected a number of neighbours"),
+        ("--k 0", "--k 0: expected a number of neighbours"),
+        ("--temperature 1", "--temperature 1: expected start:end"),
+        ("--temperature 1:0", "--temperature 1:0: expected start:end"),
+        ("--temperature nan:1", "--temperature nan:1: expected start:end"),
+        ("--pixel-graphs 10", "--pixel-graphs 10: expected pairs"),
+        ("--pixel-graphs 0:1", "--pixel-graphs 0:1.0: expected"),
+        ("--data folder", "--data folder: expected --data-root DIR beside it"),
+        ("--data-root x", "--data-root x: expected --data folder beside it"),
+        ("--data cloud", "argument --data: invalid choice"),
+        ("--lr fast", "argument --lr: invalid float value"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+    ],
+)
+def test_flags_out_of_range(arguments, message):
+    with pytest.raises(UserError) as caught:
+        given(*arguments.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pairs():
+    assert parse_pairs("--x", "10:2.0, 5:0.1") == ((10, 2.0), (5, 0.1))
+    assert parse_pairs("--x", "") == ()
+
+
+def test_run_folder_names():
+    assert str(TrainOptions(backbone="hf/model").run_folder()) == "runs/samples-hf_model"
+    named = TrainOptions(data="folder", data_root="/a/voc/", backbone="b")
+    assert str(named.run_folder()) == "runs/voc-b"
