@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from nefkern.data import read_image
 from nefkern.eigenfunction import Eigenfunction
 from nefkern.errors import UserError
-from nefkern.features import Backbone, load_backbone
+from nefkern.features import Backbone, FeatureCache, load_backbone
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
@@ -46,10 +46,19 @@ class Segmenter:
         backbone: frozen feature extractor.
         psi: the trained eigenfunctions.
         options: the run's options (temperature, crop, amp).
+        cache: keep the backbone's maps in this folder; None keeps nothing.
     """
 
-    def __init__(self, backbone: Backbone, psi: Eigenfunction, options: TrainOptions) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        psi: Eigenfunction,
+        options: TrainOptions,
+        *,
+        cache: Path | None = None,
+    ) -> None:
         self.backbone, self.psi, self.options = backbone, psi.eval(), options
+        self.features = FeatureCache(cache, backbone, amp=options.amp)
         self.temperature = options.temperatures()[1]
         self.num_clusters = options.num_eigenfunctions
         self.patch = backbone.patch
@@ -58,12 +67,13 @@ class Segmenter:
         self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "auto") -> Segmenter:
+    def load(cls, run: str | Path, device: str = "auto", *, cache: Path | None = None) -> Segmenter:
         """Load a run folder.
 
         Args:
             run: what ``python -m nefkern.train`` wrote.
             device: "cpu", "cuda", or "auto".
+            cache: keep the backbone's maps in this folder, for images seen again.
 
         Raises:
             UserError: no run there, no checkpoint yet, or other backbone weights than the run's.
@@ -83,7 +93,7 @@ class Segmenter:
             )
         psi = build_eigenfunction(options, backbone).to(backbone.mean.device)
         psi.load_state_dict(found[0])
-        return cls(backbone, psi, options)
+        return cls(backbone, psi, options, cache=cache)
 
     def untrained(self, seed: int) -> Segmenter:
         """The same backbone with ψ freshly initialised: the control of what training adds."""
@@ -104,9 +114,7 @@ class Segmenter:
         Args:
             images: ``[B, 3, H, W]`` RGB, uint8 or float in [0, 1], of one size.
         """
-        images = images.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            features = self.backbone(images)
+        features = self.features(images.to(self.device))
         logits, hidden = self.project(features.concat)
         h, w = features.grid
 
