@@ -70,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     _add_methods(result.add_argument_group("methods"))
     _add_protocol(result.add_argument_group("protocol"))
     result.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+    result.add_argument(
+        "--feature-cache", type=Path, metavar="DIR", help="keep the backbone's maps in this folder"
+    )
     result.add_argument("--seed", type=int, default=0, help="of K-means and untrained ψ [0]")
     return result
 
@@ -314,6 +317,11 @@ def score(
         return annotated_images(dataset, segmenter, arguments, title)
 
     counts = compared.count(pairs("scoring"), len(classes), refine=arguments.crf == "clusters")
+    pixels = next(iter(counts.values()))["none"].sum(0)
+    if not pixels.any():
+        raise UserError(
+            f"--split {arguments.split}: every annotated pixel is void, nothing to score"
+        )
     stages: dict[str, dict[str, Matched]] = {
         name: {stage: match(table) for stage, table in tables.items()}
         for name, tables in counts.items()
@@ -325,10 +333,9 @@ def score(
         )
         for name, by_matching in confusions.items():
             stages[name]["classes"] = plain[name].rescored(by_matching)
-    first = next(iter(counts.values()))["none"]
     return {
         "classes": classes,
-        "pixels": dict(zip(classes, first.sum(0).tolist(), strict=True)),
+        "pixels": dict(zip(classes, pixels.tolist(), strict=True)),
         "methods": {
             name: {
                 "title": compared.clusterers[name].method.title,
@@ -350,7 +357,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         from nefkern.segmentation.crf import require_pydensecrf
 
         require_pydensecrf()
-    segmenter = Segmenter.load(arguments.run, arguments.device)
+    segmenter = Segmenter.load(arguments.run, arguments.device, cache=arguments.feature_cache)
     dataset = open_annotated(arguments)
     compared = comparison(arguments, methods, segmenter)
     started = time.perf_counter()
@@ -416,29 +423,16 @@ def free_name(folder: Path, settings: dict[str, Any]) -> Path:
     raise AssertionError  # count() never ends
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the tables."""
-    from nefkern.segmentation.tables import class_table, summary_table
-
-    s = result["settings"]
-    print(f"\n{s['data_root']}, {s['split']}: {result['images']} images, protocol {s['protocol']}")
-    print(f"\n{summary_table(result)}\n\n{class_table(result)}")
-    for line in {
-        stage["no_hungarian"]
-        for method in result["methods"].values()
-        for stage in method["stages"].values()
-        if "no_hungarian" in stage
-    }:
-        print(f"\n{line}")
-
-
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     parsed = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    show(evaluate(parsed))
+    result = evaluate(parsed)
+    from nefkern.segmentation.tables import describe
+
+    print(f"\n{describe(result)}")
 
 
 if __name__ == "__main__":

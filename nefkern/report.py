@@ -17,6 +17,7 @@ from nefkern.errors import UserError
 from nefkern.files import replace_file
 from nefkern.runs import Run
 from nefkern.segmentation.pictures import overlay, palette
+from nefkern.segmentation.tables import describe
 from nefkern.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,10 @@ def write_report(run: Run) -> Path:
             f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
         )
     for scores in sorted(run.folder.glob("evaluation-*.json")):
-        text = json.dumps(json.loads(scores.read_text()), indent=1, ensure_ascii=False)
+        try:
+            text = describe(json.loads(scores.read_text()))
+        except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+            text = f"not readable: {error}"
         parts += [f"<h2>{html.escape(scores.stem)}</h2>", f"<pre>{html.escape(text)}</pre>"]
     cells = "".join(
         f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}"

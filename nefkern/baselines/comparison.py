@@ -12,7 +12,7 @@ from torch import Tensor
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.methods import Method
 from nefkern.segmentation.crf import crf, refine_clusters
-from nefkern.segmentation.matching import merge_clusters
+from nefkern.segmentation.matching import class_logits
 from nefkern.segmentation.metrics import count_matrix
 from nefkern.segmentation.windows import Replay, sliding_tiles, sliding_windows, window_crops
 
@@ -131,7 +131,7 @@ class Comparison:
         assignments: dict[str, dict[str, Tensor]],
         num_classes: int,
     ) -> dict[str, dict[str, Tensor]]:
-        """Confusion after a CRF on the probabilities of *classes*, clusters merged by a matching.
+        """Confusion after a CRF on *classes*, made of the clusters by a matching.
 
         Args:
             pairs: as for :meth:`count`.
@@ -209,9 +209,8 @@ class Comparison:
         predict = replay.select(slice(first, first + self.network.num_clusters))
         merged: Tensor | None = None
         for tile in self._tiles(image, predict):
-            probabilities = self.clusterers[name].probabilities(tile.logits)
-            part = merge_clusters(probabilities, assignment.to(probabilities.device), num_classes)
+            part = class_logits(tile.logits, assignment.to(tile.logits.device), num_classes)
             if merged is None:
                 merged = part.new_empty(num_classes, *image.shape[1:])
             merged[:, slice(*tile.rows), slice(*tile.cols)] = part
-        return merged
+        return self.clusterers[name].probabilities(merged)

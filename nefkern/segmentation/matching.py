@@ -73,19 +73,24 @@ def matched_confusion(counts: Tensor, assignment: Tensor) -> Tensor:
     return confusion.index_add_(0, assignment[matched], counts[matched])
 
 
-def merge_clusters(probabilities: Tensor, assignment: Tensor, num_classes: int) -> Tensor:
-    """Probability of each class: the sum over its clusters.
+def class_logits(logits: Tensor, assignment: Tensor, num_classes: int) -> Tensor:
+    """Logits of classes: the highest among each class's clusters.
+
+    Their argmax is the class of the winning cluster, so refining them starts from exactly the
+    segmentation that the matching scores. (Summed probabilities would favour a class for having
+    many clusters.)
 
     Args:
-        probabilities: ``[K, ...]``.
-        assignment: int64 ``[K]``; what unmatched clusters hold is dropped.
+        logits: ``[K, ...]``.
+        assignment: int64 ``[K]``; unmatched clusters are left out.
 
     Returns:
-        ``[num_classes, ...]``, sums to at most 1.
+        ``[num_classes, ...]``, −inf where a class has no cluster.
     """
-    matched = assignment >= 0
-    merged = probabilities.new_zeros(num_classes, *probabilities.shape[1:])
-    return merged.index_add_(0, assignment[matched], probabilities[matched])
+    merged = logits.new_full((num_classes, *logits.shape[1:]), -torch.inf)
+    for label in assignment[assignment >= 0].unique().tolist():
+        merged[label] = logits[assignment == label].amax(0)
+    return merged
 
 
 def cluster_iou(counts: Tensor) -> Tensor:

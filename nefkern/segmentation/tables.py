@@ -8,12 +8,31 @@ from typing import Any
 from nefkern.segmentation.evaluation import MATCHINGS
 
 
-def summary_table(evaluation: dict[str, Any]) -> str:
-    """Accuracy and mean IoU of every method and matching, in percent.
+def describe(evaluation: dict[str, Any]) -> str:
+    """All there is to read: what was evaluated, the summary, the classes, and what is missing.
 
     Args:
         evaluation: what ``python -m nefkern.evaluate`` writes as JSON.
     """
+    s = evaluation["settings"]
+    window = f"window {s['window']}, stride {s['stride']}"
+    ignored = f", without {', '.join(s['ignored'])}" if s["ignored"] else ""
+    title = (
+        f"{s['data_root']}, {s['split']}{ignored}: {evaluation['images']} images, "
+        f"protocol {s['protocol']} ({window}), seed {s['seed']}"
+    )
+    reasons = {
+        stage["no_hungarian"]
+        for method in evaluation["methods"].values()
+        for stage in method["stages"].values()
+        if "no_hungarian" in stage
+    }
+    parts = [title, summary_table(evaluation), "IoU, majority by IoU:", class_table(evaluation)]
+    return "\n\n".join([*parts, *sorted(reasons)])
+
+
+def summary_table(evaluation: dict[str, Any]) -> str:
+    """Accuracy and mean IoU of every method and matching, in percent."""
     rows = [("method", "CRF on", "matching", "accuracy", "mIoU", "classes", "clusters")]
     count, clusters = len(evaluation["classes"]), evaluation["num_clusters"]
     for name, method in evaluation["methods"].items():

@@ -4,15 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.testing import assert_close
 
 from nefkern.segmentation.matching import (
     UNMATCHED,
+    class_logits,
     cluster_iou,
     hungarian,
     majority_vote,
     matched_confusion,
-    merge_clusters,
 )
 from nefkern.segmentation.metrics import count_matrix, scores
 
@@ -108,8 +107,14 @@ def test_matched_confusion_equals_relabelled_pixels(k, c, seed):
     assert torch.equal(matched_confusion(counts, assignment), expected)
 
 
-def test_merged_probabilities_by_hand():
-    probabilities = torch.tensor([0.5, 0.2, 0.2, 0.1])[:, None, None].expand(4, 2, 3)
-    merged = merge_clusters(probabilities, torch.tensor([1, 0, 1, UNMATCHED]), 3)
-    assert_close(merged[:, 0, 0], torch.tensor([0.2, 0.7, 0.0]))
+def test_class_logits_by_hand():
+    logits = torch.tensor([5.0, 2.0, 7.0, 9.0])[:, None, None].expand(4, 2, 3)
+    merged = class_logits(logits, torch.tensor([1, 0, 1, UNMATCHED]), 3)
+    assert merged[:, 0, 0].tolist() == [2.0, 7.0, -torch.inf]
     assert merged.shape == (3, 2, 3)
+
+
+def test_class_logits_keep_the_winner():
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))
+    assignment = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 0])
+    assert torch.equal(class_logits(logits, assignment, 3).argmax(0), assignment[logits.argmax(0)])

@@ -1,0 +1,424 @@
+"""The evaluate command: figures against an independent computation, options, files, mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score
+
+from nefkern.data import eval_transform, open_dataset
+from nefkern.evaluate import main, parser
+from nefkern.options import TrainOptions
+from nefkern.runs import Run
+from nefkern.segmenter import Segmenter
+from nefkern.trainer import Trainer
+
+CLASSES = ("red", "green", "blue", "grey")
+COLOURS = np.array([[200, 40, 40], [40, 190, 60], [50, 60, 210], [128, 128, 128]])
+
+
+def scene(width: int, height: int, seed: int) -> tuple[Image.Image, Image.Image]:
+    """Noisy rectangles in the colours of the classes, with their masks and a rim of void."""
+    random = np.random.default_rng(seed)
+    mask = np.full((height, width), 3, np.uint8)
+    for _ in range(6):
+        y, x = random.integers(0, height - 10), random.integers(0, width - 10)
+        mask[y : y + random.integers(8, 40), x : x + random.integers(8, 40)] = random.integers(3)
+    pixels = COLOURS[mask] + random.normal(0, 25, (height, width, 3))
+    mask[:2] = 255
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), Image.fromarray(mask)
+
+
+def write_folder(root: Path, images: dict[str, int]) -> Path:
+    """An annotated data set with so many images a split."""
+    root.mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    for split, count in images.items():
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for n in range(count):
+            image, mask = scene(70 + 5 * n, 90 - 4 * n, seed=100 * len(split) + n)
+            image.save(root / "images" / split / f"{n}.png")
+            mask.save(root / "annotations" / split / f"{n}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "scenes", {"train": 6, "val": 4})
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory) -> Path:
+    """A run of a few seconds with a small random backbone, K = 6."""
+    options = TrainOptions(
+        data="folder", data_root=str(folder), out=str(tmp_path_factory.mktemp("runs") / "run"),
+        backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
+        epochs=1, batch_size=3, workers=0, pictures=0,
+    )  # fmt: skip
+    Trainer(options, Run.create(options)).train()
+    return Path(options.out)
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the trained run, to write into."""
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for file in trained.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+@dataclass
+class PointwiseMaps:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    graph: torch.Tensor
+    concat: torch.Tensor
+    padded: tuple[int, int]
+
+
+class Pointwise:
+    """A segmenter that looks at single pixels: five clusters by colour, so figures are exact."""
+
+    num_clusters, window, stride = 5, 40, 24
+    device = torch.device("cpu")
+    centres = torch.tensor(
+        [[0.8, 0.2, 0.2], [0.2, 0.7, 0.2], [0.2, 0.2, 0.8], [0.5, 0.5, 0.5], [0.9, 0.1, 0.1]]
+    )
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def cluster_logits(self, pixels):
+        return -(pixels[:, None] - self.centres[:, :, None, None]).square().sum(2)
+
+    def maps(self, images):
+        self.passes += 1
+        pixels = images.float() / 255
+        logits = self.cluster_logits(pixels)
+        size = tuple(images.shape[2:])
+        return PointwiseMaps(logits, pixels, pixels, torch.cat([pixels] * 3, 1), size)
+
+    def project(self, concat):
+        return concat[..., :5] + concat[..., 1:6] ** 2, concat
+
+    def untrained(self, seed):
+        return self
+
+    def check_size(self, pixels, name="image"):
+        pass
+
+
+@pytest.fixture
+def pointwise(monkeypatch) -> Pointwise:
+    """Stands in for the loaded run."""
+    segmenter = Pointwise()
+    monkeypatch.setattr(Segmenter, "load", lambda run, device: segmenter)
+    return segmenter
+
+
+def evaluate(run: Path, folder: Path, *options: str) -> dict:
+    """Run the command, on small crops, and read the file it wrote."""
+    before = {p: p.stat().st_mtime_ns for p in run.glob("evaluation-*.json")}
+    small = [] if "sliding" in options else ["--size", "48"]
+    code = main([str(run), "--data", "folder", "--data-root", str(folder), *small, *options])
+    assert code == 0
+    after = {p: p.stat().st_mtime_ns for p in run.glob("evaluation-*.json")}
+    changed = [p for p in after if after[p] != before.get(p)]
+    assert len(changed) == 1
+    return json.loads(changed[0].read_text())
+
+
+def figures(result: dict, method: str = "ours", stage: str = "none", matching: str = "iou"):
+    return result["methods"][method]["stages"][stage]["matchings"][matching]
+
+
+def by_hand(samples, segmenter, by):
+    """Accuracy and mean IoU by scikit-learn, the vote by loops over boolean masks."""
+    clusters = torch.cat(
+        [segmenter.cluster_logits(s.image[None].float() / 255).argmax(1).flatten() for s in samples]
+    ).numpy()
+    labels = torch.cat([s.annotation.flatten() for s in samples]).numpy()
+    clusters, labels = clusters[labels != 255], labels[labels != 255]
+    vote = np.zeros(5, int)
+    for k in range(5):
+        merit = []
+        for c in range(4):
+            both = ((clusters == k) & (labels == c)).sum()
+            merit.append(both / ((clusters == k) | (labels == c)).sum() if by == "iou" else both)
+        vote[k] = np.argmax(merit)
+    predicted = vote[clusters]
+    return accuracy_score(labels, predicted), jaccard_score(labels, predicted, average="macro")
+
+
+# ---- figures ----
+
+
+@pytest.mark.parametrize("by", ["iou", "count"])
+def test_sliding_figures_equal_an_independent_computation(run, folder, pointwise, by):
+    result = evaluate(run, folder, "--protocol", "sliding")
+    samples = list(open_dataset("folder", root=folder, split="val"))
+    accuracy, mean_iou = by_hand(samples, pointwise, by)
+    found = figures(result, matching=by)
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert found["mean_iou"] == pytest.approx(mean_iou, abs=1e-12)
+    assert 0.6 < accuracy < 1  # neither trivial nor chance
+
+
+def test_crop320_figures_equal_an_independent_computation(run, folder, pointwise):
+    result = evaluate(run, folder)
+    cropped = map(
+        eval_transform("crop320", size=48), open_dataset("folder", root=folder, split="val")
+    )
+    accuracy, mean_iou = by_hand(list(cropped), pointwise, "iou")
+    assert figures(result)["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert figures(result)["mean_iou"] == pytest.approx(mean_iou, abs=1e-12)
+    assert sum(result["pixels"].values()) == sum((s.annotation != 255).sum().item() for s in map(
+        eval_transform("crop320", size=48), open_dataset("folder", root=folder, split="val")
+    ))  # fmt: skip
+
+
+def test_kmeans_finds_the_colours(run, folder, pointwise):
+    result = evaluate(run, folder, "--methods", "kmeans,kmeans-concat,ours*,ours*-untrained")
+    for method in ("kmeans", "ours*", "ours*-untrained"):
+        assert figures(result, method, matching="count")["accuracy"] > 0.7
+    assert list(result["methods"]) == ["kmeans", "kmeans-concat", "ours*", "ours*-untrained"]
+
+
+def test_methods_share_the_backbones_passes(run, folder, pointwise):
+    evaluate(run, folder, "--methods", "ours")
+    alone = pointwise.passes
+    evaluate(run, folder, "--methods", "ours,ours*,kmeans,kmeans-concat,ours-untrained")
+    assert alone == 4  # one an image of the val split
+    assert pointwise.passes - alone == 6 + 4
+
+
+def test_ignored_classes_are_void_and_gone(run, folder, pointwise):
+    result = evaluate(run, folder, "--protocol", "sliding", "--ignore-class", "grey")
+    assert result["classes"] == ["red", "green", "blue"]
+    samples = list(open_dataset("folder", root=folder, split="val", ignore_classes=["grey"]))
+    accuracy, _ = by_hand(samples, pointwise, "iou")
+    assert figures(result)["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert list(figures(result)["iou"]) == ["red", "green", "blue"]
+
+
+def test_ignoring_a_class_in_the_middle_keeps_the_names_right(run, folder, pointwise):
+    everything = evaluate(run, folder, "--protocol", "sliding")
+    without = evaluate(run, folder, "--protocol", "sliding", "--ignore-class", "green")
+    del everything["pixels"]["green"]
+    assert without["pixels"] == everything["pixels"]
+    assert figures(without)["iou"]["blue"] > 0.5
+
+
+def test_hungarian_when_there_are_as_many_clusters_as_classes(run, folder, pointwise, capsys):
+    evaluate(run, folder)
+    assert "as many clusters as classes, got 5 clusters, 4 classes" in capsys.readouterr().out
+    pointwise.num_clusters = 4
+    pointwise.centres = pointwise.centres[:4]
+    result = evaluate(run, folder, "--limit", "3")
+    assert sorted(figures(result, matching="hungarian")["assignment"]) == [0, 1, 2, 3]
+    assert "as many clusters" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("on", ["clusters", "classes"])
+def test_crf_is_scored_beside(run, folder, pointwise, on):
+    """Noise of 25 levels: single pixels are often wrong, their neighbourhood never."""
+    pytest.importorskip("pydensecrf")
+    crf = ["--crf"] if on == "clusters" else ["--crf", "classes"]
+    result = evaluate(run, folder, "--methods", "ours,kmeans", *crf)
+    for method in ("ours", "kmeans"):
+        assert set(result["methods"][method]["stages"]) == {"none", on}
+        for matching in ("iou", "count"):
+            before = figures(result, method, "none", matching)["accuracy"]
+            after = figures(result, method, on, matching)["accuracy"]
+            assert after > before - 0.02
+    assert figures(result, "ours", on, "count") != figures(result, "ours", "none", "count")
+
+
+def test_crf_on_classes_starts_from_the_matched_segmentation(run, folder, pointwise, monkeypatch):
+    """With a CRF that changes nothing, nothing changes."""
+    monkeypatch.setattr("nefkern.baselines.comparison.crf", lambda image, p: p)
+    result = evaluate(run, folder, "--methods", "ours,kmeans", "--crf", "classes")
+    for method in ("ours", "kmeans"):
+        for matching in ("iou", "count"):
+            before = figures(result, method, "none", matching)
+            assert figures(result, method, "classes", matching) == before
+
+
+def test_crf_on_clusters_starts_from_the_clusters(run, folder, pointwise, monkeypatch):
+    monkeypatch.setattr("nefkern.segmentation.crf.crf", lambda image, p, parameters, all_labels: p)
+    result = evaluate(run, folder, "--methods", "ours,kmeans", "--protocol", "sliding", "--crf")
+    for method in ("ours", "kmeans"):
+        assert figures(result, method, "clusters") == figures(result, method, "none")
+
+
+# ---- the real segmenter ----
+
+
+def test_all_methods_on_a_real_run(run, folder, capsys):
+    names = "ours,ours*,kmeans,kmeans-concat,ours-untrained,ours*-untrained"
+    result = evaluate(run, folder, "--methods", names)
+    assert list(result["methods"]) == names.split(",")
+    for method in result["methods"]:
+        found = figures(result, method, matching="count")
+        assert 0.25 < found["accuracy"] <= 1
+        assert len(found["assignment"]) == 6
+    assert result["versions"]["torch"] in torch.__version__
+    printed = capsys.readouterr().out
+    assert "majority by IoU" in printed
+    assert all(name in printed for name in [*names.split(","), *CLASSES])
+    assert "evaluation-scenes-val-crop320" in (run / "report.html").read_text()
+
+
+def test_sliding_on_a_real_run_equals_its_logits(run, folder):
+    result = evaluate(run, folder, "--protocol", "sliding")
+    segmenter = Segmenter.load(run, "cpu")
+    counts = torch.zeros(6, 4, dtype=torch.int64)
+    for sample in open_dataset("folder", root=folder, split="val"):
+        clusters, seen = segmenter.logits(sample.image).argmax(0), sample.annotation != 255
+        pairs = clusters[seen] * 4 + sample.annotation[seen]
+        counts += torch.bincount(pairs, minlength=24).view(6, 4)
+    accuracy = counts.amax(1).sum() / counts.sum()
+    assert figures(result, matching="count")["accuracy"] == pytest.approx(accuracy.item(), abs=2e-3)
+
+
+def test_same_seed_same_figures(run, folder):
+    names = ("--methods", "kmeans,untrained")
+    first = evaluate(run, folder, *names, "--seed", "3")["methods"]
+    assert evaluate(run, folder, *names, "--seed", "3")["methods"] == first
+    other = evaluate(run, folder, *names, "--seed", "4")["methods"]
+    for method in ("kmeans", "ours*-untrained"):
+        assert other[method] != first[method]
+
+
+def test_shorthands_add_methods(run, folder):
+    result = evaluate(
+        run, folder, "--baseline", "kmeans", "--features", "hidden", "--untrained", "--limit", "2"
+    )
+    assert list(result["methods"]) == ["ours", "kmeans", "ours*", "ours*-untrained"]
+    assert result["images"] == 2
+
+
+# ---- files ----
+
+
+def test_only_the_same_settings_overwrite(run, folder, pointwise):
+    for options in ([], ["--seed", "1"], [], ["--seed", "1"], ["--protocol", "sliding"]):
+        evaluate(run, folder, *options)
+    names = sorted(p.name for p in run.glob("evaluation-*"))
+    assert names == [
+        "evaluation-scenes-val-crop320-2.json",
+        "evaluation-scenes-val-crop320.json",
+        "evaluation-scenes-val-sliding.json",
+    ]
+
+
+def test_a_damaged_file_is_left_alone(run, folder, pointwise):
+    damaged = run / "evaluation-scenes-val-crop320.json"
+    damaged.write_text("{")
+    evaluate(run, folder)
+    assert damaged.read_text() == "{"
+    assert (run / "evaluation-scenes-val-crop320-2.json").exists()
+    assert "not readable" in (run / "report.html").read_text()
+
+
+# ---- mistakes ----
+
+
+def failure(capsys, *arguments: object) -> str:
+    """The one line that a mistaken command ends with."""
+    assert main([str(a) for a in arguments]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "kmean"], "ours*-untrained, hidden, untrained; got 'kmean'"),
+        (["--limit", "0"], "--limit 0: expected at least 1"),
+        (["--window", "64"], "--window, --stride: only for --protocol sliding"),
+        (["--protocol", "sliding", "--stride", "999"], "--stride 999: expected at most the window"),
+        (["--split", "test"], "no split 'test', there is: train, val"),
+        (["--baseline", "kmeans", "--fit-split", "test"], "no split 'test'"),
+        (["--ignore-class", "pink"], "ignored class 'pink'"),
+        ([f"--ignore-class={c}" for c in CLASSES], "--ignore-class: every class is ignored"),
+        (["--data", "samples"], "invalid choice: 'samples'"),
+        (["--device", "cuda:77"], "--device cuda:77: not usable"),
+        (["--protocol", "tiles"], "invalid choice: 'tiles'"),
+    ],
+)
+def test_mistaken_options_are_one_line(run, folder, capsys, options, message):
+    line = failure(capsys, run, "--data-root", folder, *options)
+    assert message in line
+
+
+def test_no_run_there(folder, tmp_path, capsys):
+    line = failure(capsys, tmp_path / "nothing", "--data-root", folder)
+    assert "nothing: not a run folder" in line
+
+
+def test_no_annotations(run, folder, tmp_path, capsys):
+    (tmp_path / "bare" / "images" / "val").mkdir(parents=True)
+    scene(80, 80, 0)[0].save(tmp_path / "bare" / "images" / "val" / "a.png")
+    line = failure(capsys, run, "--data-root", tmp_path / "bare")
+    assert "no annotations for split 'val'" in line
+
+
+def test_too_few_patches_for_kmeans(run, folder, pointwise, capsys):
+    pointwise.num_clusters = 10**6
+    line = failure(capsys, run, "--data-root", folder, "--methods", "kmeans")
+    assert "--fit-split train: cannot fit K-means" in line
+    assert "n >= 1000000" in line
+
+
+def test_a_bad_training_image_is_skipped_a_bad_annotated_one_is_not(
+    run, tmp_path, pointwise, capsys, caplog
+):
+    root = write_folder(tmp_path / "mixed", {"train": 3, "val": 2})
+    (root / "images" / "train" / "1.png").write_bytes(b"no image")
+    evaluate(run, root, "--methods", "kmeans")
+    assert "skipped: " in caplog.text
+    assert "1.png" in caplog.text
+    (root / "images" / "val" / "1.png").write_bytes(b"no image")
+    assert "1.png" in failure(capsys, run, "--data-root", root)
+
+
+def test_an_image_smaller_than_a_patch_is_named(run, tmp_path, capsys):
+    root = write_folder(tmp_path / "small", {"val": 1})
+    Image.new("RGB", (9, 30)).save(root / "images" / "val" / "0.png")
+    Image.new("L", (9, 30)).save(root / "annotations" / "val" / "0.png")
+    line = failure(capsys, run, "--data-root", root, "--protocol", "sliding")
+    assert "at least one patch" in line
+    assert line.startswith("error: 0:")
+
+
+def test_nothing_but_void(run, tmp_path, pointwise, capsys):
+    root = write_folder(tmp_path / "void", {"val": 1})
+    Image.new("L", (70, 90), 255).save(root / "annotations" / "val" / "0.png")
+    assert "every annotated pixel is void" in failure(capsys, run, "--data-root", root)
+
+
+def test_crf_without_its_package(run, folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    assert "pip install pydensecrf2" in failure(capsys, run, "--data-root", folder, "--crf")
+
+
+def test_help_teaches_and_is_light():
+    text = parser().format_help()
+    assert "examples:" in text
+    assert "K-means on the graph features" in text
+    code = "import nefkern.evaluate as e, sys; e.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
