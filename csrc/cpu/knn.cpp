@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "cpu/knn_direct.h"
 #include "cpu/knn_pack.h"
+#include "cpu/knn_rerank.h"
 #include "cpu/knn_select.h"
 #include "cpu/knn_tile.h"
 #include "cpu/parallel.h"
@@ -17,20 +17,35 @@ namespace {
 // each.
 constexpr int64_t kSharedSegment = 768;
 
-// Writes row i's results from its sorted keys, and what marks the missing ones.
-void write_row(const KnnArgs& args, int64_t i, const std::vector<uint64_t>& keys, int64_t found,
-               float unscale) {
-  float* values = args.values + i * args.k;
-  int32_t* indices = args.indices + i * args.k;
-  for (int64_t c = 0; c < found; ++c) {
-    const float value = key_value(keys[c]);
-    values[c] = args.euclidean ? -value * unscale + 0.0f : value;
-    indices[c] = key_index(keys[c]);
+// Sorts rows' candidates by their values and writes the results, with marks for the missing ones.
+class Writer {
+ public:
+  Writer(const KnnArgs& args, int64_t capacity, float unscale)
+      : args_(args), unscale_(unscale), keys_(capacity), sorter_(capacity) {}
+
+  template <class Exact>
+  void row(int64_t index, const Row& row, const Exact& exact) {
+    const int64_t count = *row.count, found = std::min(args_.k, count);
+    for (int64_t c = 0; c < count; ++c)
+      keys_[c] = sort_key(row.score[c], exact.index(row.position[c]));
+    sorter_.sort(keys_.data(), count);
+    float* values = args_.values + index * args_.k;
+    int32_t* indices = args_.indices + index * args_.k;
+    for (int64_t c = 0; c < found; ++c) {
+      const float value = key_value(keys_[c]);
+      values[c] = args_.euclidean ? -value * unscale_ + 0.0f : value;
+      indices[c] = key_index(keys_[c]);
+    }
+    std::fill(values + found, values + args_.k, args_.euclidean ? kNothing : -kNothing);
+    std::fill(indices + found, indices + args_.k, -1);
   }
-  const float worst = args.euclidean ? kNothing : -kNothing;
-  std::fill(values + found, values + args.k, worst);
-  std::fill(indices + found, indices + args.k, -1);
-}
+
+ private:
+  const KnnArgs& args_;
+  float unscale_;
+  Array<uint64_t> keys_;
+  KeySorter sorter_;
+};
 
 // ---- many channels: tiles of products ----
 
@@ -98,10 +113,12 @@ void tile_segment(const KnnArgs& args, int64_t begin, int64_t end, float scale, 
                         args.euclidean ? 4 * (panels.gamma + 8 * 0x1p-24) : 0.0};
   collect(Tiles(panels, candidates, args.include_self, exact), panels.padded_n, threads);
   parallel_for(0, panels.n, 64, [&](int64_t first, int64_t last) {
-    std::vector<uint64_t> keys;
-    for (int64_t p = first; p < last; ++p) {
-      const int64_t found = finish(candidates.row(p), static_cast<int32_t>(p), args.k, exact, keys);
-      write_row(args, panels.index[p], keys, found, 1 / scale);
+    Rerank rerank(exact, candidates);
+    Writer writer(args, candidates.capacity(), 1 / scale);
+    for (int64_t p = first; p < last; p += rerank.block()) {
+      const int64_t end = std::min(p + rerank.block(), last);
+      rerank.values(p, end);
+      for (int64_t i = p; i < end; ++i) writer.row(panels.index[i], candidates.row(i), exact);
     }
   });
 }
@@ -160,7 +177,7 @@ void direct_knn(const KnnArgs& args, float scale) {
   const ExactScores exact{args.euclidean, args.euclidean ? 16 * 0x1p-24 : 0.0};
   parallel_for(0, args.n, 16, [&](int64_t first, int64_t last) {
     Candidates candidates(1, args.k, args.n);
-    std::vector<uint64_t> keys;
+    Writer writer(args, candidates.capacity(), 1 / scale);
     int64_t s =
         std::upper_bound(args.offsets, args.offsets + args.segments + 1, first) - args.offsets - 1;
     for (int64_t i = first; i < last; ++i) {
@@ -169,8 +186,9 @@ void direct_knn(const KnnArgs& args, float scale) {
       const Row row = candidates.row(0);
       scan(planes.data(), plane, args.channels, i, args.offsets[s], args.offsets[s + 1],
            args.include_self, args.k, candidates.limit(), exact, row);
-      const int64_t found = finish(row, static_cast<int32_t>(i), args.k, exact, keys);
-      write_row(args, i, keys, found, 1 / scale);
+      settle(row, args.k, exact.relative);
+      for (int32_t c = 0; c < *row.count; ++c) row.score[c] = exact.value(0, 0, row.score[c]);
+      writer.row(i, row, exact);
     }
   });
 }

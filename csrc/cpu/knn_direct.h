@@ -17,7 +17,6 @@ struct ExactScores {
   }
   float score(float value) const { return euclidean ? -value * value : value; }
   int32_t index(int32_t position) const { return position; }
-  void prefetch(int32_t) const {}
 };
 
 // The candidates of row i among rows [begin, end) into row.score and row.position. `planes` holds
@@ -42,7 +41,8 @@ void scan_row(const float* planes, int64_t plane, int64_t channels, int64_t i, i
     if (!mask) continue;
     if (end - j < kLanes) mask &= (1u << (end - j)) - 1;
     if (!include_self && i >= j && i - j < kLanes) mask &= ~(1u << (i - j));
-    append(row, total, static_cast<int32_t>(j), mask);
+    *row.count += append_lanes(row.score + *row.count, row.position + *row.count, total,
+                               static_cast<int32_t>(j), mask);
     if (*row.count > limit) compact(row, static_cast<int32_t>(i), k, limit, exact);
   }
 }

@@ -31,12 +31,13 @@ inline void store(float* p, const Lanes& x) { std::memcpy(p, &x, sizeof(x)); }
 
 inline Lanes broadcast(float x) { return x - Lanes{}; }
 
+// A fixed tree: halves added together, four times.
 inline float sum(const Lanes& x) {
-  alignas(64) float lane[kLanes];
-  store(lane, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  const Lanes a =
+      x + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Lanes b = a + __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  const Lanes c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+  return c[0] + c[1];
 }
 
 // Bit l is set where x[l] >= y[l]; never for NaN.

@@ -14,34 +14,15 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "cpu/knn_lanes.h"
 #include "cpu/knn_memory.h"
+#include "cpu/knn_sort.h"
 
 namespace nefkern::cpu::NEFKERN_ISA {
 
 constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold of a row left out
 constexpr float kAnything = -FLT_MAX;
-
-// A row's k best so far are sorted by this key: value descending, then index ascending.
-inline uint64_t sort_key(float value, int32_t index) {
-  const float positive_zero = value + 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &positive_zero, sizeof(bits));
-  const uint32_t ascending = bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
-  return static_cast<uint64_t>(~ascending) << 32 | static_cast<uint32_t>(index);
-}
-
-inline float key_value(uint64_t key) {
-  const uint32_t ascending = ~static_cast<uint32_t>(key >> 32);
-  const uint32_t bits = ascending ^ (ascending >> 31 ? 0x80000000u : 0xFFFFFFFFu);
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline int32_t key_index(uint64_t key) { return static_cast<int32_t>(static_cast<uint32_t>(key)); }
 
 // One row's buffer: scores and positions of its candidates, in no order.
 struct Row {
@@ -51,6 +32,31 @@ struct Row {
   float* threshold;
   float margin;
 };
+
+inline void append(const Row& row, float score, int32_t position) {
+  const int32_t at = (*row.count)++;
+  row.score[at] = score;
+  row.position[at] = position;
+}
+
+// Writes the lanes of `mask`, in order, and how many they were. Touches a whole vector.
+inline int32_t append_lanes(float* scores, int32_t* positions, const Lanes& score,
+                            int32_t first_position, uint32_t mask) {
+#if defined(__AVX512F__)
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i position = _mm512_add_epi32(_mm512_set1_epi32(first_position), iota);
+  const __mmask16 m = static_cast<__mmask16>(mask);
+  _mm512_storeu_ps(scores, _mm512_maskz_compress_ps(m, (__m512)score));
+  _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(m, position));
+#else
+  int at = 0;
+  for_each_bit(mask, [&](int l) {
+    scores[at] = score[l];
+    positions[at++] = first_position + l;
+  });
+#endif
+  return __builtin_popcount(mask);
+}
 
 class Candidates {
  public:
@@ -75,11 +81,26 @@ class Candidates {
   }
 
   int64_t k() const { return k_; }
+  int64_t capacity() const { return capacity_; }
   int64_t limit() const { return capacity_ - kLanes; }  // room for one more vector of candidates
   const float* threshold() const { return threshold_.data(); }
   Row row(int64_t i) {
     return {score_.data() + i * capacity_, position_.data() + i * capacity_, &count_[i],
             &threshold_[i], margin_[i]};
+  }
+
+  // Append to a row; true when that fills its buffer.
+  bool append(int64_t i, float score, int32_t position) {
+    const int32_t at = count_[i]++;
+    score_[i * capacity_ + at] = score;
+    position_[i * capacity_ + at] = position;
+    return at + 1 > limit();
+  }
+  bool append(int64_t i, const Lanes& score, int32_t first_position, uint32_t mask) {
+    const int64_t at = i * capacity_ + count_[i];
+    count_[i] +=
+        append_lanes(score_.data() + at, position_.data() + at, score, first_position, mask);
+    return count_[i] > limit();
   }
 
  private:
@@ -89,26 +110,6 @@ class Candidates {
   Array<int32_t> count_;
   Array<float> threshold_, margin_;
 };
-
-inline void append(const Row& row, float score, int32_t position) {
-  const int32_t at = (*row.count)++;
-  row.score[at] = score;
-  row.position[at] = position;
-}
-
-// Appends the lanes of `mask`, in order. Writes up to a whole vector beyond the count.
-inline void append(const Row& row, const Lanes& score, int32_t first_position, uint32_t mask) {
-#if defined(__AVX512F__)
-  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i position = _mm512_add_epi32(_mm512_set1_epi32(first_position), iota);
-  const __mmask16 m = static_cast<__mmask16>(mask);
-  _mm512_storeu_ps(row.score + *row.count, _mm512_maskz_compress_ps(m, (__m512)score));
-  _mm512_storeu_si512(row.position + *row.count, _mm512_maskz_compress_epi32(m, position));
-  *row.count += __builtin_popcount(mask);
-#else
-  for_each_bit(mask, [&](int l) { append(row, score[l], first_position + l); });
-#endif
-}
 
 inline int32_t count_at_least(const float* score, int32_t count, float bound) {
   int32_t found = 0;
@@ -170,11 +171,34 @@ inline float threshold_from(float score, float margin, double relative) {
   return std::max(kAnything, std::nextafterf(static_cast<float>(bound), -kNothing));
 }
 
-// Makes room in a full buffer. `Exact` knows the values:
+// Keeps the k best candidates by their values: where too many estimates lie near the k-th.
+// `Exact` knows the values:
 //   float value(int32_t row, int32_t position, float score)   what decides, greater is better
 //   float score(float value)                                  the same as a score
 //   int32_t index(int32_t position)                           breaks ties, lower first
 //   double relative
+template <class Exact>
+__attribute__((noinline)) void keep_best(const Row& row, int32_t i, int64_t k, const Exact& exact) {
+  struct Entry {
+    uint64_t key;
+    int32_t position;
+  };
+  const int32_t count = *row.count;
+  Array<Entry> entries(count);
+  for (int32_t c = 0; c < count; ++c)
+    entries[c] = {
+        sort_key(exact.value(i, row.position[c], row.score[c]), exact.index(row.position[c])),
+        row.position[c]};
+  std::nth_element(entries.data(), entries.data() + (k - 1), entries.data() + count,
+                   [](const Entry& a, const Entry& b) { return a.key < b.key; });
+  *row.count = 0;
+  for (int64_t c = 0; c < k; ++c)
+    append(row, exact.score(key_value(entries[c].key)), entries[c].position);
+  const float kth = exact.score(key_value(entries[k - 1].key));
+  *row.threshold = std::max(*row.threshold, threshold_from(kth, row.margin, exact.relative));
+}
+
+// Makes room in a full buffer.
 template <class Exact>
 void compact(const Row& row, int32_t i, int64_t k, int64_t limit, const Exact& exact) {
   const float bound =
@@ -182,42 +206,13 @@ void compact(const Row& row, int32_t i, int64_t k, int64_t limit, const Exact& e
   *row.threshold = std::max(*row.threshold, bound);
   keep_at_least(row, *row.threshold);
   if (*row.count <= (k + limit) / 2 + 1) return;
-  // Too many estimates near the k-th: only their values can tell, and then k are enough.
-  struct Entry {
-    uint64_t key;
-    int32_t position;
-  };
-  thread_local std::vector<Entry> entries;
-  entries.resize(*row.count);
-  for (int32_t c = 0; c < *row.count; ++c)
-    entries[c] = {
-        sort_key(exact.value(i, row.position[c], row.score[c]), exact.index(row.position[c])),
-        row.position[c]};
-  const auto before = [](const Entry& a, const Entry& b) { return a.key < b.key; };
-  std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end(), before);
-  *row.count = 0;
-  for (int64_t c = 0; c < k; ++c)
-    append(row, exact.score(key_value(entries[c].key)), entries[c].position);
-  *row.threshold = std::max(
-      *row.threshold,
-      threshold_from(exact.score(key_value(entries[k - 1].key)), row.margin, exact.relative));
+  keep_best(row, i, k, exact);
 }
 
-// The final k of a row, sorted, as keys; fewer where there are fewer candidates.
-template <class Exact>
-int64_t finish(const Row& row, int32_t i, int64_t k, const Exact& exact,
-               std::vector<uint64_t>& keys) {
-  if (*row.count > k)
-    keep_at_least(row,
-                  threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative));
-  const int32_t count = *row.count;
-  keys.resize(count);
-  for (int32_t c = 0; c < count; ++c) {
-    exact.prefetch(row.position[std::min(c + 4, count - 1)]);
-    keys[c] = sort_key(exact.value(i, row.position[c], row.score[c]), exact.index(row.position[c]));
-  }
-  std::sort(keys.begin(), keys.end());
-  return std::min<int64_t>(k, count);
+// Drops what can no longer be among the k best, now that all candidates were seen.
+inline void settle(const Row& row, int64_t k, double relative) {
+  if (*row.count <= k) return;
+  keep_at_least(row, threshold_from(about_kth(row.score, *row.count, k), row.margin, relative));
 }
 
 }  // namespace nefkern::cpu::NEFKERN_ISA

@@ -53,31 +53,45 @@ struct ExactRows {
   double relative;
 
   float value(int32_t i, int32_t j, float) const {
+    float result;
+    values<1>(i, &j, &result);
+    return result;
+  }
+
+  // The values of row i with kCount others at once, which share the loads of row i.
+  template <int kCount>
+  void values(int32_t i, const int32_t* j, float* result) const {
+    euclidean ? values_by<true, kCount>(i, j, result) : values_by<false, kCount>(i, j, result);
+  }
+
+  float score(float value) const { return euclidean ? -0.5f * value * value : value; }
+  int32_t index(int32_t position) const { return panels.index[position]; }
+
+ private:
+  template <bool kEuclidean, int kCount>
+  void values_by(int32_t i, const int32_t* j, float* result) const {
     const float* x = panels.row(i);
-    const float* y = panels.row(j);
-    Lanes part[4] = {};
-    for (int64_t c = 0; c < panels.padded_channels; c += 4 * kLanes) {
+    const float* y[kCount];
+    for (int n = 0; n < kCount; ++n) y[n] = panels.row(j[n]);
+    Lanes part[kCount][kParts] = {};
+    for (int64_t c = 0; c < panels.padded_channels; c += kParts * kLanes) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        const Lanes p = load(x + c + u * kLanes), q = load(y + c + u * kLanes);
-        if (euclidean) {
-          part[u] += (p - q) * (p - q);
-        } else {
-          part[u] += p * q;
+      for (int u = 0; u < kParts; ++u) {
+        const Lanes p = load(x + c + u * kLanes);
+#pragma GCC unroll 4
+        for (int n = 0; n < kCount; ++n) {
+          const Lanes q = load(y[n] + c + u * kLanes);
+          part[n][u] += kEuclidean ? (p - q) * (p - q) : p * q;
         }
       }
     }
-    const float total = sum((part[0] + part[1]) + (part[2] + part[3]));
-    return euclidean ? -std::sqrt(total) : total;
+    for (int n = 0; n < kCount; ++n) {
+      const float total = sum((part[n][0] + part[n][1]) + (part[n][2] + part[n][3]));
+      result[n] = kEuclidean ? -std::sqrt(total) : total;
+    }
   }
-  float score(float value) const { return euclidean ? -0.5f * value * value : value; }
-  int32_t index(int32_t position) const { return panels.index[position]; }
-  void prefetch(int32_t position) const {
-    const char* row = reinterpret_cast<const char*>(panels.row(position));
-    const int64_t bytes = panels.padded_channels * static_cast<int64_t>(sizeof(float));
-    for (int64_t line = 0; line < std::min<int64_t>(bytes, 4096); line += 64)
-      __builtin_prefetch(row + line);
-  }
+
+  static constexpr int kParts = 4;
 };
 
 class Tiles {
@@ -121,20 +135,16 @@ class Tiles {
       for_i &= after | self;
       for_j &= after;
     }
-    if (for_i) {
-      const Row row = candidates_.row(i);
-      append(row, score, static_cast<int32_t>(j), for_i);
-      if (*row.count > candidates_.limit()) make_room(row, i);
-    }
+    if (for_i && candidates_.append(i, score, static_cast<int32_t>(j), for_i)) make_room(i);
+    const float* lane = reinterpret_cast<const float*>(&score);
     for_each_bit(for_j, [&](int l) {
-      const Row row = candidates_.row(j + l);
-      append(row, score[l], static_cast<int32_t>(i));
-      if (*row.count > candidates_.limit()) make_room(row, j + l);
+      if (candidates_.append(j + l, lane[l], static_cast<int32_t>(i))) make_room(j + l);
     });
   }
 
-  __attribute__((noinline)) void make_room(const Row& row, int64_t i) const {
-    compact(row, static_cast<int32_t>(i), candidates_.k(), candidates_.limit(), exact_);
+  __attribute__((noinline)) void make_room(int64_t i) const {
+    compact(candidates_.row(i), static_cast<int32_t>(i), candidates_.k(), candidates_.limit(),
+            exact_);
   }
 
   const Panels& panels_;
