@@ -1,0 +1,114 @@
+"""``python -m nefkern.summarize``: scores of several runs as mean and spread."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nefkern.errors import UserError, command
+
+EXAMPLES = """\
+example: three seeds, scored and summarised
+  for s in 0 1 2; do
+    python -m nefkern.train --data folder --data-root voc -K 128 --seed $s --out runs/voc-$s
+    python -m nefkern.evaluate runs/voc-$s --data-root voc --methods ours,ours*,kmeans --seed $s
+  done
+  python -m nefkern.summarize runs/voc-*
+"""
+
+COUNTED = {"iou": "IoU vote", "count": "count vote", "hungarian": "Hungarian"}
+
+
+class Score(NamedTuple):
+    """One method's scores in one run, in percent."""
+
+    accuracy: float
+    mean_iou: float
+
+
+class Key(NamedTuple):
+    """What scores must share to be averaged."""
+
+    evaluation: str
+    method: str
+    crf: str
+    matching: str
+
+
+def read_scores(run: Path) -> Iterator[tuple[Key, Score]]:
+    """All scores that ``python -m nefkern.evaluate`` left in a run folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted(run.glob("evaluation-*.json"))
+    if not files:
+        raise UserError(f"{run}: holds no scores; make them with python -m nefkern.evaluate")
+    for file in files:
+        for method, result in json.loads(file.read_text())["methods"].items():
+            for crf, stage in result["stages"].items():
+                for matching, scores in stage["matchings"].items():
+                    key = Key(file.stem.removeprefix("evaluation-"), method, crf, matching)
+                    yield key, Score(100 * scores["accuracy"], 100 * scores["mean_iou"])
+
+
+def collect(runs: list[Path]) -> dict[Key, list[Score]]:
+    """Scores of all runs by what they share, in the order met."""
+    found: dict[Key, list[Score]] = defaultdict(list)
+    for run in runs:
+        for key, score in read_scores(run):
+            found[key].append(score)
+    return dict(found)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± sample standard deviation; the value alone where there is one."""
+    mean = statistics.fmean(values)
+    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def table(found: dict[Key, list[Score]]) -> str:
+    """Markdown: a section per evaluation, a row per method, "accuracy / mIoU" per matching."""
+    lines = []
+    for evaluation in dict.fromkeys(key.evaluation for key in found):
+        part = {k: v for k, v in found.items() if k.evaluation == evaluation}
+        matchings = list(dict.fromkeys(k.matching for k in part))
+        titles = [f"{COUNTED.get(m, m)}: accuracy | mIoU" for m in matchings]
+        runs = max(len(v) for v in part.values())
+        lines += [f"**{evaluation}**, {runs} runs, mean ± standard deviation, %", ""]
+        lines += [f"| method | {' | '.join(titles)} |", "|---" * (1 + 2 * len(matchings)) + "|"]
+        for method, crf in dict.fromkeys((k.method, k.crf) for k in part):
+            cells: list[Any] = []
+            for matching in matchings:
+                scores = part.get(Key(evaluation, method, crf, matching), [])
+                cells += [
+                    spread([getattr(s, field) for s in scores]) if scores else ""
+                    for field in Score._fields
+                ]
+            name = method if crf == "none" else f"{method}, CRF on {crf}"
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nefkern.summarize",
+        description="Mean and spread of the scores of several runs (seeds), as a Markdown table.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="scored run folders")
+    print(table(collect(parser.parse_args(arguments).runs)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from nefkern import summarize
+
+
+def scored(folder, accuracy, mean_iou, name="evaluation-set-val-crop320.json"):
+    folder.mkdir(exist_ok=True)
+    matchings = {"iou": {"accuracy": accuracy, "mean_iou": mean_iou}}
+    result = {"methods": {"ours": {"stages": {"none": {"matchings": matchings}}}}}
+    (folder / name).write_text(json.dumps(result))
+    return folder
+
+
+def test_mean_and_sample_deviation_of_three_runs(tmp_path, capsys):
+    runs = [scored(tmp_path / str(i), a, 0.5) for i, a in enumerate((0.2, 0.3, 0.4))]
+    assert summarize.main([str(run) for run in runs]) == 0
+    out = capsys.readouterr().out
+    assert "**set-val-crop320**, 3 runs" in out
+    assert "| ours | 30.0 ± 10.0 | 50.0 ± 0.0 |" in out
+
+
+def test_one_run_has_no_spread(tmp_path):
+    found = summarize.collect([scored(tmp_path / "a", 0.25, 0.125)])
+    assert "| ours | 25.0 | 12.5 |" in summarize.table(found)
+
+
+def test_different_evaluations_are_not_averaged(tmp_path):
+    run = scored(tmp_path / "a", 0.1, 0.1)
+    scored(run, 0.9, 0.9, "evaluation-other.json")
+    table = summarize.table(summarize.collect([run]))
+    assert "| ours | 10.0 | 10.0 |" in table
+    assert "| ours | 90.0 | 90.0 |" in table
+
+
+def test_the_rows_of_a_table_are_equally_long(tmp_path):
+    lines = summarize.table(summarize.collect([scored(tmp_path / "a", 0.1, 0.1)])).splitlines()
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_a_run_without_scores_is_named(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert summarize.main([str(tmp_path / "empty")]) == 2
+    assert "empty: holds no scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(flag, capsys):
+    with pytest.raises(SystemExit):
+        summarize.main([flag])
+    assert "nefkern.evaluate" in capsys.readouterr().out
