@@ -15,6 +15,8 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+from nefkern.errors import UserError
+
 AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -73,6 +75,20 @@ def available() -> dict[str, str | None]:
 def current() -> str:
     """The backend asked for: innermost :func:`backend`, else ``NEFKERN_BACKEND``, else "auto"."""
     return _forced.get() or _check(os.environ.get("NEFKERN_BACKEND") or AUTO)
+
+
+def check_environment(*, runnable: bool = True) -> None:
+    """For commands: raise a UserError if ``NEFKERN_BACKEND`` names no backend.
+
+    Args:
+        runnable: also if it names one that cannot run here.
+    """
+    name = os.environ.get("NEFKERN_BACKEND") or AUTO
+    if name not in (*BACKENDS, AUTO):
+        expected = ", ".join((*BACKENDS, AUTO))
+        raise UserError(f"NEFKERN_BACKEND={name}: expected one of {expected}")
+    if runnable and (reason := why_not(name)):
+        raise UserError(f"NEFKERN_BACKEND={name}: not available: {reason}")
 
 
 def preference(device_type: str) -> tuple[str, ...]:

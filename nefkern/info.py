@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from nefkern.errors import command
+from nefkern.errors import ArgumentParser, command
 
 
 def describe() -> str:
@@ -46,12 +45,15 @@ def describe() -> str:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Print the page."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m nefkern.info",
         description="Print versions, devices, and which backends can run here and why others not.",
     )
     parser.parse_args(arguments)
     import nefkern.ops  # noqa: F401  registers the operators
+    from nefkern import backends
+
+    backends.check_environment(runnable=False)
 
     print(describe())
 

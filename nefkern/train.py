@@ -48,11 +48,13 @@ def train(options: TrainOptions) -> Path:
     Raises:
         UserError: an option, an image or a weights file that cannot be used.
     """
+    from nefkern.backends import check_environment
     from nefkern.report import write_overlays, write_report
     from nefkern.runs import Run
     from nefkern.segmenter import Segmenter
     from nefkern.trainer import Trainer
 
+    check_environment()
     run = Run.create(options)
     trainer = Trainer(options, run)
     if trainer.finished:
