@@ -29,30 +29,30 @@ const char* isa_name(Isa isa);
 // reference to the function that this processor should run:
 //   NEFKERN_DECLARE(void, spmm, (const SpmmArgs& args));
 #if defined(__x86_64__)
-#define NEFKERN_DECLARE(result, name, parameters)                                                  \
-  namespace baseline {                                                                             \
-  result name parameters;                                                                          \
-  }                                                                                                \
-  namespace avx2 {                                                                                 \
-  result name parameters;                                                                          \
-  }                                                                                                \
-  namespace avx512 {                                                                               \
-  result name parameters;                                                                          \
-  }                                                                                                \
-  namespace avx512bf16 {                                                                           \
-  result name parameters;                                                                          \
-  }                                                                                                \
-  inline auto name##_for(Isa isa)->result(*) parameters {                                          \
-    static constexpr decltype(&baseline::name) kTable[] = {baseline::name, avx2::name,             \
-                                                           avx512::name, avx512bf16::name};        \
-    return kTable[static_cast<int>(isa)];                                                          \
-  }                                                                                                \
+#define NEFKERN_DECLARE(result, name, parameters)                                           \
+  namespace baseline {                                                                      \
+  result name parameters;                                                                   \
+  }                                                                                         \
+  namespace avx2 {                                                                          \
+  result name parameters;                                                                   \
+  }                                                                                         \
+  namespace avx512 {                                                                        \
+  result name parameters;                                                                   \
+  }                                                                                         \
+  namespace avx512bf16 {                                                                    \
+  result name parameters;                                                                   \
+  }                                                                                         \
+  inline auto name##_for(Isa isa) -> result(*) parameters {                                 \
+    static constexpr decltype(&baseline::name) kTable[] = {baseline::name, avx2::name,      \
+                                                           avx512::name, avx512bf16::name}; \
+    return kTable[static_cast<int>(isa)];                                                   \
+  }                                                                                         \
   static_assert(true, "")
 #else
-#define NEFKERN_DECLARE(result, name, parameters)                                                  \
-  namespace baseline {                                                                             \
-  result name parameters;                                                                          \
-  }                                                                                                \
-  inline auto name##_for(Isa)->result(*) parameters { return baseline::name; }                     \
+#define NEFKERN_DECLARE(result, name, parameters)                                \
+  namespace baseline {                                                           \
+  result name parameters;                                                        \
+  }                                                                              \
+  inline auto name##_for(Isa) -> result(*) parameters { return baseline::name; } \
   static_assert(true, "")
 #endif

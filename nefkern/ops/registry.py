@@ -1,8 +1,8 @@
 """How an operator enters the PyTorch dispatcher, and how a backend's kernel is found for a call.
 
-An operator is defined once, by :func:`define`, as ``torch.ops.nefkern.<name>``. Each backend then adds
-its implementation with :func:`kernel`. A call runs the first backend that is preferred for the device
-of the first tensor argument, available on this machine, and willing to take these arguments.
+An operator is defined once, by :func:`define`, as ``torch.ops.nefkern.<name>``. Each backend then
+adds its implementation with :func:`kernel`. A call runs the first backend that is preferred for the
+device of the first tensor argument, available on this machine, and willing to take these arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _kernels: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
 
 
 def define(schema: str, *, fake: Callable) -> None:
-    """Define ``nefkern::<name>`` by its schema, with ``fake`` computing the shapes of its results."""
+    """Define ``nefkern::<name>`` by its schema; ``fake`` computes the shapes of its results."""
     name = schema.partition("(")[0]
     _kernels[name] = {}
     _library.define(schema)

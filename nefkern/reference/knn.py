@@ -63,7 +63,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def _scores(rows: Tensor, candidates: Tensor, metric: str) -> Tensor:
-    """[n, C] against [m, C]: [n, m] scores, greater is better, -inf where the value isn't finite."""
+    """[n, C] against [m, C]: [n, m] scores, greater is better, -inf where not finite."""
     if metric == "cosine":
         scores = rows @ candidates.T
     else:  # differences, not |x|² + |y|² - 2xy, which cancels for near rows
