@@ -1,32 +1,63 @@
 // Row i of A + A^T is the union of node i's own list and of the lists that name i. The latter come
-// from a counting sort by column (the transposition); the union from a bitmap with one bit a node,
-// read out in order, so that neither lists nor rows are ever sorted by comparison.
+// from a counting sort by column (the transposition); the union from a map with one byte a node,
+// read out in order, so that neither lists nor rows are ever sorted by comparison. The inner loops
+// have no branch that depends on the data: a mispredicted one costs as much as five edges.
 #include "cpu/normalized_adjacency.h"
 
 #include <cmath>
 #include <cstring>
 
 #include "cpu/tiles.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace nefkern::cpu::NEFKERN_ISA {
 namespace {
 
 constexpr int64_t kRowsAPiece = 64;
-constexpr int64_t kBlock = 4096;  // nodes a summary byte stands for
+constexpr int64_t kWord = 64;     // nodes looked at in one step of reading a row out
+constexpr int64_t kBlock = 4096;  // nodes that one summary byte stands for
+constexpr int64_t kAtOnce = 4;    // entries written without asking whether they exist
 
-// The clamped weight of list entry `slot`; 0 says that the edge is dropped, a NaN is kept.
-inline float edge_weight(const AdjacencyArgs& args, int64_t slot) {
-  if (!args.weights) return 1.0f;
-  const float weight = args.weights[slot];
-  return weight < args.clamp_min ? args.clamp_min : weight;
-}
+// Node `row`'s own list; a null weight array stands for weight 1.
+template <class Index>
+struct List {
+  const Index* nodes;
+  const float* weights;
+  int64_t size;
+  float clamp_min;
+
+  List(const AdjacencyArgs& args, int64_t row)
+      : nodes(static_cast<const Index*>(args.indices) + row * args.list_size),
+        weights(args.weights ? args.weights + row * args.list_size : nullptr),
+        size(args.list_size),
+        clamp_min(args.clamp_min) {}
+
+  // f(node, clamped weight) for every edge: padding and weight 0 are left out, a NaN is not.
+  template <class F>
+  void for_each_edge(const F& f) const {
+    if (!weights) {
+      for (int64_t slot = 0; slot < size; ++slot)
+        if (nodes[slot] >= 0) f(static_cast<int64_t>(nodes[slot]), 1.0f);
+      return;
+    }
+    for (int64_t slot = 0; slot < size; ++slot) {
+      const float weight = weights[slot] < clamp_min ? clamp_min : weights[slot];
+      if (nodes[slot] >= 0 && !(weight <= 0)) f(static_cast<int64_t>(nodes[slot]), weight);
+    }
+  }
+
+  // Whether all nodes are -1 to num_nodes - 1.
+  bool valid(int64_t num_nodes) const {
+    bool good = true;
+    for (int64_t slot = 0; slot < size; ++slot)
+      good &= nodes[slot] >= -1 && nodes[slot] < num_nodes;
+    return good;
+  }
+};
 
 inline float larger(float a, float b) { return b > a || b != b ? b : a; }
-
-template <class Index>
-inline const Index* list_of(const AdjacencyArgs& args, int64_t row) {
-  return static_cast<const Index*>(args.indices) + row * args.list_size;
-}
 
 // ---- transposition: a counting sort, each part of the rows writing to places of its own ----
 
@@ -35,19 +66,13 @@ template <class Index>
 bool count_part(const AdjacencyArgs& args, int64_t p) {
   int64_t* counts = args.cursors + p * args.num_nodes;
   std::memset(counts, 0, static_cast<size_t>(args.num_nodes) * sizeof *counts);
-  bool valid = true;
   const int64_t end = part_begin(args.num_nodes, args.parts, p + 1);
   for (int64_t row = part_begin(args.num_nodes, args.parts, p); row < end; ++row) {
-    const Index* list = list_of<Index>(args, row);
-    for (int64_t slot = 0; slot < args.list_size; ++slot) {
-      const Index node = list[slot];
-      if (node < 0 || node >= args.num_nodes)
-        valid &= node == -1;
-      else
-        counts[node] += !(edge_weight(args, row * args.list_size + slot) <= 0);
-    }
+    const List<Index> list(args, row);
+    if (!list.valid(args.num_nodes)) return false;
+    list.for_each_edge([&](int64_t node, float) { ++counts[node]; });
   }
-  return valid;
+  return true;
 }
 
 // Counts to places: edges into node 0 from part 0, from part 1, ..., then those into node 1.
@@ -68,14 +93,10 @@ template <class Index>
 void scatter_part(const AdjacencyArgs& args, int64_t p) {
   int64_t* cursors = args.cursors + p * args.num_nodes;
   const int64_t end = part_begin(args.num_nodes, args.parts, p + 1);
-  for (int64_t row = part_begin(args.num_nodes, args.parts, p); row < end; ++row) {
-    const Index* list = list_of<Index>(args, row);
-    for (int64_t slot = 0; slot < args.list_size; ++slot) {
-      const float weight = edge_weight(args, row * args.list_size + slot);
-      if (list[slot] >= 0 && !(weight <= 0))
-        args.incoming[cursors[list[slot]]++] = {static_cast<int32_t>(row), weight};
-    }
-  }
+  for (int64_t row = part_begin(args.num_nodes, args.parts, p); row < end; ++row)
+    List<Index>(args, row).for_each_edge([&](int64_t node, float weight) {
+      args.incoming[cursors[node]++] = {static_cast<int32_t>(row), weight};
+    });
 }
 
 template <class Index>
@@ -91,145 +112,186 @@ bool transpose_lists(const AdjacencyArgs& args) {
   return true;
 }
 
-// ---- a row as a bitmap ----
+// ---- a row as a map of bytes ----
 
-// One bit a node, and one byte for every 4096 nodes that says where to look. All bits are zero
-// between rows.
-class Bitmap {
- public:
-  Bitmap(const AdjacencyArgs& args, int64_t worker)
-      : blocks_((args.num_nodes + kBlock - 1) / kBlock),
-        bits_(args.bitmaps + worker * adjacency_bitmap_words(args.num_nodes)),
-        touched_(reinterpret_cast<uint8_t*>(bits_ + blocks_ * 64)) {}
-
-  // Sets the node's bit; returns whether it was set before.
-  bool insert(int64_t node) {
-    uint64_t& word = bits_[node >> 6];
-    const bool before = word >> (node & 63) & 1;
-    word |= uint64_t{1} << (node & 63);
-    touched_[node / kBlock] = 1;
-    return before;
+// The bits of 64 bytes that are 0 or 1.
+inline uint64_t bits_of(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  const __m512i v = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(v, v);
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, sizeof eight);
+    bits |= (eight * 0x0102040810204080u >> 56) << (8 * i);  // gathers the lowest bits
   }
+  return bits;
+#endif
+}
 
-  // Calls f(first node, bits) for every word with bits, in ascending order, and clears all.
+// A worker's row: which nodes it has, and their weights. Empty between rows: all zeros.
+class Row {
+ public:
+  Row(const AdjacencyArgs& args, int64_t worker)
+      : blocks_((args.num_nodes + kBlock - 1) / kBlock),
+        touched_(args.maps + worker * adjacency_map_bytes(args.num_nodes)),
+        has_(touched_ + (blocks_ + kWord - 1) / kWord * kWord),
+        weights_(args.dense + worker * adjacency_dense_floats(args.num_nodes)),
+        columns_(reinterpret_cast<int32_t*>(weights_ + blocks_ * kBlock + kWord)),
+        values_(weights_ + 2 * (blocks_ * kBlock + kWord)) {}
+
+  void insert(int64_t node) {
+    has_[node] = 1;
+    touched_[node / kBlock] = 1;
+  }
+  float& weight(int64_t node) { return weights_[node]; }
+
+  // f(first node, bits) for every word of nodes that may have bits, ascending; clears the map.
   template <class F>
   void drain(const F& f) {
     for (int64_t block = 0; block < blocks_; ++block) {
       if (!touched_[block]) continue;
       touched_[block] = 0;
-      for (int64_t w = block * 64; w < block * 64 + 64; ++w) {
-        if (bits_[w]) f(w * 64, bits_[w]);
-        bits_[w] = 0;
+      for (int64_t first = block * kBlock; first < (block + 1) * kBlock; first += kWord) {
+        const uint64_t bits = bits_of(has_ + first);
+        std::memset(has_ + first, 0, kWord);
+        f(first, bits);
       }
     }
   }
 
+  int64_t drain_size() {
+    int64_t size = 0;
+    drain([&](int64_t, uint64_t bits) { size += __builtin_popcountll(bits); });
+    return size;
+  }
+
+  // Moves the row's entries to columns() and values() in ascending order; returns their number.
+  int64_t drain_entries() {
+    int64_t place = 0;
+    float nowhere;
+    drain([&](int64_t first, uint64_t bits) {
+      const int64_t count = __builtin_popcountll(bits);
+      // What is written beyond `count` is overwritten by the next word or never read.
+      for (int64_t done = 0; done < count; done += kAtOnce)
+        for (int64_t i = done; i < done + kAtOnce; ++i) {
+          const int64_t node = first + (bits ? __builtin_ctzll(bits) : kWord);
+          columns_[place + i] = static_cast<int32_t>(node);
+          values_[place + i] = weights_[node];
+          *(bits ? weights_ + node : &nowhere) = 0;
+          bits &= bits - 1;
+        }
+      place += count;
+    });
+    return place;
+  }
+  const int32_t* columns() const { return columns_; }
+  const float* values() const { return values_; }
+
  private:
   int64_t blocks_;
-  uint64_t* bits_;
   uint8_t* touched_;
+  uint8_t* has_;
+  float* weights_;
+  int32_t* columns_;
+  float* values_;
 };
 
 template <class Index>
-int64_t count_row(const AdjacencyArgs& args, Bitmap& bitmap, int64_t row) {
-  const Index* list = list_of<Index>(args, row);
-  for (int64_t slot = 0; slot < args.list_size; ++slot)
-    if (list[slot] >= 0 && !(edge_weight(args, row * args.list_size + slot) <= 0))
-      bitmap.insert(list[slot]);
-  for (int64_t e = args.incoming_offsets[row]; e < args.incoming_offsets[row + 1]; ++e)
-    bitmap.insert(args.incoming[e].row);
-  int64_t count = 0;
-  bitmap.drain([&](int64_t, uint64_t bits) { count += __builtin_popcountll(bits); });
-  return count;
+int64_t count_row(const AdjacencyArgs& args, Row& row, int64_t i) {
+  List<Index>(args, i).for_each_edge([&](int64_t node, float) { row.insert(node); });
+  for (int64_t e = args.incoming_offsets[i]; e < args.incoming_offsets[i + 1]; ++e)
+    row.insert(args.incoming[e].row);
+  return row.drain_size();
 }
 
-// Writes the row's columns and values of A, not yet normalised, and its scale d^(-1/2).
-template <class Index>
-void fill_row(const AdjacencyArgs& args, Bitmap& bitmap, float* dense, int64_t row) {
-  const Index* list = list_of<Index>(args, row);
-  for (int64_t slot = 0; slot < args.list_size; ++slot) {
-    const int64_t node = list[slot];
-    const float weight = edge_weight(args, row * args.list_size + slot);
-    if (node >= 0 && !(weight <= 0))
-      dense[node] = bitmap.insert(node) ? larger(dense[node], weight) : weight;
-  }
-  const int64_t end = args.incoming_offsets[row + 1];
-  for (int64_t e = args.incoming_offsets[row]; e < end; ++e) {
+// Collects row i of A + A^T, or of max(A, A^T).
+template <class Index, bool kUnion>
+void collect_row(const AdjacencyArgs& args, Row& row, int64_t i) {
+  List<Index>(args, i).for_each_edge([&](int64_t node, float weight) {
+    row.insert(node);
+    row.weight(node) = larger(row.weight(node), weight);
+  });
+  const int64_t end = args.incoming_offsets[i + 1];
+  for (int64_t e = args.incoming_offsets[i]; e < end; ++e) {
     const int32_t node = args.incoming[e].row;
     float weight = args.incoming[e].weight;
     while (e + 1 < end && args.incoming[e + 1].row == node)  // listed twice by the same node
       weight = larger(weight, args.incoming[++e].weight);
-    const bool mutual = bitmap.insert(node);
-    const float own = mutual ? dense[node] : 0.0f;
-    dense[node] = args.take_union ? larger(own, weight) : own + weight;
+    row.insert(node);
+    row.weight(node) = kUnion ? larger(row.weight(node), weight) : row.weight(node) + weight;
   }
+}
+
+// The sum in double: to float32 it is exact, whatever the order.
+inline double sum_of(const float* values, int64_t size) {
+  double sums[8] = {};
+  int64_t e = 0;
+  for (; e + 8 <= size; e += 8)
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += values[e + lane];
+  for (int lane = 0; e < size; ++e, ++lane) sums[lane] += values[e];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// Writes row i of A, not yet normalised, and its scale d^(-1/2).
+template <class Index>
+void fill_row(const AdjacencyArgs& args, Row& row, int64_t i) {
+  if (args.take_union)
+    collect_row<Index, true>(args, row, i);
+  else
+    collect_row<Index, false>(args, row, i);
   const float share = args.take_union ? 1.0f : 0.5f;
-  int64_t place = args.row_offsets[row];
-  double degree = 0;
-  bitmap.drain([&](int64_t first, uint64_t bits) {
-    for (; bits; bits &= bits - 1) {
-      const int64_t node = first + __builtin_ctzll(bits);
-      const float value = share * dense[node];
-      args.columns[place] = static_cast<int32_t>(node);
-      args.values[place++] = value;
-      degree += value;
-    }
-  });
-  args.scale[row] = static_cast<float>(1 / std::sqrt(degree));
+  const int64_t size = row.drain_entries(), begin = args.row_offsets[i];
+  std::memcpy(args.columns + begin, row.columns(), static_cast<size_t>(size) * sizeof(int32_t));
+  for (int64_t e = 0; e < size; ++e) args.values[begin + e] = share * row.values()[e];
+  args.scale[i] = static_cast<float>(1 / std::sqrt(share * sum_of(row.values(), size)));
 }
 
-template <class Index>
-void fill_rows(const AdjacencyArgs& args) {
+// f(row workspace, row) for all rows, in parallel.
+template <class F>
+void for_each_row(const AdjacencyArgs& args, const F& f) {
   const int64_t pieces = (args.num_nodes + kRowsAPiece - 1) / kRowsAPiece;
   for_each_piece(pieces, args.workers, [&](int64_t piece, int64_t worker) {
-    Bitmap bitmap(args, worker);
-    float* dense = args.dense + worker * args.num_nodes;
+    Row row(args, worker);
     const int64_t begin = piece * kRowsAPiece;
-    for (int64_t row = begin; row < begin + kRowsAPiece && row < args.num_nodes; ++row)
-      fill_row<Index>(args, bitmap, dense, row);
+    for (int64_t i = begin; i < begin + kRowsAPiece && i < args.num_nodes; ++i) f(row, i);
   });
 }
 
 template <class Index>
-void count_rows(const AdjacencyArgs& args) {
-  const int64_t pieces = (args.num_nodes + kRowsAPiece - 1) / kRowsAPiece;
-  for_each_piece(pieces, args.workers, [&](int64_t piece, int64_t worker) {
-    Bitmap bitmap(args, worker);
-    const int64_t begin = piece * kRowsAPiece;
-    for (int64_t row = begin; row < begin + kRowsAPiece && row < args.num_nodes; ++row)
-      args.row_offsets[row + 1] = count_row<Index>(args, bitmap, row);
-  });
+bool count(const AdjacencyArgs& args) {
+  if (!transpose_lists<Index>(args)) return false;
+  for_each_row(
+      args, [&](Row& row, int64_t i) { args.row_offsets[i + 1] = count_row<Index>(args, row, i); });
   args.row_offsets[0] = 0;
-  for (int64_t row = 0; row < args.num_nodes; ++row)
-    args.row_offsets[row + 1] += args.row_offsets[row];
+  for (int64_t i = 0; i < args.num_nodes; ++i) args.row_offsets[i + 1] += args.row_offsets[i];
+  return true;
+}
+
+template <class Index>
+void fill(const AdjacencyArgs& args) {
+  for_each_row(args, [&](Row& row, int64_t i) { fill_row<Index>(args, row, i); });
 }
 
 }  // namespace
 
 bool adjacency_count(const AdjacencyArgs& args) {
-  const int64_t words = args.workers * adjacency_bitmap_words(args.num_nodes);
-  std::memset(args.bitmaps, 0, static_cast<size_t>(words) * sizeof *args.bitmaps);
-  if (args.wide_indices) {
-    if (!transpose_lists<int64_t>(args)) return false;
-    count_rows<int64_t>(args);
-  } else {
-    if (!transpose_lists<int32_t>(args)) return false;
-    count_rows<int32_t>(args);
-  }
-  return true;
+  const int64_t bytes = args.workers * adjacency_map_bytes(args.num_nodes);
+  const int64_t floats = args.workers * adjacency_dense_floats(args.num_nodes);
+  std::memset(args.maps, 0, static_cast<size_t>(bytes));
+  std::memset(args.dense, 0, static_cast<size_t>(floats) * sizeof(float));
+  return args.wide_indices ? count<int64_t>(args) : count<int32_t>(args);
 }
 
 void adjacency_fill(const AdjacencyArgs& args) {
   if (args.wide_indices)
-    fill_rows<int64_t>(args);
+    fill<int64_t>(args);
   else
-    fill_rows<int32_t>(args);
-  const int64_t pieces = (args.num_nodes + kRowsAPiece - 1) / kRowsAPiece;
-  for_each_piece(pieces, args.workers, [&](int64_t piece, int64_t) {
-    const int64_t begin = piece * kRowsAPiece;
-    for (int64_t row = begin; row < begin + kRowsAPiece && row < args.num_nodes; ++row)
-      for (int64_t e = args.row_offsets[row]; e < args.row_offsets[row + 1]; ++e)
-        args.values[e] *= args.scale[row] * args.scale[args.columns[e]];
+    fill<int32_t>(args);
+  for_each_row(args, [&](Row&, int64_t i) {
+    for (int64_t e = args.row_offsets[i]; e < args.row_offsets[i + 1]; ++e)
+      args.values[e] *= args.scale[i] * args.scale[args.columns[e]];
   });
 }
 

@@ -27,10 +27,10 @@ struct AdjacencyArgs {
   int64_t* cursors;
   int64_t* incoming_offsets;
   IncomingEdge* incoming;
-  // A dense row for each of `workers` threads: N floats, and adjacency_bitmap_words(N) words.
+  // For each of `workers` threads: adjacency_dense_floats(N) and adjacency_map_bytes(N).
   int64_t workers;
   float* dense;
-  uint64_t* bitmaps;
+  uint8_t* maps;
 
   int64_t* row_offsets;  // [N + 1], out
   int32_t* columns;      // [row_offsets[N]], out
@@ -38,10 +38,13 @@ struct AdjacencyArgs {
   float* scale;          // [N], workspace of the second step
 };
 
-// 64-bit words of a worker's bitmap: one bit a node, and one byte for 4096 nodes.
-inline int64_t adjacency_bitmap_words(int64_t num_nodes) {
+// A worker's workspaces, rounded up so that the kernel may read whole vectors.
+inline int64_t adjacency_map_bytes(int64_t num_nodes) {
   const int64_t blocks = (num_nodes + 4095) / 4096;
-  return blocks * 64 + (blocks + 7) / 8;
+  return blocks * 4096 + (blocks + 63) / 64 * 64;
+}
+inline int64_t adjacency_dense_floats(int64_t num_nodes) {
+  return 3 * ((num_nodes + 4095) / 4096 * 4096 + 64);
 }
 
 // First step: fills the incoming edges and row_offsets, so that the caller can allocate columns and

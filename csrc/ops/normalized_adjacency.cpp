@@ -42,8 +42,10 @@ std::tuple<Tensor, Tensor, Tensor, bool> normalized_adjacency(const Tensor& indi
     return torch::stable::new_empty(index, {size}, ScalarType::Float);
   };
   Tensor cursors = longs(workers * n), incoming_offsets = longs(n + 1), incoming = longs(edges);
-  Tensor bitmaps = longs(workers * nefkern::cpu::adjacency_bitmap_words(n));
-  Tensor dense = floats(workers * n), scale = floats(n), row_offsets = longs(n + 1);
+  Tensor maps = torch::stable::new_empty(index, {workers * nefkern::cpu::adjacency_map_bytes(n)},
+                                         ScalarType::Byte);
+  Tensor dense = floats(workers * nefkern::cpu::adjacency_dense_floats(n)), scale = floats(n);
+  Tensor row_offsets = longs(n + 1);
   static_assert(sizeof(nefkern::cpu::IncomingEdge) == sizeof(int64_t));
   nefkern::cpu::AdjacencyArgs args{
       .num_nodes = n,
@@ -59,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> normalized_adjacency(const Tensor& indi
       .incoming = static_cast<nefkern::cpu::IncomingEdge*>(incoming.mutable_data_ptr()),
       .workers = workers,
       .dense = dense.mutable_data_ptr<float>(),
-      .bitmaps = static_cast<uint64_t*>(bitmaps.mutable_data_ptr()),
+      .maps = maps.mutable_data_ptr<uint8_t>(),
       .row_offsets = row_offsets.mutable_data_ptr<int64_t>(),
       .columns = nullptr,
       .values = nullptr,
