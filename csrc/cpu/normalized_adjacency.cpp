@@ -114,8 +114,11 @@ bool transpose_lists(const AdjacencyArgs& args) {
 
 // ---- a row as a map of bytes ----
 
-// The bits of 64 bytes that are 0 or 1.
-inline uint64_t bits_of(const uint8_t* bytes) {
+// A byte that, unlike uint8_t, aliases nothing else: pointers stay in registers across its stores.
+enum class Flag : uint8_t { kNo, kYes };
+
+// One bit for each of 64 flags.
+inline uint64_t bits_of(const Flag* bytes) {
 #if defined(__AVX512BW__)
   const __m512i v = _mm512_loadu_si512(bytes);
   return _mm512_test_epi8_mask(v, v);
@@ -135,15 +138,15 @@ class Row {
  public:
   Row(const AdjacencyArgs& args, int64_t worker)
       : blocks_((args.num_nodes + kBlock - 1) / kBlock),
-        touched_(args.maps + worker * adjacency_map_bytes(args.num_nodes)),
+        touched_(reinterpret_cast<Flag*>(args.maps) + worker * adjacency_map_bytes(args.num_nodes)),
         has_(touched_ + (blocks_ + kWord - 1) / kWord * kWord),
         weights_(args.dense + worker * adjacency_dense_floats(args.num_nodes)),
         columns_(reinterpret_cast<int32_t*>(weights_ + blocks_ * kBlock + kWord)),
         values_(weights_ + 2 * (blocks_ * kBlock + kWord)) {}
 
   void insert(int64_t node) {
-    has_[node] = 1;
-    touched_[node / kBlock] = 1;
+    has_[node] = Flag::kYes;
+    touched_[node / kBlock] = Flag::kYes;
   }
   float& weight(int64_t node) { return weights_[node]; }
 
@@ -151,8 +154,8 @@ class Row {
   template <class F>
   void drain(const F& f) {
     for (int64_t block = 0; block < blocks_; ++block) {
-      if (!touched_[block]) continue;
-      touched_[block] = 0;
+      if (touched_[block] == Flag::kNo) continue;
+      touched_[block] = Flag::kNo;
       for (int64_t first = block * kBlock; first < (block + 1) * kBlock; first += kWord) {
         const uint64_t bits = bits_of(has_ + first);
         std::memset(has_ + first, 0, kWord);
@@ -191,8 +194,8 @@ class Row {
 
  private:
   int64_t blocks_;
-  uint8_t* touched_;
-  uint8_t* has_;
+  Flag* touched_;
+  Flag* has_;
   float* weights_;
   int32_t* columns_;
   float* values_;

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "ops/csr_checks.h"
+#include "ops/large_empty.h"
 
 namespace {
 
@@ -47,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, bool> add(const Tensor& row_offsets_a, const 
   const nefkern::cpu::Isa isa = nefkern::cpu::best_isa();
   if (valid) nefkern::cpu::add_count_for(isa)(args);
   const int64_t nnz = valid ? args.row_offsets[n] : 0;
-  Tensor columns = torch::stable::new_empty(a[1], {nnz});
-  Tensor values = torch::stable::new_empty(a[2], {nnz});
+  Tensor columns = nefkern::large_empty(a[1], {nnz}, ScalarType::Int);
+  Tensor values = nefkern::large_empty(a[2], {nnz}, ScalarType::Float);
   args.columns = columns.mutable_data_ptr<int32_t>();
   args.values = values.mutable_data_ptr<float>();
   if (valid) nefkern::cpu::add_fill_for(isa)(args);

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/parallel.h"
+#include "ops/large_empty.h"
 
 namespace {
 
@@ -36,10 +37,10 @@ std::tuple<Tensor, Tensor, Tensor, bool> normalized_adjacency(const Tensor& indi
   const int64_t most = nefkern::cpu::num_threads(), wanted = edges / kEdgesAThread + 1;
   const int64_t workers = wanted < most ? wanted : most;
   const auto longs = [&](int64_t size) {
-    return torch::stable::new_empty(index, {size}, ScalarType::Long);
+    return nefkern::large_empty(index, {size}, ScalarType::Long);
   };
   const auto floats = [&](int64_t size) {
-    return torch::stable::new_empty(index, {size}, ScalarType::Float);
+    return nefkern::large_empty(index, {size}, ScalarType::Float);
   };
   Tensor cursors = longs(workers * n), incoming_offsets = longs(n + 1), incoming = longs(edges);
   Tensor maps = torch::stable::new_empty(index, {workers * nefkern::cpu::adjacency_map_bytes(n)},
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> normalized_adjacency(const Tensor& indi
   const nefkern::cpu::Isa isa = nefkern::cpu::best_isa();
   const bool valid = nefkern::cpu::adjacency_count_for(isa)(args);
   const int64_t nnz = valid ? args.row_offsets[n] : 0;
-  Tensor columns = torch::stable::new_empty(index, {nnz}, ScalarType::Int);
+  Tensor columns = nefkern::large_empty(index, {nnz}, ScalarType::Int);
   Tensor values = floats(nnz);
   args.columns = columns.mutable_data_ptr<int32_t>();
   args.values = values.mutable_data_ptr<float>();

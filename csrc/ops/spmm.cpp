@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "ops/csr_checks.h"
+#include "ops/large_empty.h"
 
 namespace {
 
@@ -34,8 +35,8 @@ std::tuple<Tensor, bool> spmm(const Tensor& row_offsets, const Tensor& columns,
   STD_TORCH_CHECK(
       nefkern::is_csr(offsets, column, value) && x.dim() == 2 && offsets.numel() == x.size(0) + 1,
       "spmm: expected a graph of float32 values with as many nodes as x has rows");
-  Tensor y = accumulated ? torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float)
-                         : torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor y = nefkern::large_empty(x, {x.size(0), x.size(1)},
+                                  accumulated ? ScalarType::Float : x.scalar_type());
   if (!nefkern::never_falls(offsets, column.numel())) return {y, false};
   const nefkern::cpu::SpmmArgs args{
       .num_nodes = x.size(0),
