@@ -27,6 +27,8 @@ _forced: ContextVar[str | None] = ContextVar("nefkern_backend", default=None)
 @functools.cache
 def native_module():
     """The compiled extension ``nefkern._C``, or the reason (a string) why it cannot be loaded."""
+    import torch  # noqa: F401  its libraries, which the extension needs, are loaded by this
+
     try:
         return importlib.import_module("nefkern._C")
     except ModuleNotFoundError:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import torch
 
 from nefkern import backends
@@ -61,13 +57,3 @@ def assert_half_close(result, exact, dtype):
     error = (result.double() - exact).abs()
     allowed = unit * exact.abs() + unit * 1e-2 * exact.abs().max() + torch.finfo(dtype).tiny
     assert (error <= allowed).all(), f"largest excess {(error - allowed).max()}"
-
-
-def run_with_isa(isa: str, code: str) -> str:
-    """Run Python ``code`` in a process whose kernels are limited to the instruction set ``isa``."""
-    environment = dict(os.environ, NEFKERN_ISA=isa)
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout

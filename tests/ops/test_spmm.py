@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nefkern import backend
-from nefkern.ops import spmm
+from nefkern.ops import CSRGraph, neuralef_loss, quadratic_form, spmm
 from tests.ops.graph_common import (
     HALF,
     assert_half_close,
@@ -139,6 +139,25 @@ def test_autocast_and_inference_mode():
     x = torch.randn(12, 5)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert spmm(graph, x).dtype == torch.float32  # as given: autocast leaves it alone
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("offsets", "columns"),
+    [([0, 1, 2], [0, 2]), ([0, 1, 2], [0, -1]), ([0, 3, 2], [0, 1]), ([1, 1, 2], [0, 1])],
+)
+def test_a_graph_that_contradicts_itself_is_never_followed(name, offsets, columns):
+    graph = CSRGraph(
+        torch.tensor(offsets), torch.tensor(columns, dtype=torch.int32), torch.ones(2), 2, True
+    )
+    x = torch.ones(2, 20)
+    for call in (
+        lambda: spmm(graph, x),
+        lambda: quadratic_form(x, graph),
+        lambda: neuralef_loss(x, graph, 0.1),
+    ):
+        with backend(name), pytest.raises(ValueError, match="graph: expected row_offsets"):
+            call()
 
 
 def test_bad_arguments():
