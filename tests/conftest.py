@@ -26,6 +26,17 @@ def _photograph(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+@pytest.fixture(autouse=True)
+def one_thread_for_small_models(request):
+    """The pipeline's models are so small here that threads cost more than they give, above all on
+    a busy machine. The tests of the operators, in folders of their own, keep them."""
+    threads = torch.get_num_threads()
+    if request.path.parent == Path(__file__).parent:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def photograph() -> Callable[[int, int, int], Image.Image]:
     """photograph(width, height, seed): a small colour picture."""

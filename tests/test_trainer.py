@@ -33,14 +33,6 @@ def all_threads():
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are so small that threads cost more than they give, most on a busy machine."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(THREADS)
-
-
 def start(options: TrainOptions) -> Trainer:
     return Trainer(options, Run.create(options))
 
