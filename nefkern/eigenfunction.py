@@ -26,6 +26,8 @@ class EigenfunctionConfig:
         feature_map: "softmax" (the authors') or "elu" (Katharopoulos et al. 2020).
         orthogonal: keep the columns of the head orthogonal by a parametrisation.
         quantize: Gumbel-Softmax outputs, near one-hot; False gives continuous eigenfunctions.
+        standardize: scale every input channel to mean 0 and variance 1, see
+            :meth:`Eigenfunction.fit_scale`.
     """
 
     num_eigenfunctions: int = 256
@@ -35,6 +37,7 @@ class EigenfunctionConfig:
     feature_map: str = "softmax"
     orthogonal: bool = True
     quantize: bool = True
+    standardize: bool = False
 
 
 class SelfAttention(nn.Module):
@@ -115,6 +118,9 @@ class Eigenfunction(nn.Module):
         if config.feature_map not in ("elu", "softmax"):
             raise UserError(f"--feature-map {config.feature_map}: expected elu or softmax")
         self.config = config
+        # Identity until fit_scale; saved with the weights.
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
         hidden = max(1, round(config.mlp_ratio * graph_dim))
         self.blocks = nn.Sequential(*(Block(width, hidden, config) for _ in range(config.blocks)))
         self.norm = nn.LayerNorm(width)
@@ -125,7 +131,21 @@ class Eigenfunction(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """The features before the head, ``[B, n, D] → [B, n, D]``; what Ours* clusters."""
+        if self.config.standardize:
+            x = (x - self.shift) * self.scale
         return self.norm(self.blocks(x))
+
+    @torch.no_grad()
+    def fit_scale(self, x: Tensor) -> None:
+        """Take the input's scale from a batch ``[B, n, D]``, if the configuration asks for it.
+
+        The stages of a convolutional network differ in scale by an order of magnitude, and without
+        this the LayerNorms see little but the loudest channels.
+        """
+        if self.config.standardize:
+            rows = x.flatten(0, 1).float()
+            self.shift.copy_(rows.mean(0))
+            self.scale.copy_(1 / rows.std(0).clamp_min(1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         """The head's output, ``[B, n, D] → [B, n, K]``."""

@@ -113,6 +113,12 @@ class TrainOptions:
     gumbel: bool = _option(
         True, "quantise by Gumbel-Softmax; off: continuous eigenfunctions", "eigenfunctions"
     )
+    standardize: bool = _option(
+        False,
+        "scale ψ's input channels to mean 0 and variance 1 over the first batch; for backbones "
+        "whose maps differ in scale, such as convolutional ones",
+        "eigenfunctions",
+    )
     temperature: str = _option(
         "1.0:0.3", "Gumbel-Softmax temperature start:end, annealed on a cosine", "eigenfunctions"
     )

@@ -63,6 +63,7 @@ def build_eigenfunction(options: TrainOptions, backbone: Backbone) -> Eigenfunct
         feature_map=options.feature_map,
         orthogonal=options.orthogonal_head,
         quantize=options.gumbel,
+        standardize=options.standardize,
     )
     return Eigenfunction(backbone.concat_dim, backbone.dim, config)
 
@@ -313,6 +314,8 @@ class Trainer:
         images = images.to(self.device, non_blocking=True)
         maps = self.features(images)
         graph = kappa(maps.high, self.backbone.pad(images), maps.grid, self.graph_config)
+        if self.position.total == 0:
+            self.psi.fit_scale(maps.concat)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
             logits = self.psi(maps.concat)
         outputs = self.psi.quantize(logits, temperature).flatten(0, 1)

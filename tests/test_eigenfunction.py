@@ -221,3 +221,21 @@ def test_more_columns_than_width_without_orthogonality():
     assert build(num_eigenfunctions=WIDTH + 1, orthogonal=False)(tokens()).shape[2] == WIDTH + 1
     square = build(num_eigenfunctions=WIDTH).head.weight
     assert (square @ square.T - torch.eye(WIDTH)).abs().max() < 1e-4
+
+
+def test_standardize_scales_the_input_of_the_batch_it_was_fitted_on():
+    torch.manual_seed(0)
+    x = torch.randn(2, 50, 64) * torch.logspace(-2, 2, 64) + 3
+    psi = Eigenfunction(64, 32, EigenfunctionConfig(4, blocks=0, standardize=True))
+    psi.fit_scale(x)
+    seen = (x - psi.shift) * psi.scale
+    torch.testing.assert_close(seen.flatten(0, 1).mean(0), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen.flatten(0, 1).std(0), torch.ones(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(psi.hidden(x), psi.norm(seen))
+
+
+def test_without_standardize_the_input_is_taken_as_it_is():
+    x = torch.randn(2, 5, 64) * 100
+    psi = Eigenfunction(64, 32, EigenfunctionConfig(4, blocks=0))
+    psi.fit_scale(x)
+    torch.testing.assert_close(psi.hidden(x), psi.norm(x))
