@@ -82,7 +82,11 @@ def image_files(given: list[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+        inside = [
+            p
+            for p in sorted(path.iterdir())
+            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+        ]
         if not inside:
             raise UserError(f"{path}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
         files += inside
@@ -151,8 +155,8 @@ def write(picture: Image, path: Path) -> None:
     replace_file(path, content.getvalue())
 
 
-def segment_all(arguments: argparse.Namespace) -> list[str]:
-    """Segment every image; returns what went wrong, a line for each image."""
+def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Segment every image, report those that fail; returns how many did not and how many did."""
     from tqdm import tqdm
 
     from nefkern.segmenter import Segmenter
@@ -164,28 +168,27 @@ def segment_all(arguments: argparse.Namespace) -> list[str]:
     files = image_files(arguments.images)
     segmenter = Segmenter.load(arguments.run, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    failures: list[str] = []
+    failed = 0
     for file, name in zip(tqdm(files, unit="image"), output_names(files), strict=True):
         try:
             count = segment_file(segmenter, file, name, arguments)
             tqdm.write(f"{file}: {count} clusters")
         except UserError as error:
-            failures.append(str(error))
+            failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)
-    return failures
+    return len(files) - failed, failed
 
 
 @command
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     parsed = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    failures = segment_all(parsed)
-    if failures:
-        raise UserError(f"{len(failures)} of the images could not be segmented, see above")
-    log.info("written: %s", parsed.out)
-    return 0
+    done, failed = segment_all(parsed)
+    log.info("written: %d images to %s", done, parsed.out)
+    if failed:
+        raise UserError(f"{failed} of {done + failed} images could not be segmented, see above")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class Pointwise:
 def pointwise(monkeypatch) -> Pointwise:
     """Stands in for the loaded run."""
     segmenter = Pointwise()
-    monkeypatch.setattr(Segmenter, "load", lambda run, device: segmenter)
+    monkeypatch.setattr(Segmenter, "load", lambda run, device, cache: segmenter)
     return segmenter
 
 

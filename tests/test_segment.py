@@ -1,0 +1,168 @@
+"""The segment command: files, names, resolution, CRF, windows, and mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nefkern.data import read_image
+from nefkern.options import TrainOptions
+from nefkern.runs import Run
+from nefkern.segment import image_files, main, output_names, parser
+from nefkern.segmenter import Segmenter
+from nefkern.trainer import Trainer
+
+SIZES = {"wide.png": (120, 50), "tall.jpg": (40, 90), "large.png": (300, 260)}
+
+
+@pytest.fixture(scope="module")
+def pictures(photograph, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, (name, size) in enumerate(SIZES.items()):
+        photograph(*size, seed).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory) -> Path:
+    """A run of seconds with a small random backbone, K = 6."""
+    options = TrainOptions(
+        data="folder", data_root=str(pictures), out=str(tmp_path_factory.mktemp("runs") / "run"),
+        backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
+        epochs=1, batch_size=3, workers=0, pictures=0,
+    )  # fmt: skip
+    Trainer(options, Run.create(options)).train()
+    return Path(options.out)
+
+
+def indices(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(path)).astype(np.int64))
+
+
+def test_every_image_at_its_own_resolution(run, pictures, tmp_path):
+    assert main([str(run), *(str(pictures / n) for n in SIZES), "--out", str(tmp_path)]) == 0
+    segmenter = Segmenter.load(run, "cpu")
+    for name, (width, height) in SIZES.items():
+        stem = name.partition(".")[0]
+        clusters = indices(tmp_path / f"{stem}.clusters.png")
+        assert clusters.shape == (height, width)
+        assert torch.equal(clusters, segmenter(pictures / name))
+        sheet = np.array(Image.open(tmp_path / f"{stem}.overlay.png"))
+        assert sheet.shape == (height, 3 * width + 2 * 8, 3)
+        assert (sheet[:, :width] == np.array(Image.open(pictures / name))).all()
+    assert len(list(tmp_path.iterdir())) == 2 * len(SIZES)  # no temporary file stays
+
+
+def test_sliding_windows_are_those_of_the_segmenters_logits(run, pictures, tmp_path):
+    assert main([str(run), str(pictures / "large.png"), "--out", str(tmp_path), "--sliding"]) == 0
+    expected = Segmenter.load(run, "cpu").logits(read_image(pictures / "large.png")).argmax(0)
+    found = indices(tmp_path / "large.clusters.png")
+    assert (found == expected).float().mean() > 0.999  # rounding decides ties
+    whole = Segmenter.load(run, "cpu")(pictures / "large.png")
+    assert (found != whole).any()
+
+
+@pytest.mark.parametrize("options", [[], ["--sliding"]])
+def test_crf_follows_the_image(run, pictures, tmp_path, options):
+    """Neighbouring pixels of nearly one colour end in one segment more often than before."""
+    pytest.importorskip("pydensecrf")
+    image = str(pictures / "wide.png")
+    assert main([str(run), image, "--out", str(tmp_path / "plain"), *options]) == 0
+    assert main([str(run), image, "--out", str(tmp_path / "crf"), "--crf", *options]) == 0
+    plain = indices(tmp_path / "plain" / "wide.clusters.png")
+    refined = indices(tmp_path / "crf" / "wide.clusters.png")
+    pixels = read_image(image).float()
+    alike = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().amax(0) < 4
+
+    def cuts(index):
+        return (index[:, 1:] != index[:, :-1])[alike].sum()
+
+    assert set(refined.unique().tolist()) <= set(plain.unique().tolist())
+    assert (refined != plain).any()
+    assert cuts(refined) <= cuts(plain)
+
+
+def test_a_folder_is_all_of_its_images(run, pictures, tmp_path):
+    assert main([str(run), str(pictures), "--out", str(tmp_path / "new" / "deep")]) == 0
+    names = {p.name for p in (tmp_path / "new" / "deep").glob("*.clusters.png")}
+    assert names == {"wide.clusters.png", "tall.clusters.png", "large.clusters.png"}
+
+
+def test_bad_images_are_reported_and_the_others_done(run, pictures, tmp_path, capsys):
+    truncated = tmp_path / "truncated.jpg"
+    truncated.write_bytes((pictures / "tall.jpg").read_bytes()[:400])
+    small = tmp_path / "small.png"
+    Image.new("RGB", (5, 40)).save(small)
+    bad = [str(truncated), str(small), str(tmp_path / "missing.png")]
+    good = str(pictures / "wide.png")
+    assert main([str(run), *bad, good, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    for name in bad:
+        assert sum(name in line and "error: " in line for line in errors.splitlines()) == 1
+    assert "error: 3 of 4 images could not be segmented" in errors
+    assert "Traceback" not in errors
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "wide.clusters.png",
+        "wide.overlay.png",
+    ]
+
+
+def test_names_never_collide():
+    files = [Path(p) for p in ("a/x.png", "b/x.png", "b/x.jpg", "y.png", "a/x.png")]
+    assert output_names(files) == ["x.png", "x.png-2", "x.jpg", "y", "x.png-3"]
+
+
+def test_names_of_different_files_stay_apart_from_stems():
+    assert output_names([Path("x.png"), Path("x.jpg"), Path("x.png.gif")]) == [
+        "x.png",
+        "x.jpg",
+        "x.png-2",
+    ]
+
+
+def test_an_empty_folder_is_named(tmp_path, run, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main([str(run), str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    assert "empty: no images in this folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_hidden_files_of_a_folder_are_left_alone(pictures, tmp_path):
+    (tmp_path / ".thumb.png").write_bytes(b"")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.PNG")
+    assert [p.name for p in image_files([tmp_path])] == ["a.PNG"]
+
+
+def test_out_that_is_a_file_is_one_line(run, pictures, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main([str(run), str(pictures / "wide.png"), "--out", str(tmp_path / "file")]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert len(lines) == 1
+    assert "file" in lines[0]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_run_there(pictures, tmp_path, capsys):
+    assert main([str(tmp_path), str(pictures / "wide.png"), "--out", str(tmp_path / "o")]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+
+
+def test_crf_without_its_package(run, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    options = [str(run), str(pictures / "wide.png"), "--out", str(tmp_path / "o"), "--crf"]
+    assert main(options) == 2
+    assert "pip install pydensecrf2" in capsys.readouterr().err
+
+
+def test_help_teaches_and_is_light():
+    text = parser().format_help()
+    assert "examples:" in text
+    assert "exit code is 2" in text
+    code = "import nefkern.segment as s, sys; s.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
