@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest bench/ --benchmark``; every claim is a ratio to a named opponent."""

@@ -1,0 +1,118 @@
+"""knn against the bare matrix product, PyTorch, faiss and scikit-learn, on clustered features."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import nefkern
+from nefkern.ops import knn
+
+# rows, channels, neighbours
+COSINE = {"small": (256, 64, 16), "paper": (14400, 384, 256), "large": (57600, 384, 256)}
+# images, rows an image, neighbours: positions and colours, 5 channels
+PIXELS = {"small": (2, 256, 5), "paper": (16, 900, 10), "large": (64, 900, 10)}
+DENSE_BYTES = 4 << 30  # opponents that hold N x N stay out above this
+
+
+def clustered(n: int, channels: int, clusters: int = 60) -> torch.Tensor:
+    """[n, channels] rows around a few centres, as the features of image patches are."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(clusters, channels, generator=generator)
+    which = torch.randint(clusters, (n,), generator=generator)
+    return centres[which] + torch.randn(n, channels, generator=generator)
+
+
+def assert_right(x, k, metric, segments=None):
+    """The k-th value of some rows, and the neighbours' own values, against float64."""
+    values, indices = knn(x, k, metric=metric, segments=segments)
+    n = len(x)
+    bounds = torch.tensor([0, n]) if segments is None else segments
+    points = x.double()
+    if metric == "cosine":
+        points = torch.nn.functional.normalize(points)
+    for i in range(0, n, max(1, n // 16)):
+        s = int((bounds[1:] <= i).sum())
+        begin, end = int(bounds[s]), int(bounds[s + 1])
+        if metric == "cosine":
+            scores = points[begin:end] @ points[i]
+        else:
+            scores = -(points[begin:end] - points[i]).norm(dim=1)
+        scores[i - begin] = -math.inf
+        best = scores.sort(descending=True).values[:k]
+        sign = 1 if metric == "cosine" else -1
+        torch.testing.assert_close(sign * values[i].double(), best, atol=2e-6, rtol=2e-6)
+        own = scores[indices[i].long() - begin]
+        torch.testing.assert_close(own, best, atol=2e-6, rtol=2e-6)
+
+
+def reference(*arguments, **options):
+    with nefkern.backend("reference"):
+        return knn(*arguments, **options)
+
+
+def test_cosine(race, size):
+    n, channels, k = COSINE[size]
+    x = clustered(n, channels)
+    assert_right(x, k, "cosine")
+    contestants = {"nefkern": lambda: knn(x, k)}
+    if 4 * n * n <= DENSE_BYTES:
+        unit = torch.nn.functional.normalize(x)
+        product = torch.empty(n, n)
+        contestants["torch.mm alone"] = lambda: torch.mm(unit, unit.T, out=product)
+        contestants["torch.mm + topk"] = lambda: torch.mm(unit, unit.T).topk(k)
+        contestants |= sklearn_brute(x, k)
+    contestants |= faiss_flat(x, k)
+    contestants["reference"] = lambda: reference(x, k)
+    race("knn, cosine", contestants, sizes={"N": n, "C": channels, "k": k})
+
+
+def test_euclidean(race, size):
+    n, channels, k = COSINE[size]
+    x = clustered(n, channels)
+    assert_right(x, k, "euclidean")
+    contestants = {"nefkern": lambda: knn(x, k, metric="euclidean")}
+    contestants |= faiss_flat(x, k, metric="euclidean")
+    if size == "small":
+        contestants["reference"] = lambda: reference(x, k, metric="euclidean")
+    race("knn, euclidean", contestants, sizes={"N": n, "C": channels, "k": k})
+
+
+def test_pixels(race, size):
+    images, patches, k = PIXELS[size]
+    x = torch.rand(images * patches, 5, generator=torch.Generator().manual_seed(0))
+    segments = torch.arange(images + 1) * patches
+    options = {"metric": "euclidean", "segments": segments}
+    assert_right(x, k, **options)
+    race(
+        "knn, 5 channels in segments",
+        {"nefkern": lambda: knn(x, k, **options), "reference": lambda: reference(x, k, **options)},
+        sizes={"N": len(x), "C": 5, "k": k, "segments": images},
+    )
+
+
+def faiss_flat(x, k, metric="cosine"):
+    """Search of an exact index that is built beforehand; self included, so k + 1 are searched."""
+    try:
+        import faiss
+    except ImportError:
+        pytest.skip("faiss is not installed: pip install faiss-cpu")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    cosine = metric == "cosine"
+    rows = (torch.nn.functional.normalize(x) if cosine else x).numpy()
+    index = (faiss.IndexFlatIP if cosine else faiss.IndexFlatL2)(x.shape[1])
+    index.add(rows)
+    return {f"faiss {type(index).__name__}": lambda: index.search(rows, k + 1)}
+
+
+def sklearn_brute(x, k):
+    try:
+        from sklearn.neighbors import NearestNeighbors
+    except ImportError:
+        pytest.skip("scikit-learn is not installed: pip install scikit-learn")
+    search = NearestNeighbors(
+        n_neighbors=k, algorithm="brute", metric="cosine", n_jobs=torch.get_num_threads()
+    ).fit(x.numpy())
+    return {"scikit-learn brute": lambda: search.kneighbors()}

@@ -1,0 +1,83 @@
+"""``pytest bench/ --benchmark [--benchmark-size small|paper|large]``: options, results, table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import harness
+
+SIZES = ("small", "paper", "large")
+_entries = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("nefkern benchmarks")
+    group.addoption("--benchmark", action="store_true", help="run the benchmarks of bench/")
+    group.addoption("--benchmark-size", choices=SIZES, default="paper", help="default: paper")
+    group.addoption("--benchmark-rounds", type=int, default=7, help="timed rounds; default: 7")
+    group.addoption(
+        "--benchmark-out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder of the JSON results; default: bench/results",
+    )
+
+
+def pytest_configure(config):
+    config.stash[_entries] = []
+
+
+def pytest_collection_modifyitems(config, items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and not config.getoption("--benchmark"):
+            item.add_marker(pytest.mark.skip(reason="add --benchmark to run the benchmarks"))
+
+
+@pytest.fixture
+def size(request) -> str:
+    """The size asked for: "small", "paper" or "large"."""
+    return request.config.getoption("--benchmark-size")
+
+
+@pytest.fixture
+def race(request):
+    """:func:`bench.harness.race` whose entries go to the table and the JSON file."""
+
+    def run(case, contestants, **options):
+        options.setdefault("rounds", request.config.getoption("--benchmark-rounds"))
+        found = harness.race(case, contestants, **options)
+        request.config.stash[_entries] += found
+        return found
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    entries = config.stash[_entries]
+    if not entries:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write(f"{'case':34} {'contestant':26} {'median':>11} {'ours is':>9} {'peak':>9}")
+    for entry in entries:
+        ratio = "" if entry.ratio is None else f"{entry.ratio:.2f}x"
+        peak = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**20:.0f} MB"
+        write(
+            f"{entry.case:34} {entry.contestant:26} {entry.seconds * 1e3:8.2f} ms {ratio:>9} "
+            f"{peak:>9}"
+        )
+    folder = config.getoption("--benchmark-out")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{config.getoption('--benchmark-size')}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    document = {
+        "environment": harness.environment(),
+        "entries": [dataclasses.asdict(entry) for entry in entries],
+    }
+    (folder / name).write_text(json.dumps(document, indent=1))
+    write(f"\nresults: {folder / name}")

@@ -1,0 +1,152 @@
+"""Races: contestants run in turn, so that what disturbs the machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nefkern import backends
+
+
+@dataclass
+class Entry:
+    """One contestant's measurement in one race."""
+
+    case: str
+    contestant: str
+    sizes: dict[str, int]
+    seconds: float  # median over the rounds
+    ratio: float | None  # median over the rounds of contestant's time / first contestant's time
+    rounds: int
+    peak_bytes: int | None = None  # memory above the start, result included
+    extra: dict = field(default_factory=dict)
+
+
+def race(
+    case: str,
+    contestants: dict[str, Callable[[], object]],
+    *,
+    sizes: dict[str, int],
+    rounds: int = 7,
+    memory: bool = True,
+) -> list[Entry]:
+    """Time contestants in alternation, and each one's peak memory in a run of its own.
+
+    Args:
+        contestants: ours first; each is called without arguments.
+        rounds: timed rounds after one that warms up. A run shorter than a millisecond is repeated
+            until it is not.
+    """
+    repeats = {name: _repeats(function) for name, function in contestants.items()}
+    times = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, function in contestants.items():
+            times[name].append(elapsed(function, repeats[name]))
+    ours = next(iter(times.values()))
+    entries = []
+    for name, function in contestants.items():
+        ratios = [theirs / own for theirs, own in zip(times[name], ours, strict=True)]
+        entries.append(
+            Entry(
+                case=case,
+                contestant=name,
+                sizes=sizes,
+                seconds=statistics.median(times[name]),
+                ratio=None if times[name] is ours else statistics.median(ratios),
+                rounds=rounds,
+                peak_bytes=peak_memory(function) if memory else None,
+            )
+        )
+    return entries
+
+
+def elapsed(function: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds a call: CUDA events where a GPU is in use, else the wall clock."""
+    if torch.cuda.is_available():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def _repeats(function: Callable[[], object]) -> int:
+    function()
+    return max(1, min(1000, int(1e-3 / max(elapsed(function), 1e-6))))
+
+
+def peak_memory(function: Callable[[], object]) -> int | None:
+    """Bytes that a call needs above what is in use before it; None where it can't be measured."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        before = _status("VmRSS")
+        result = function()
+        after = _status("VmHWM")
+        del result
+        return max(0, after - before)
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {name} in /proc/self/status")
+
+
+def environment() -> dict[str, object]:
+    """Machine, versions and commit that results belong to."""
+    native = backends.native_module()
+    root = Path(__file__).parents[1]
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "build": native if isinstance(native, str) else dict(native.build_info()),
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
