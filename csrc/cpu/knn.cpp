@@ -110,7 +110,7 @@ void tile_segment(const KnnArgs& args, int64_t begin, int64_t end, float scale, 
   for (int64_t p = 0; p < panels.padded_n; ++p)
     candidates.reset(p, panels.offset[p] == -kNothing ? kNothing : kAnything, panels.margin(p));
   const ExactRows exact{panels, args.euclidean,
-                        args.euclidean ? 4 * (panels.gamma + 8 * 0x1p-24) : 0.0};
+                        args.euclidean ? 4 * (panels.value_gamma() + 8 * 0x1p-24) : 0.0};
   collect(Tiles(panels, candidates, args.include_self, exact), panels.padded_n, threads);
   parallel_for(0, panels.n, 64, [&](int64_t first, int64_t last) {
     Rerank rerank(exact, candidates);

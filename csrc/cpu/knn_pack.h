@@ -11,12 +11,14 @@
 // Margin. Only p_i, d_i rounded to bfloat16 (or float32), is multiplied. With the residual
 // r_i = |d_i - p_i|, computed in double for every row, and Cauchy-Schwarz,
 //     |<d_i, d_j> - <p_i, p_j>| = |<d_i - p_i, d_j> + <p_i, d_j - p_j>| <= r_i |d_j| + |p_i| r_j.
-// The products of two bfloat16 are exact in float32; adding C of them to u_i + u_j in float32, in
-// any order, errs by at most g (|u_i| + |u_j| + |p_i| |p_j|), g = (C + 4) 2^-24 / (1 - (C + 4)
-// 2^-24). The value that decides is itself computed in float32: for cosine within g |y_i| |y_j|,
-// for the square root of a sum of C squares within a relative g + 4 * 2^-24 (see `relative`).
-// Replacing row j's lengths by their maxima gives the margin of row i for all j. Numbers too small
-// for float32's normal range count as lost: C * 2^-120 is far more than they can add up to.
+// The products of two bfloat16 are exact in float32; adding C of them in float32, in any order,
+// errs by at most g |p_i| |p_j|, g = (C + 4) 2^-24 / (1 - (C + 4) 2^-24), and rounding u_i and u_j
+// and adding them at the end by 4 * 2^-24 (|u_i| + |u_j|). The value that decides is itself
+// computed in float32, as 64 sums of C / 64 products and a tree: with h = (C / 64 + 10) 2^-24, for
+// cosine within h |y_i| |y_j|, for the square root of a sum of squares within a relative h + 4 *
+// 2^-24 (see `relative`). Replacing row j's lengths by their maxima gives the margin of row i for
+// all j. Numbers too small for float32's normal range count as lost: C * 2^-120 is far more than
+// they can add up to.
 #pragma once
 
 #include <algorithm>
@@ -113,6 +115,8 @@ struct Panels {
   void pack(const float* x, int64_t count, int64_t first_index, int64_t channels, bool euclidean,
             float scale);
   float margin(int64_t i) const;
+  // The relative error of a value: h above.
+  double value_gamma() const { return (padded_channels / 64.0 + 10) * 0x1p-24; }
   const uint32_t* panel(int64_t position) const {
     return elements.data() + position / kLanes * kLanes * steps;
   }
@@ -235,8 +239,9 @@ inline float Panels::margin(int64_t i) const {
   const double packed = double{length[i]} + residual[i];
   const double max_packed = double{max_length} + max_residual;
   const double rounding = residual[i] * double{max_length} + packed * max_residual;
-  const double summing =
-      gamma * (std::abs(offset[i]) + max_offset + packed * max_packed + (euclidean_ ? 0.0 : 1.01));
+  const double summing = gamma * packed * max_packed +
+                         4 * 0x1p-24 * (double{std::abs(offset[i])} + max_offset) +
+                         (euclidean_ ? 0 : 1.01 * value_gamma());
   return static_cast<float>((rounding + summing + padded_channels * 0x1p-120) * (1 + 1e-6));
 }
 

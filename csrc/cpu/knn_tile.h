@@ -26,12 +26,7 @@ inline void score_tile(const Panels& panels, int64_t i, int64_t j,
   const uint32_t* a = panels.panel(i) + i % kLanes;
   const uint32_t* b = panels.panel(j);
   const int64_t panel = panels.steps * kLanes;
-  Lanes sum[kTileRows][kTileVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < kTileVectors; ++v)
-      sum[r][v] = broadcast(panels.offset[i + r]) + load(panels.offset.data() + j + kLanes * v);
+  Lanes sum[kTileRows][kTileVectors] = {};
   for (int64_t s = 0; s < panels.steps; ++s) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
@@ -42,7 +37,9 @@ inline void score_tile(const Panels& panels, int64_t i, int64_t j,
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < kTileVectors; ++v) tile[r][v] = sum[r][v];
+    for (int v = 0; v < kTileVectors; ++v)
+      tile[r][v] = sum[r][v] +
+                   (broadcast(panels.offset[i + r]) + load(panels.offset.data() + j + kLanes * v));
 }
 
 // The values that decide, from the unrounded rows. One fixed order of summation, symmetric in the
