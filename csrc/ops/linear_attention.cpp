@@ -10,6 +10,8 @@
 #include <string>
 #include <tuple>
 
+#include "ops/fresh_memory.h"
+
 namespace {
 
 using nefkern::cpu::AttentionType;
@@ -46,8 +48,9 @@ HeadsView view(const Tensor& x) {
 // [B, H, tokens, channels], stored token-major.
 Tensor empty_token_major(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,
                          int64_t channels) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, channels}),
-                                  1, 2);
+  const Tensor memory = torch::stable::new_empty(like, {batch, tokens, heads, channels});
+  nefkern::prefer_huge_pages(memory);
+  return torch::stable::transpose(memory, 1, 2);
 }
 
 // The inputs with adjacent channels (copies where they were not), and views of them.
