@@ -1,0 +1,72 @@
+"""Linear attention, forward + backward: nefkern against einsum and against torch.compile of it.
+
+q, k and v are views of one fused projection, as in ψ. A result is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nefkern.ops import linear_attention
+
+SIZES = {  # B, H, N, D
+    "small": (2, 2, 256, 64),
+    "paper": (8, 18, 1024, 64),
+    "large": (16, 18, 4096, 64),
+}
+OPPONENTS = ("nefkern", "einsum", "torch.compile(einsum)")
+
+
+def einsum_attention(q, k, v, feature_map):
+    """What one writes without a library: the feature maps, two products, and the divisor."""
+    if feature_map == "softmax":
+        q, k = q.softmax(-1) / math.sqrt(q.shape[-1]), k.softmax(-2)
+        return torch.einsum("bhnd,bhde->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v))
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    out = torch.einsum("bhnd,bhde->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v))
+    return out / (torch.einsum("bhnd,bhd->bhn", q, k.sum(2))[..., None] + 1e-6)
+
+
+def step(attention, feature_map, leaves, grad):
+    """Forward and backward: out and the gradients of q, k and v."""
+    out = attention(*leaves, feature_map=feature_map)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def make_inputs(shape, dtype):
+    b, h, n, d = shape
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(b, n, 3, h, d, generator=generator).to(dtype).permute(2, 0, 3, 1, 4)
+    grad = torch.randn(b, n, h, d, generator=generator).to(dtype).transpose(1, 2)
+    return [x.requires_grad_() for x in qkv.unbind(0)], grad
+
+
+def check(attention, feature_map, leaves, grad):
+    """Against float64, on one image and two heads: the error torch itself would make, twice."""
+    part = [x.detach()[:1, :2].requires_grad_() for x in leaves]
+    exact = [x.detach().double().requires_grad_() for x in part]
+    expected = step(einsum_attention, feature_map, exact, grad[:1, :2].double())
+    tolerance = 1e-5 if grad.dtype == torch.float32 else 2**-6
+    for got, want in zip(step(attention, feature_map, part, grad[:1, :2]), expected, strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("opponent", OPPONENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("feature_map", ["softmax", "elu"])
+def test_forward_and_backward(benchmark, request, feature_map, dtype, opponent):
+    size = request.config.getoption("benchmark_size", default="paper")
+    leaves, grad = make_inputs(SIZES[size], dtype)
+    attention = {
+        "nefkern": linear_attention,
+        "einsum": einsum_attention,
+        "torch.compile(einsum)": torch.compile(einsum_attention),
+    }[opponent]
+    check(attention, feature_map, leaves, grad)
+    benchmark.group = f"linear_attention {feature_map} {dtype} {size}"
+    benchmark.extra_info.update(opponent=opponent, size=size, shape=SIZES[size])
+    benchmark.pedantic(step, args=(attention, feature_map, leaves, grad), rounds=9, warmup_rounds=2)
