@@ -10,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-#include "ops/fresh_memory.h"
+#include "ops/large_empty.h"
 
 namespace {
 
@@ -48,9 +48,8 @@ HeadsView view(const Tensor& x) {
 // [B, H, tokens, channels], stored token-major.
 Tensor empty_token_major(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,
                          int64_t channels) {
-  const Tensor memory = torch::stable::new_empty(like, {batch, tokens, heads, channels});
-  nefkern::prefer_huge_pages(memory);
-  return torch::stable::transpose(memory, 1, 2);
+  return torch::stable::transpose(
+      nefkern::large_empty(like, {batch, tokens, heads, channels}, like.scalar_type()), 1, 2);
 }
 
 // The inputs with adjacent channels (copies where they were not), and views of them.
