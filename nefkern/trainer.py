@@ -106,7 +106,7 @@ class Trainer:
         # Seeded again, so that ψ does not depend on how the backbone was initialised.
         torch.manual_seed(options.seed)
         self.psi = build_eigenfunction(options, self.backbone).to(self.device)
-        self.optimizer = torch.optim.Adam(self.psi.parameters(), lr=options.lr)
+        self.optimizer = torch.optim.Adam(self.psi.parameters(), lr=options.lr, fused=True)
         self.graph_config = options.graph()
         self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
         self.temperatures = options.temperatures()
