@@ -65,7 +65,7 @@ class Clusterer:
         """Cluster logits as probabilities, as the CRF needs them.
 
         K-means becomes the mixture of equal spherical Gaussians that it is the limit of, with the
-        clusters' mean variance a channel.
+        variance of the clusters (:attr:`KMeans.variance`).
         """
         if self.kmeans is not None:
             logits = logits / max(self.kmeans.variance, 1e-12)

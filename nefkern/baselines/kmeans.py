@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +42,17 @@ def plus_plus(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     return torch.tensor(chosen)
 
 
+def _residual_variance(residuals: np.ndarray) -> float:
+    """tr Σ² / tr Σ of residuals ``[n, C]``: their variance along the direction they usually take.
+
+    Channels of features are correlated; their mean variance, tr Σ / C, would count the same
+    evidence several times and make a mixture of Gaussians far too sure.
+    """
+    covariance = residuals.T @ residuals / len(residuals)
+    trace = float(np.trace(covariance, dtype=np.float64))
+    return float(np.square(covariance, dtype=np.float64).sum()) / trace if trace > 0 else 0.0
+
+
 def _squared_distances(rows: Tensor, norms: Tensor, chosen: Tensor | list[int]) -> Tensor:
     """``[n, len(chosen)]``, exactly 0 from a chosen row to itself, so that none is drawn twice."""
     distances = norms[:, None] + norms[chosen] - 2 * (rows @ rows[chosen].T)
@@ -70,7 +82,7 @@ class KMeans:
         self.num_clusters, self.seed, self.max_iter = num_clusters, seed, max_iter
         self.centers: Tensor | None = None  # float32 [K, C]
         self.counts: Tensor | None = None  # int64 [K], rows seen
-        self.variance = 0.0  # mean squared distance to the centre on the sample, a channel
+        self.variance = 0.0  # of the sample's rows about their centres, see _residual_variance
         self._origin: Tensor | None = None  # float32 [C], sample mean
 
     def fit(self, sample: Tensor) -> KMeans:
@@ -85,7 +97,7 @@ class KMeans:
         rows = sample.detach().float().cpu().numpy()
         lloyd = SampleKMeans(
             self.num_clusters,
-            init=rows[plus_plus(torch.from_numpy(rows), self.num_clusters, self.seed)],
+            init=rows[plus_plus(torch.from_numpy(rows), self.num_clusters, self.seed).numpy()],
             n_init=1,
             max_iter=self.max_iter,
         ).fit(rows)
@@ -93,7 +105,7 @@ class KMeans:
         self.centers = torch.from_numpy(lloyd.cluster_centers_).to(device)
         labels = torch.from_numpy(lloyd.labels_).to(device).long()
         self.counts = torch.bincount(labels, minlength=self.num_clusters)
-        self.variance = float(lloyd.inertia_) / rows.size
+        self.variance = _residual_variance(rows - lloyd.cluster_centers_[lloyd.labels_])
         self._origin = torch.from_numpy(rows.mean(0)).to(device)
         return self
 

@@ -84,8 +84,7 @@ def test_probabilities_are_the_gaussian_posterior():
     clusterer.finish("cpu")
     rows, kmeans = rows_of(maps).double(), clusterer.kmeans
     squared = torch.cdist(rows, kmeans.centers.double()).square()
-    variance = squared.amin(1).mean() / 5
-    expected = (-squared / (2 * variance)).softmax(1).T.float()
+    expected = (-squared / (2 * kmeans.variance)).softmax(1).T.float()
     logits = clusterer.logits({"graph": maps}).movedim(1, 0).flatten(1)
     assert_close(clusterer.probabilities(logits), expected, atol=1e-4, rtol=1e-3)
 

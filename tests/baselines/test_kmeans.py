@@ -29,7 +29,6 @@ def test_fit_is_lloyds_algorithm_from_the_seeding():
     assert_close(ours.centers, torch.from_numpy(theirs.cluster_centers_))
     assert ours.counts.tolist() == np.bincount(theirs.labels_, minlength=5).tolist()
     assert torch.equal(ours.predict(rows), torch.from_numpy(theirs.labels_).long())
-    assert ours.variance == pytest.approx(theirs.inertia_ / 400 / 8, rel=1e-5)
 
 
 def test_well_separated_blobs_are_found():
@@ -180,3 +179,25 @@ def test_seeds_differ_even_among_near_duplicates():
 
 def test_seeding_survives_too_few_different_rows():
     assert len(plus_plus(torch.ones(6, 2), 4, 0)) == 4
+
+
+# ---- variance ----
+
+
+def test_variance_of_independent_channels_is_theirs():
+    rows = 0.5 * torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
+    assert KMeans(1).fit(rows).variance == pytest.approx(0.25, rel=0.05)
+
+
+def test_copied_channels_are_no_new_evidence():
+    """Posteriors of features and of their fourfold copies are the same."""
+    rows, _ = blobs(500, spread=1.0)
+    copies = rows.repeat(1, 4)
+    once, fourfold = KMeans(5).fit(rows), KMeans(5).fit(copies)
+    fourfold.centers = once.centers.repeat(1, 4)
+    expected = (once.logits(rows) / once.variance).softmax(1)
+    assert_close((fourfold.logits(copies) / fourfold.variance).softmax(1), expected)
+
+
+def test_identical_rows_have_no_variance():
+    assert KMeans(1).fit(torch.ones(5, 3)).variance == 0.0
