@@ -168,8 +168,8 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     files = image_files(arguments.images)
     segmenter = Segmenter.load(arguments.run, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for file, name in zip(tqdm(files, unit="image"), output_names(files), strict=True):
+    failed, named = 0, list(zip(files, output_names(files), strict=True))
+    for file, name in tqdm(named, unit="image", disable=None):
         try:
             count = segment_file(segmenter, file, name, arguments)
             tqdm.write(f"{file}: {count} clusters")

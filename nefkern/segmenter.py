@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.data import read_image
 from nefkern.eigenfunction import Eigenfunction
-from nefkern.errors import UserError
+from nefkern.errors import UserError, first_line
 from nefkern.features import Backbone, FeatureCache, load_backbone
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
@@ -92,7 +92,12 @@ class Segmenter:
                 f"({backbone.identity}); see --weights in its config.yaml"
             )
         psi = build_eigenfunction(options, backbone).to(backbone.mean.device)
-        psi.load_state_dict(found[0])
+        try:
+            psi.load_state_dict(found[0])
+        except RuntimeError as error:  # of another version of nefkern
+            raise UserError(
+                f"{run}: its checkpoint does not fit this version of nefkern ({first_line(error)})"
+            ) from None
         return cls(backbone, psi, options, cache=cache)
 
     def untrained(self, seed: int) -> Segmenter:

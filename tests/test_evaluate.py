@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from nefkern.data import eval_transform, open_dataset
@@ -368,6 +369,13 @@ def test_mistaken_options_are_one_line(run, folder, capsys, options, message):
 def test_no_run_there(folder, tmp_path, capsys):
     line = failure(capsys, tmp_path / "nothing", "--data-root", folder)
     assert "nothing: not a run folder" in line
+
+
+def test_a_checkpoint_of_another_version(run, folder, capsys):
+    weights, metadata = Run(run).load()
+    weights.pop(next(iter(weights)))
+    save_file(weights, run / "checkpoint.safetensors", metadata)
+    assert "does not fit this version" in failure(capsys, run, "--data-root", folder)
 
 
 def test_no_annotations(run, folder, tmp_path, capsys):
