@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
-import json
 import logging
-import random
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nefkern.baselines.methods import METHODS, Method, parse_methods
+from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
 from nefkern.errors import ArgumentParser, UserError, command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nefkern.baselines.comparison import Comparison, Windows
-    from nefkern.data import ImageDataset, Sample
-    from nefkern.segmenter import Segmenter
-
-log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
-over all images, in up to three ways (majority vote by IoU, the paper's; by count; Hungarian, where
-there are as many clusters as classes), then pixel accuracy and mean IoU are those of one confusion
+over all images, in up to three ways (majority vote by IoU, as the paper's authors do; by count;
+Hungarian, where there are as many clusters as classes), then pixel accuracy and mean IoU are those of one confusion
 matrix. Baselines are fitted on the training split and share the backbone's pass.
 
 Mean IoU is over the classes that occur in the annotations or in the prediction.
@@ -39,10 +22,11 @@ Mean IoU is over the classes that occur in the annotations or in the prediction.
 EXAMPLES = """\
 methods:
   {methods}
+  {aliases}
 
 examples:
   python -m nefkern.evaluate runs/voc --data folder --data-root voc --split val
-  python -m nefkern.evaluate runs/voc --data-root voc --methods ours,ours*,kmeans,kmeans-concat
+  python -m nefkern.evaluate runs/voc --data-root voc --methods ours,hidden,kmeans,untrained
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
@@ -52,17 +36,16 @@ the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.pn
 """
 
 
-# ---- parse ----
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     width = max(map(len, METHODS))
     methods = "\n  ".join(f"{m.name:{width}}  {m.title}" for m in METHODS.values())
+    aliases = "".join(f"{alias} is {name}; " for alias, name in ALIASES.items())
+    aliases += "these need no quotes in a shell"
     result = ArgumentParser(
         prog="python -m nefkern.evaluate",
         description=DESCRIPTION,
-        epilog=EXAMPLES.format(methods=methods),
+        epilog=EXAMPLES.format(methods=methods, aliases=aliases),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
@@ -159,280 +142,19 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--window, --stride: only for --protocol sliding")
 
 
-# ---- build ----
-
-
-def windows(arguments: argparse.Namespace, segmenter: Segmenter) -> Windows:
-    """How the protocol cuts images; crop320 has one window."""
-    from nefkern.baselines.comparison import Windows
-
-    if arguments.protocol == "crop320":
-        return Windows(arguments.size, arguments.size, arguments.batch_size)
-    window = arguments.window or segmenter.window
-    stride = arguments.stride or (segmenter.stride if not arguments.window else -(-2 * window // 3))
-    if stride > window:
-        raise UserError(f"--stride {stride}: expected at most the window, {window}")
-    return Windows(window, stride, arguments.batch_size)
-
-
-def open_split(arguments: argparse.Namespace, split: str) -> ImageDataset:
-    """One split of the data set, annotated or not."""
-    from nefkern.data import open_dataset
-
-    return open_dataset(
-        arguments.data,
-        root=arguments.data_root,
-        split=split,
-        ignore_classes=arguments.ignore_class,
-    )
-
-
-def open_annotated(arguments: argparse.Namespace) -> ImageDataset:
-    """The split to score on.
-
-    Raises:
-        UserError: it has no annotations, or every class is ignored.
-    """
-    dataset = open_split(arguments, arguments.split)
-    if not dataset.annotated:
-        raise UserError(
-            f"--data-root {arguments.data_root}: no annotations for split {arguments.split!r}; "
-            "scores need annotations/<split>/<image name>.png"
-        )
-    if not classes_scored(dataset):
-        raise UserError("--ignore-class: every class is ignored, there is nothing to score")
-    return dataset
-
-
-def classes_scored(dataset: ImageDataset) -> list[int]:
-    """Indices of the classes that aren't ignored."""
-    return [i for i in range(len(dataset.classes)) if i not in dataset.ignored]
-
-
-def comparison(
-    arguments: argparse.Namespace, methods: list[Method], segmenter: Segmenter
-) -> Comparison:
-    """The methods on one backbone, not yet fitted."""
-    from nefkern.baselines.comparison import Comparison
-
-    control = None if all(m.trained for m in methods) else segmenter.untrained(arguments.seed)
-
-    return Comparison(
-        segmenter,
-        methods,
-        windows(arguments, segmenter),
-        control=control,
-        seed=arguments.seed,
-        sample_rows=arguments.sample_rows,
-    )
-
-
-# ---- run ----
-
-
-def read_ahead(
-    read: Callable[[int], Sample], indices: Sequence[int], arguments: argparse.Namespace, title: str
-) -> Iterator[Future[Sample]]:
-    """Samples as the protocol transforms them, each read while the one before is worked on."""
-    from tqdm import tqdm
-
-    from nefkern.data import eval_transform
-
-    protocol = "full" if arguments.protocol == "sliding" else "crop320"
-    transform = eval_transform(protocol, size=arguments.size)
-    ahead: deque[Future[Sample]] = deque()
-    with ThreadPoolExecutor(1) as pool, tqdm(total=len(indices), desc=title, unit="image") as bar:
-        for index in indices:
-            ahead.append(pool.submit(lambda i=index: transform(read(i))))
-            if len(ahead) == 2:
-                yield ahead.popleft()
-                bar.update()
-        for last in ahead:
-            yield last
-            bar.update()
-
-
-def training_images(
-    dataset: ImageDataset, segmenter: Segmenter, arguments: argparse.Namespace
-) -> Iterator[Tensor]:
-    """Images to fit on, in an order drawn by the seed; unusable ones are reported and skipped."""
-    from nefkern.data import Sample
-
-    indices = list(range(len(dataset)))[: arguments.limit]
-    random.Random(arguments.seed).shuffle(indices)
-
-    def read(index: int) -> Sample:
-        return Sample(dataset.names[index], dataset.image(index))
-
-    for future in read_ahead(read, indices, arguments, "fitting"):
-        try:
-            sample = future.result()
-            segmenter.check_size(sample.image, sample.name)
-        except UserError as error:
-            log.warning("skipped: %s", error)
-            continue
-        yield sample.image
-
-
-def annotated_images(
-    dataset: ImageDataset, segmenter: Segmenter, arguments: argparse.Namespace, title: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels to score on; an unusable one ends the evaluation.
-
-    Labels count the classes that aren't ignored, so that no trace of the others is left.
-    """
-    import torch
-
-    renumbered = torch.full((256,), 255, dtype=torch.uint8)
-    kept = classes_scored(dataset)
-    renumbered[kept] = torch.arange(len(kept), dtype=torch.uint8)
-    indices = range(len(dataset))[: arguments.limit]
-    for future in read_ahead(dataset.__getitem__, indices, arguments, title):
-        sample = future.result()
-        segmenter.check_size(sample.image, sample.name)
-        yield sample.image, renumbered[sample.annotation.int()]
-
-
-def fit(arguments: argparse.Namespace, compared: Comparison, segmenter: Segmenter) -> None:
-    """Fit what has to be fitted, on the training split."""
-    dataset = open_split(arguments, arguments.fit_split)
-    try:
-        compared.fit(training_images(dataset, segmenter, arguments))
-    except ValueError as error:
-        raise UserError(f"--fit-split {arguments.fit_split}: cannot fit K-means, {error}") from None
-
-
-def score(
-    arguments: argparse.Namespace,
-    compared: Comparison,
-    dataset: ImageDataset,
-    segmenter: Segmenter,
-) -> dict[str, Any]:
-    """Every method's figures without and with CRF, and the pixels of each class; JSON-ready."""
-    from nefkern.segmentation.evaluation import Matched, match
-
-    classes = [dataset.classes[i] for i in classes_scored(dataset)]
-
-    def pairs(title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        return annotated_images(dataset, segmenter, arguments, title)
-
-    counts = compared.count(pairs("scoring"), len(classes), refine=arguments.crf == "clusters")
-    pixels = next(iter(counts.values()))["none"].sum(0)
-    if not pixels.any():
-        raise UserError(
-            f"--split {arguments.split}: every annotated pixel is void, nothing to score"
-        )
-    stages: dict[str, dict[str, Matched]] = {
-        name: {stage: match(table) for stage, table in tables.items()}
-        for name, tables in counts.items()
-    }
-    if arguments.crf == "classes":
-        plain = {name: matched["none"] for name, matched in stages.items()}
-        confusions = compared.count_refined_classes(
-            pairs("CRF"), {name: m.assignments for name, m in plain.items()}, len(classes)
-        )
-        for name, by_matching in confusions.items():
-            stages[name]["classes"] = plain[name].rescored(by_matching)
-    return {
-        "classes": classes,
-        "pixels": dict(zip(classes, pixels.tolist(), strict=True)),
-        "methods": {
-            name: {
-                "title": compared.clusterers[name].method.title,
-                "stages": {stage: m.as_dict(classes) for stage, m in matched.items()},
-            }
-            for name, matched in stages.items()
-        },
-    }
-
-
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fit, score and write; returns what was written."""
-    from nefkern.runs import Run, versions
-    from nefkern.segmenter import Segmenter
-
-    methods = chosen_methods(arguments)
-    check(arguments)
-    if arguments.crf:
-        from nefkern.segmentation.crf import require_pydensecrf
-
-        require_pydensecrf()
-    segmenter = Segmenter.load(arguments.run, arguments.device, cache=arguments.feature_cache)
-    dataset = open_annotated(arguments)
-    compared = comparison(arguments, methods, segmenter)
-    started = time.perf_counter()
-    if compared.needs_fit:
-        fit(arguments, compared, segmenter)
-    found = score(arguments, compared, dataset, segmenter)
-    result = {
-        "settings": settings(arguments, methods, compared.windows),
-        "num_clusters": segmenter.num_clusters,
-        "images": len(range(len(dataset))[: arguments.limit]),
-        **found,
-        "seconds": round(time.perf_counter() - started, 1),
-        "device": str(segmenter.device),
-        "versions": versions(),
-    }
-    write(Run(arguments.run).folder, result)
-    return result
-
-
-def settings(
-    arguments: argparse.Namespace, methods: list[Method], windows: Windows
-) -> dict[str, Any]:
-    """What decides the figures, beside the run and the images."""
-    return {
-        "data_root": str(arguments.data_root),
-        "split": arguments.split,
-        "fit_split": arguments.fit_split,
-        "ignored": arguments.ignore_class,
-        "limit": arguments.limit,
-        "methods": [m.name for m in methods],
-        "protocol": arguments.protocol,
-        "window": windows.window,
-        "stride": windows.stride,
-        "crf": arguments.crf,
-        "seed": arguments.seed,
-        "sample_rows": arguments.sample_rows,
-    }
-
-
-def write(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``evaluation-*.json`` into the run folder; only the same settings are overwritten."""
-    from nefkern.files import replace_file
-    from nefkern.report import write_report
-    from nefkern.runs import Run
-
-    path = free_name(folder, result["settings"])
-    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
-    write_report(Run(folder))
-    log.info("written: %s", path)
-
-
-def free_name(folder: Path, settings: dict[str, Any]) -> Path:
-    """The file of an earlier evaluation with these settings, or one that isn't taken."""
-    data = Path(settings["data_root"]).resolve().name
-    stem = f"evaluation-{data}-{settings['split']}-{settings['protocol']}"
-    for number in itertools.count(1):
-        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
-        if not path.exists():
-            return path
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            if json.loads(path.read_text())["settings"] == settings:
-                return path
-    raise AssertionError  # count() never ends
-
-
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
-    parsed = parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    methods = chosen_methods(options)
+    check(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    result = evaluate(parsed)
+
+    from nefkern.evaluator import Evaluator
     from nefkern.segmentation.tables import describe
 
-    print(f"\n{describe(result)}")
+    print(f"\n{describe(Evaluator(options, methods).run())}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""Evaluation behind ``python -m nefkern.evaluate``: open, fit, score, write."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nefkern.baselines.comparison import Comparison, Windows
+from nefkern.baselines.methods import Method
+from nefkern.data import VOID, ImageDataset, Sample, eval_transform, open_dataset
+from nefkern.errors import UserError
+from nefkern.files import replace_file
+from nefkern.report import write_report
+from nefkern.runs import Run, versions
+from nefkern.segmentation.crf import require_pydensecrf
+from nefkern.segmentation.evaluation import Matched, match
+from nefkern.segmenter import Segmenter
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """One evaluation: a run, the methods to compare, a data set and a protocol.
+
+    Args:
+        options: what :func:`nefkern.evaluate.parser` parses.
+        methods: which methods to score, in this order.
+
+    Raises:
+        UserError: a run, data set or option that cannot be used.
+    """
+
+    def __init__(self, options: argparse.Namespace, methods: list[Method]) -> None:
+        self.options, self.methods = options, methods
+        if options.crf:
+            require_pydensecrf()
+        self.segmenter = Segmenter.load(options.run, options.device, cache=options.feature_cache)
+        self.dataset = self._open_annotated()
+        self.kept = [i for i in range(len(self.dataset.classes)) if i not in self.dataset.ignored]
+        if not self.kept:
+            raise UserError("--ignore-class: every class is ignored, there is nothing to score")
+        trained = all(method.trained for method in methods)
+        self.comparison = Comparison(
+            self.segmenter,
+            methods,
+            self._windows(),
+            control=None if trained else self.segmenter.untrained(options.seed),
+            seed=options.seed,
+            sample_rows=options.sample_rows,
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that are scored, the ignored left out."""
+        return [self.dataset.classes[i] for i in self.kept]
+
+    def run(self) -> dict[str, Any]:
+        """Fit, score and write ``evaluation-*.json`` and the report; returns what was written."""
+        started = time.perf_counter()
+        if self.comparison.needs_fit:
+            self.fit()
+        scored = self.score()
+        result = {
+            "settings": self.settings(),
+            "num_clusters": self.segmenter.num_clusters,
+            "images": len(self._indices(self.dataset)),
+            **scored,
+            "seconds": round(time.perf_counter() - started, 1),
+            "device": str(self.segmenter.device),
+            "versions": versions(),
+        }
+        path = free_name(self.options.run, result["settings"])
+        replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
+        write_report(Run(self.options.run))
+        log.info("written: %s", path)
+        return result
+
+    def fit(self) -> None:
+        """Fit every K-means on the training split."""
+        split = self.options.fit_split
+        try:
+            self.comparison.fit(self._training_images(self._open(split)))
+        except ValueError as error:
+            raise UserError(f"--fit-split {split}: cannot fit K-means, {error}") from None
+
+    def score(self) -> dict[str, Any]:
+        """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
+        crf, count = self.options.crf, len(self.kept)
+        counts = self.comparison.count(self._pairs("scoring"), count, refine=crf == "clusters")
+        pixels = next(iter(counts.values()))["none"].sum(0)
+        if not pixels.any():
+            raise UserError(
+                f"--split {self.options.split}: every annotated pixel is void, nothing to score"
+            )
+        stages: dict[str, dict[str, Matched]] = {
+            name: {stage: match(table) for stage, table in tables.items()}
+            for name, tables in counts.items()
+        }
+        if crf == "classes":
+            assignments = {name: matched["none"].assignments for name, matched in stages.items()}
+            confusions = self.comparison.count_refined_classes(
+                self._pairs("CRF"), assignments, count
+            )
+            for name, by_matching in confusions.items():
+                stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
+        return {
+            "classes": self.classes,
+            "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
+            "methods": {
+                method.name: {
+                    "title": method.title,
+                    "stages": {
+                        stage: matched.as_dict(self.classes)
+                        for stage, matched in stages[method.name].items()
+                    },
+                }
+                for method in self.methods
+            },
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the figures, beside the run and the images."""
+        names = ("split", "fit_split", "limit", "protocol", "crf", "seed", "sample_rows")
+        return {
+            "data_root": str(self.options.data_root),
+            **{name: getattr(self.options, name) for name in names},
+            "ignored": self.options.ignore_class,
+            "methods": [method.name for method in self.methods],
+            "window": self.comparison.windows.window,
+            "stride": self.comparison.windows.stride,
+        }
+
+    # ---- images ----
+
+    def _windows(self) -> Windows:
+        """How the protocol cuts images; crop320 has one window."""
+        o = self.options
+        if o.protocol == "crop320":
+            return Windows(o.size, o.size, o.batch_size)
+        window = o.window or self.segmenter.window
+        stride = o.stride or (-(-2 * window // 3) if o.window else self.segmenter.stride)
+        if stride > window:
+            raise UserError(f"--stride {stride}: expected at most the window, {window}")
+        return Windows(window, stride, o.batch_size)
+
+    def _open(self, split: str) -> ImageDataset:
+        o = self.options
+        return open_dataset(o.data, root=o.data_root, split=split, ignore_classes=o.ignore_class)
+
+    def _open_annotated(self) -> ImageDataset:
+        o = self.options
+        dataset = self._open(o.split)
+        if not dataset.annotated:
+            raise UserError(
+                f"--data-root {o.data_root}: no annotations for split {o.split!r}; "
+                "scores need annotations/<split>/<image name>.png"
+            )
+        return dataset
+
+    def _indices(self, dataset: ImageDataset) -> list[int]:
+        return list(range(len(dataset)))[: self.options.limit]
+
+    def _samples(
+        self, read: Callable[[int], Sample], indices: Sequence[int], title: str
+    ) -> Iterator[Future[Sample]]:
+        """Samples as the protocol transforms them, each read while the one before is worked on."""
+        protocol = "crop320" if self.options.protocol == "crop320" else "full"
+        transform = eval_transform(protocol, size=self.options.size)
+        ahead: deque[Future[Sample]] = deque()
+        with (
+            ThreadPoolExecutor(1) as pool,
+            tqdm(total=len(indices), desc=title, unit="image") as bar,
+        ):
+            for index in indices:
+                ahead.append(pool.submit(lambda i=index: transform(read(i))))
+                if len(ahead) == 2:
+                    yield ahead.popleft()
+                    bar.update()
+            for last in ahead:
+                yield last
+                bar.update()
+
+    def _training_images(self, dataset: ImageDataset) -> Iterator[Tensor]:
+        """Images in an order drawn by the seed; unusable ones are reported and skipped."""
+        indices = self._indices(dataset)
+        random.Random(self.options.seed).shuffle(indices)
+
+        def read(index: int) -> Sample:
+            return Sample(dataset.names[index], dataset.image(index))
+
+        for future in self._samples(read, indices, "fitting"):
+            try:
+                sample = future.result()
+                self.segmenter.check_size(sample.image, sample.name)
+            except UserError as error:
+                log.warning("skipped: %s", error)
+                continue
+            yield sample.image
+
+    def _pairs(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, and labels numbered without the ignored classes; an unusable one is an error."""
+        dataset = self.dataset
+        renumbered = torch.full((256,), VOID, dtype=torch.uint8)
+        renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
+        for future in self._samples(dataset.__getitem__, self._indices(dataset), title):
+            sample = future.result()
+            self.segmenter.check_size(sample.image, sample.name)
+            yield sample.image, renumbered[sample.annotation.int()]
+
+
+def free_name(folder: Path, settings: dict[str, Any]) -> Path:
+    """The file of an earlier evaluation with these settings, or one that isn't taken."""
+    data = Path(settings["data_root"]).resolve().name
+    stem = f"evaluation-{data}-{settings['split']}-{settings['protocol']}"
+    for number in itertools.count(1):
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        if not path.exists():
+            return path
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(path.read_text())["settings"] == settings:
+                return path
+    raise AssertionError("count() never ends")
