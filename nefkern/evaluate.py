@@ -14,8 +14,9 @@ from nefkern.errors import ArgumentParser, UserError, command
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
 over all images, in up to three ways (majority vote by IoU, as the paper's authors do; by count;
-Hungarian, where there are as many clusters as classes), then pixel accuracy and mean IoU are those of one confusion
-matrix. Baselines are fitted on the training split and share the backbone's pass.
+Hungarian, where there are as many clusters as classes). Pixel accuracy and mean IoU are then those
+of one confusion matrix. Baselines are fitted on the training split; all methods share each pass of
+the backbone.
 
 Mean IoU is over the classes that occur in the annotations or in the prediction.
 """

@@ -50,7 +50,8 @@ def _interpolation(
     cells: int, length: float, begin: int, end: int, like: Tensor
 ) -> tuple[slice, Tensor]:
     """Linear interpolation of one axis as a matrix ``[end − begin, cells touched]``."""
-    centres = torch.arange(begin, end, device=like.device, dtype=torch.float64) + 0.5
+    # On the CPU: tiny, and reading its ends would make a GPU wait.
+    centres = torch.arange(begin, end, dtype=torch.float64) + 0.5
     position = (centres * (cells / length) - 0.5).clamp(0, cells - 1)
     lower = position.long()
     upper = (lower + 1).clamp(max=cells - 1)
@@ -59,4 +60,4 @@ def _interpolation(
     weights = position.new_zeros(end - begin, last - first + 1)
     weights.scatter_add_(1, (lower - first)[:, None], (1 - fraction)[:, None])
     weights.scatter_add_(1, (upper - first)[:, None], fraction[:, None])
-    return slice(first, last + 1), weights.to(like.dtype)
+    return slice(first, last + 1), weights.to(like)
