@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nefkern.errors import UserError, command
+from nefkern.errors import ArgumentParser, UserError, command
 
 EXAMPLES = """\
 example: three seeds, scored and summarised
@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What scores must share to be averaged."""
+    """What scores must share to be averaged; ``evaluation`` tells all settings but the seed's."""
 
     evaluation: str
     method: str
@@ -41,8 +41,8 @@ class Key(NamedTuple):
     matching: str
 
 
-def read_scores(run: Path) -> Iterator[tuple[Key, Score]]:
-    """All scores that ``python -m nefkern.evaluate`` left in a run folder.
+def read_scores(run: Path) -> Iterator[tuple[Key, int, Score]]:
+    """All scores that ``python -m nefkern.evaluate`` left in a run folder, with their seeds.
 
     Raises:
         UserError: there are none.
@@ -51,18 +51,39 @@ def read_scores(run: Path) -> Iterator[tuple[Key, Score]]:
     if not files:
         raise UserError(f"{run}: holds no scores; make them with python -m nefkern.evaluate")
     for file in files:
-        for method, result in json.loads(file.read_text())["methods"].items():
+        content = json.loads(file.read_text())
+        evaluation = title(content["settings"])
+        for method, result in content["methods"].items():
             for crf, stage in result["stages"].items():
                 for matching, scores in stage["matchings"].items():
-                    key = Key(file.stem.removeprefix("evaluation-"), method, crf, matching)
-                    yield key, Score(100 * scores["accuracy"], 100 * scores["mean_iou"])
+                    key = Key(evaluation, method, crf, matching)
+                    score = Score(100 * scores["accuracy"], 100 * scores["mean_iou"])
+                    yield key, content["settings"]["seed"], score
+
+
+def title(settings: dict[str, Any]) -> str:
+    """An evaluation in a line: data, split and protocol, then whatever else decides its scores.
+
+    Not the seed, which averages are over, and not which methods were scored beside each other.
+    """
+    s = dict(settings)
+    name = f"{Path(s.pop('data_root')).name}-{s.pop('split')}-{s.pop('protocol')}"
+    ignored = [
+        f"without {', '.join(map(str, classes))}" for classes in [s.pop("ignored")] if classes
+    ]
+    for free in ("seed", "methods", "crf"):  # a CRF is a stage of its own in the scores
+        s.pop(free)
+    others = [f"{key.replace('_', ' ')} {value}" for key, value in s.items() if value is not None]
+    return ", ".join([name, *ignored, *others])
 
 
 def collect(runs: list[Path]) -> dict[Key, list[Score]]:
     """Scores of all runs by what they share, in the order met."""
     found: dict[Key, list[Score]] = defaultdict(list)
     for run in runs:
-        for key, score in read_scores(run):
+        # A method scored twice alike, beside others the second time, counts once.
+        once = {(key, seed): score for key, seed, score in read_scores(run)}
+        for (key, _), score in once.items():
             found[key].append(score)
     return dict(found)
 
@@ -100,7 +121,7 @@ def table(found: dict[Key, list[Score]]) -> str:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m nefkern.summarize",
         description="Mean and spread of the scores of several runs (seeds), as a Markdown table.",
         epilog=EXAMPLES,

@@ -5,10 +5,13 @@ import pytest
 from nefkern import summarize
 
 
-def scored(folder, accuracy, mean_iou, name="evaluation-set-val-crop320.json"):
+def scored(folder, accuracy, mean_iou, name="evaluation-set-val-crop320.json", **changed):
     folder.mkdir(exist_ok=True)
     matchings = {"iou": {"accuracy": accuracy, "mean_iou": mean_iou}}
-    result = {"methods": {"ours": {"stages": {"none": {"matchings": matchings}}}}}
+    settings = {"data_root": "data/set", "split": "val", "protocol": "crop320", "crf": None}
+    settings |= {"ignored": [], "limit": None, "seed": 0, "methods": ["ours"]} | changed
+    stages = {"none": {"matchings": matchings}}
+    result = {"settings": settings, "methods": {"ours": {"stages": stages}}}
     (folder / name).write_text(json.dumps(result))
     return folder
 
@@ -28,10 +31,27 @@ def test_one_run_has_no_spread(tmp_path):
 
 def test_different_evaluations_are_not_averaged(tmp_path):
     run = scored(tmp_path / "a", 0.1, 0.1)
-    scored(run, 0.9, 0.9, "evaluation-other.json")
+    scored(run, 0.9, 0.9, "evaluation-set-val-crop320-2.json", ignored=["sky"])
     table = summarize.table(summarize.collect([run]))
     assert "| ours | 10.0 | 10.0 |" in table
     assert "| ours | 90.0 | 90.0 |" in table
+    assert "**set-val-crop320, without sky**, 1 runs" in table
+
+
+def test_what_is_averaged_is_told_by_the_settings_not_by_the_file(tmp_path):
+    second = "evaluation-set-val-crop320-2.json"
+    first = scored(tmp_path / "a", 0.2, 0.5, limit=9)
+    other = scored(scored(tmp_path / "b", 0.9, 0.9), 0.4, 0.5, second, limit=9)
+    table = summarize.table(summarize.collect([first, other]))
+    assert "| ours | 30.0 ± 14.1 | 50.0 ± 0.0 |" in table
+    assert "| ours | 90.0 | 90.0 |" in table
+
+
+def test_a_method_scored_twice_alike_counts_once(tmp_path):
+    run = scored(tmp_path / "a", 0.2, 0.5)
+    scored(run, 0.2, 0.5, "evaluation-set-val-crop320-2.json", methods=["ours", "kmeans"])
+    (scores,) = summarize.collect([run]).values()
+    assert len(scores) == 1
 
 
 def test_the_rows_of_a_table_are_equally_long(tmp_path):
