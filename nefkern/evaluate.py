@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nefkern.backends import check_environment
 from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
 from nefkern.errors import ArgumentParser, UserError, command
 
@@ -152,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
 
+    check_environment()
     from nefkern.evaluator import Evaluator
     from nefkern.segmentation.tables import describe
 

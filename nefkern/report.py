@@ -16,7 +16,7 @@ from nefkern.data import ImageDataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
 from nefkern.runs import Run
-from nefkern.segmentation.pictures import overlay, palette
+from nefkern.segmentation.pictures import overlay, palette, write_png
 from nefkern.segmentation.tables import describe
 from nefkern.segmenter import Segmenter
 
@@ -60,9 +60,8 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
         except UserError as error:  # reported by name and skipped, as in training
             log.warning("no overlay of %s: %s", dataset.names[index], error)
             continue
-        png = io.BytesIO()
-        overlay(image, clusters, colours=colours).save(png, format="PNG")
-        replace_file(folder / f"{dataset.names[index]}.png", png.getvalue())
+        picture = overlay(image, clusters, colours=colours)
+        write_png(picture, folder / f"{dataset.names[index]}.png")
         drawn += 1
 
 

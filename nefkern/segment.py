@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nefkern.backends import check_environment
 from nefkern.errors import ArgumentParser, UserError, command
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
     from nefkern.segmenter import Segmenter
@@ -134,25 +133,16 @@ def segment(segmenter: Segmenter, pixels: Tensor, *, sliding: bool, refine: bool
 def segment_file(segmenter: Segmenter, file: Path, name: str, arguments: argparse.Namespace) -> int:
     """Segment one file and write both pictures; returns how many clusters it shows."""
     from nefkern.data import read_image
-    from nefkern.segmentation.pictures import index_image, overlay, palette
+    from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
 
     pixels = read_image(file)
     segmenter.check_size(pixels, file)
     clusters = segment(segmenter, pixels, sliding=arguments.sliding, refine=arguments.crf)
     count = segmenter.num_clusters
     sheet = overlay(pixels, clusters, colours=palette(count))
-    write(sheet, arguments.out / f"{name}.overlay.png")
-    write(index_image(clusters, count), arguments.out / f"{name}.clusters.png")
+    write_png(sheet, arguments.out / f"{name}.overlay.png")
+    write_png(index_image(clusters, count), arguments.out / f"{name}.clusters.png")
     return len(clusters.unique())
-
-
-def write(picture: Image, path: Path) -> None:
-    """Write a PNG in one step."""
-    from nefkern.files import replace_file
-
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
-    replace_file(path, content.getvalue())
 
 
 def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -185,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)
+    check_environment()
     done, failed = segment_all(parsed)
     log.info("written: %d images to %s", done, parsed.out)
     if failed:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from nefkern.files import replace_file
 
 BACKGROUND = (0, 0, 0)
 """Colour of void and unmatched pixels; no colour of the palette is near it."""
@@ -164,6 +168,13 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
         ]
     )
     return np.cbrt(linear @ to_cones.T) @ to_lab.T
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG in one step; errors as :func:`nefkern.files.replace_file`."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    replace_file(path, content.getvalue())
 
 
 def _numpy(index: Tensor | np.ndarray) -> np.ndarray:
