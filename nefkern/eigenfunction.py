@@ -158,10 +158,15 @@ class Eigenfunction(nn.Module):
         return F.gumbel_softmax(logits.float(), tau=temperature, hard=False, dim=-1)
 
 
-def annealed_temperature(progress: float, start: float = 1.0, end: float = 0.3) -> float:
-    """The Gumbel-Softmax temperature at ``progress`` in [0, 1]: a cosine from start to end."""
+def cosine_schedule(progress: float, start: float, end: float) -> float:
+    """Half a cosine from ``start`` to ``end`` as ``progress`` goes from 0 to 1."""
     progress = min(max(progress, 0.0), 1.0)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def annealed_temperature(progress: float, start: float = 1.0, end: float = 0.3) -> float:
+    """The Gumbel-Softmax temperature at ``progress`` in [0, 1] (section 3.5)."""
+    return cosine_schedule(progress, start, end)
 
 
 @torch.no_grad()

@@ -67,7 +67,6 @@ def objective(
     """
     normalized, norms = l2_batch_norm(psi, minimum)
     loss, r = neuralef_loss(normalized, graph, beta, t)
-    r = r.detach()
     count = len(r)
     diagonal = r.diagonal()
     off_diagonal = (r.abs().sum() - diagonal.abs().sum()) / max(count * (count - 1), 1)

@@ -12,12 +12,12 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.data import read_image
 from nefkern.eigenfunction import Eigenfunction
-from nefkern.errors import UserError, first_line
+from nefkern.errors import UserError
 from nefkern.features import Backbone, FeatureCache, load_backbone
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
-from nefkern.trainer import build_eigenfunction, choose_device
+from nefkern.trainer import build_eigenfunction, choose_device, load_eigenfunction
 
 
 @dataclass
@@ -76,7 +76,8 @@ class Segmenter:
             cache: keep the backbone's maps in this folder, for images seen again.
 
         Raises:
-            UserError: no run there, no checkpoint yet, or other backbone weights than the run's.
+            UserError: no run there, no checkpoint yet or one of another version, or other backbone
+                weights than the run's.
         """
         folder = Run(run)
         options, config = folder.options(), folder.config()
@@ -92,12 +93,7 @@ class Segmenter:
                 f"({backbone.identity}); see --weights in its config.yaml"
             )
         psi = build_eigenfunction(options, backbone).to(backbone.mean.device)
-        try:
-            psi.load_state_dict(found[0])
-        except RuntimeError as error:  # of another version of nefkern
-            raise UserError(
-                f"{run}: its checkpoint does not fit this version of nefkern ({first_line(error)})"
-            ) from None
+        load_eigenfunction(psi, found[0], run)
         return cls(backbone, psi, options, cache=cache)
 
     def untrained(self, seed: int) -> Segmenter:

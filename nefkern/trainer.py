@@ -23,6 +23,7 @@ from nefkern.eigenfunction import (
     Eigenfunction,
     EigenfunctionConfig,
     annealed_temperature,
+    cosine_schedule,
     live_clusters,
 )
 from nefkern.errors import UserError, first_line
@@ -68,9 +69,18 @@ def build_eigenfunction(options: TrainOptions, backbone: Backbone) -> Eigenfunct
     return Eigenfunction(backbone.concat_dim, backbone.dim, config)
 
 
-def cosine(progress: float, start: float, end: float) -> float:
-    """Half a cosine from start to end as progress goes from 0 to 1."""
-    return annealed_temperature(progress, start, end)
+def load_eigenfunction(psi: Eigenfunction, weights: dict[str, Tensor], run: str | Path) -> None:
+    """Load a run's checkpoint into ψ.
+
+    Raises:
+        UserError: it is of another version of nefkern.
+    """
+    try:
+        psi.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{run}: its checkpoint does not fit this version of nefkern ({first_line(error)})"
+        ) from None
 
 
 @dataclass
@@ -161,7 +171,7 @@ class Trainer:
                 "now; start anew with another --out"
             )
         state = self.run.load_state(metadata["state"])
-        self.psi.load_state_dict(weights)
+        load_eigenfunction(self.psi, weights, self.run.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
         torch.set_rng_state(state["rng"])
@@ -308,7 +318,7 @@ class Trainer:
     def _step(self, images: Tensor, progress: float) -> dict[str, float]:
         """One optimiser step on ``[B, 3, crop, crop]`` uint8 images."""
         temperature = annealed_temperature(progress, *self.temperatures)
-        lr = cosine(progress, self.options.lr, self.options.final_lr)
+        lr = cosine_schedule(progress, self.options.lr, self.options.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         images = images.to(self.device, non_blocking=True)
