@@ -29,8 +29,11 @@ demo: $(VENV)/setup.stamp
 test: $(VENV)/setup.stamp
 	$(VENV)/bin/python -m pytest
 
-bench: $(VENV)/setup.stamp
+$(VENV)/bench.stamp: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python -m pytest bench --benchmark --benchmark-size small
 
 lint: $(VENV)/setup.stamp
