@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-import nefkern
+from bench.harness import DEVICE, Work, on_reference
 from nefkern.ops import knn
 
 # rows, channels, neighbours
@@ -22,14 +22,14 @@ def clustered(n: int, channels: int, clusters: int = 60) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(clusters, channels, generator=generator)
     which = torch.randint(clusters, (n,), generator=generator)
-    return centres[which] + torch.randn(n, channels, generator=generator)
+    return (centres[which] + torch.randn(n, channels, generator=generator)).to(DEVICE)
 
 
 def assert_right(x, k, metric, segments=None):
     """The k-th value of some rows, and the neighbours' own values, against float64."""
     values, indices = knn(x, k, metric=metric, segments=segments)
     n = len(x)
-    bounds = torch.tensor([0, n]) if segments is None else segments
+    bounds = torch.tensor([0, n]) if segments is None else segments.cpu()
     points = x.double()
     if metric == "cosine":
         points = torch.nn.functional.normalize(points)
@@ -48,9 +48,11 @@ def assert_right(x, k, metric, segments=None):
         torch.testing.assert_close(own, best, atol=2e-6, rtol=2e-6)
 
 
-def reference(*arguments, **options):
-    with nefkern.backend("reference"):
-        return knn(*arguments, **options)
+def work_of(n: int, channels: int, k: int, images: int = 1, selection: str = "bfloat16") -> Work:
+    """Every pair of an image once, to choose; the chosen once more in float32, for their values."""
+    rank = {"float32": 2.0 * n * k * channels} if selection != "float32" else {}
+    pairs = n * (n / images) / 2
+    return Work(4.0 * n * channels + 8.0 * n * k, {selection: 2 * pairs * channels} | rank)
 
 
 def test_cosine(race, size):
@@ -60,13 +62,14 @@ def test_cosine(race, size):
     contestants = {"nefkern": lambda: knn(x, k)}
     if 4 * n * n <= DENSE_BYTES:
         unit = torch.nn.functional.normalize(x)
-        product = torch.empty(n, n)
+        product = torch.empty(n, n, device=DEVICE)
         contestants["torch.mm alone"] = lambda: torch.mm(unit, unit.T, out=product)
         contestants["torch.mm + topk"] = lambda: torch.mm(unit, unit.T).topk(k)
         contestants |= sklearn_brute(x, k)
     contestants |= faiss_flat(x, k)
-    contestants["reference"] = lambda: reference(x, k)
-    race("knn, cosine", contestants, sizes={"N": n, "C": channels, "k": k})
+    contestants["reference"] = on_reference(lambda: knn(x, k))
+    sizes = {"N": n, "C": channels, "k": k}
+    race("knn, cosine", contestants, sizes=sizes, work=work_of(n, channels, k))
 
 
 def test_euclidean(race, size):
@@ -76,20 +79,23 @@ def test_euclidean(race, size):
     contestants = {"nefkern": lambda: knn(x, k, metric="euclidean")}
     contestants |= faiss_flat(x, k, metric="euclidean")
     if size == "small":
-        contestants["reference"] = lambda: reference(x, k, metric="euclidean")
-    race("knn, euclidean", contestants, sizes={"N": n, "C": channels, "k": k})
+        contestants["reference"] = on_reference(lambda: knn(x, k, metric="euclidean"))
+    sizes = {"N": n, "C": channels, "k": k}
+    race("knn, euclidean", contestants, sizes=sizes, work=work_of(n, channels, k))
 
 
 def test_pixels(race, size):
     images, patches, k = PIXELS[size]
-    x = torch.rand(images * patches, 5, generator=torch.Generator().manual_seed(0))
-    segments = torch.arange(images + 1) * patches
+    x = torch.rand(images * patches, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    segments = torch.arange(images + 1, device=DEVICE) * patches
     options = {"metric": "euclidean", "segments": segments}
     assert_right(x, k, **options)
+    ours = lambda: knn(x, k, **options)  # noqa: E731
     race(
         "knn, 5 channels in segments",
-        {"nefkern": lambda: knn(x, k, **options), "reference": lambda: reference(x, k, **options)},
+        {"nefkern": ours, "reference": on_reference(ours)},
         sizes={"N": len(x), "C": 5, "k": k, "segments": images},
+        work=work_of(len(x), 5, k, images, selection="float32"),
     )
 
 
@@ -100,6 +106,8 @@ def faiss_flat(x, k, metric="cosine"):
     except ImportError:
         pytest.skip("faiss is not installed: pip install faiss-cpu")
     faiss.omp_set_num_threads(torch.get_num_threads())
+    if DEVICE.type != "cpu":
+        return {}
     cosine = metric == "cosine"
     rows = (torch.nn.functional.normalize(x) if cosine else x).numpy()
     index = (faiss.IndexFlatIP if cosine else faiss.IndexFlatL2)(x.shape[1])
@@ -112,6 +120,8 @@ def sklearn_brute(x, k):
         from sklearn.neighbors import NearestNeighbors
     except ImportError:
         pytest.skip("scikit-learn is not installed: pip install scikit-learn")
+    if DEVICE.type != "cpu":
+        return {}
     search = NearestNeighbors(
         n_neighbors=k, algorithm="brute", metric="cosine", n_jobs=torch.get_num_threads()
     ).fit(x.numpy())

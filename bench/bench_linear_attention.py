@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.harness import DEVICE, Work, on_reference
 from nefkern.ops import linear_attention
 
 SIZES = {  # B, H, N, D
@@ -39,8 +40,8 @@ def step(attention, feature_map, leaves, grad):
 def make_inputs(shape, dtype):
     b, h, n, d = shape
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(b, n, 3, h, d, generator=generator).to(dtype).permute(2, 0, 3, 1, 4)
-    grad = torch.randn(b, n, h, d, generator=generator).to(dtype).transpose(1, 2)
+    qkv = torch.randn(b, n, 3, h, d, generator=generator).to(DEVICE, dtype).permute(2, 0, 3, 1, 4)
+    grad = torch.randn(b, n, h, d, generator=generator).to(DEVICE, dtype).transpose(1, 2)
     return [x.requires_grad_() for x in qkv.unbind(0)], grad
 
 
@@ -67,7 +68,13 @@ def test_forward_and_backward(race, size, feature_map, dtype):
         "nefkern": lambda: step(linear_attention, feature_map, leaves, grad),
         "einsum": lambda: step(einsum_attention, feature_map, leaves, grad),
         "torch.compile(einsum)": lambda: step(compiled, feature_map, leaves, grad),
+        "reference": on_reference(lambda: step(linear_attention, feature_map, leaves, grad)),
     }
     name = str(dtype).removeprefix("torch.")
-    sizes = dict(zip("BHND", shape, strict=True))
-    race(f"linear_attention {feature_map} {name}", contestants, sizes=sizes)
+    race(
+        f"linear_attention {feature_map} {name}",
+        contestants,
+        sizes=dict(zip("BHND", shape, strict=True)),
+        # Two products forward, four backward; 3 inputs, out, grad twice over, 3 gradients.
+        work=Work(11.0 * grad.nbytes, {name: 12.0 * grad.numel() * shape[-1]}),
+    )

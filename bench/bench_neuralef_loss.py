@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-import nefkern
 from bench.graph_inputs import DENSE_ROWS, SIZES, kappa, lists, psi_of, sizes_of
+from bench.harness import Work, on_reference
 from nefkern.ops import neuralef_loss
 
 T = 0.01
@@ -40,17 +40,19 @@ def test_neuralef_loss(race, size):
     scale = exact_gradient.abs().max()
     assert (gradient - exact_gradient).abs().max() <= 1e-5 * scale
 
-    def reference():
-        with nefkern.backend("reference"):
-            return step(neuralef_loss, psi, graph, beta)
-
     contestants = {
         "nefkern": lambda: step(neuralef_loss, psi, graph, beta),
         "nefkern bfloat16": lambda: step(neuralef_loss, half, graph, beta),
         "torch.sparse autograd": lambda: step(dense_objective, psi, sparse, beta),
-        "reference": reference,
+        "reference": on_reference(lambda: step(neuralef_loss, psi, graph, beta)),
     }
     if graph.num_nodes <= DENSE_ROWS:
         dense = graph.to_dense()
         contestants["dense autograd"] = lambda: step(dense_objective, psi, dense, beta)
-    race("neuralef_loss, both passes", contestants, sizes=sizes_of(size, graph))
+    sizes = sizes_of(size, graph)
+    n, count = psi.shape
+    work = Work(  # kappa U, U^T Y and Y M; U, Y and the gradient
+        8.0 * graph.nnz + 12.0 * psi.numel(),
+        {"float32": 2.0 * graph.nnz * count + 4.0 * n * count**2},
+    )
+    race("neuralef_loss, both passes", contestants, sizes=sizes, work=work)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse
 
-import nefkern
 from bench.graph_inputs import ALPHA, DENSE_ROWS, dense_kappa, kappa, lists, sizes_of
+from bench.harness import DEVICE, Work, on_reference
 
 
 def scipy_kappa(neighbours, similarities, pixels):
     """kappa as one writes it down in scipy.sparse, float32."""
+    neighbours, similarities, pixels = (x.cpu() for x in (neighbours, similarities, pixels))
     n = len(neighbours)
 
     def graph(indices, weights):
@@ -41,16 +42,16 @@ def assert_right(arguments):
 def test_kappa(race, size):
     arguments = lists(size)
     graph = assert_right(arguments)
-
-    def reference():
-        with nefkern.backend("reference"):
-            return kappa(*arguments)
-
-    contestants = {
-        "nefkern": lambda: kappa(*arguments),
-        "scipy.sparse": lambda: scipy_kappa(*arguments),
-        "reference": reference,
-    }
+    contestants = {"nefkern": lambda: kappa(*arguments)}
+    if DEVICE.type == "cpu":
+        contestants["scipy.sparse"] = lambda: scipy_kappa(*arguments)
+    contestants["reference"] = on_reference(lambda: kappa(*arguments))
     if graph.num_nodes <= DENSE_ROWS:
         contestants["dense PyTorch"] = lambda: dense_kappa(*arguments)
-    race("kappa from neighbour lists", contestants, sizes=sizes_of(size, graph))
+    moved = 8.0 * graph.nnz + sum(x.nbytes for x in arguments)
+    race(
+        "kappa from neighbour lists",
+        contestants,
+        sizes=sizes_of(size, graph),
+        work=Work(moved),
+    )

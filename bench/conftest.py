@@ -46,13 +46,19 @@ def size(request) -> str:
 
 
 @pytest.fixture
-def race(request):
-    """:func:`bench.harness.race` whose entries go to the table and the JSON file."""
+def race(request, benchmark):
+    """:func:`bench.harness.race` whose entries go to the table and the JSON file.
+
+    Ours is also handed to pytest-benchmark, whose table, ``--benchmark-json`` and
+    ``--benchmark-compare`` then follow it from one commit to the next.
+    """
 
     def run(case, contestants, **options):
         options.setdefault("rounds", request.config.getoption("--benchmark-rounds"))
         found = harness.race(case, contestants, **options)
         request.config.stash[_entries] += found
+        benchmark.extra_info.update({entry.contestant: entry.ratio for entry in found[1:]})
+        benchmark.pedantic(next(iter(contestants.values())), rounds=options["rounds"])
         return found
 
     return run
@@ -64,13 +70,16 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write = terminalreporter.write_line
     write("")
-    write(f"{'case':34} {'contestant':26} {'median':>11} {'ours is':>9} {'peak':>9}")
+    write(
+        f"{'case':42} {'contestant':26} {'median':>11} {'ours is':>9} {'peak':>9} {'of floor':>9}"
+    )
     for entry in entries:
         ratio = "" if entry.ratio is None else f"{entry.ratio:.2f}x"
         peak = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**20:.0f} MB"
+        floor = "" if entry.floor is None else f"{entry.floor / entry.seconds:.0%}"
         write(
-            f"{entry.case:34} {entry.contestant:26} {entry.seconds * 1e3:8.2f} ms {ratio:>9} "
-            f"{peak:>9}"
+            f"{entry.case:42} {entry.contestant:26} {entry.seconds * 1e3:8.2f} ms {ratio:>9} "
+            f"{peak:>9} {floor:>9}"
         )
     folder = config.getoption("--benchmark-out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bench_knn import clustered
+from bench.harness import DEVICE
 from nefkern.ops import CSRGraph, add, knn, normalized_adjacency
 
 # images, patches an image, feature channels, neighbours k, eigenfunctions K
@@ -27,7 +28,8 @@ def lists(size: str) -> tuple[Tensor, Tensor, Tensor]:
     images, patches, channels, k, _ = SIZES[size]
     similarities, neighbours = knn(clustered(images * patches, channels), k)
     pixels = torch.rand(images * patches, 5, generator=torch.Generator().manual_seed(1))
-    offsets = torch.arange(images + 1) * patches
+    pixels = pixels.to(DEVICE)
+    offsets = torch.arange(images + 1, device=DEVICE) * patches
     near = [knn(pixels, n, metric="euclidean", segments=offsets)[1] for n in (10, 5)]
     return neighbours, similarities, torch.cat(near, dim=1)
 
@@ -42,8 +44,9 @@ def kappa(neighbours: Tensor, similarities: Tensor, pixels: Tensor) -> CSRGraph:
 def dense_kappa(neighbours: Tensor, similarities: Tensor, pixels: Tensor) -> Tensor:
     """The same as an N x N matrix, as one writes it down in PyTorch."""
     n = len(neighbours)
-    a = torch.zeros(n, n).scatter_(1, neighbours.long(), similarities.clamp(min=0))
-    b = torch.zeros(n, n).scatter_(1, pixels.long(), 1.0)
+    zeros = torch.zeros(n, n, device=neighbours.device)
+    a = zeros.scatter(1, neighbours.long(), similarities.clamp(min=0))
+    b = zeros.scatter_(1, pixels.long(), 1.0)
     return _normalized((a + a.T) / 2) + ALPHA * _normalized(torch.maximum(b, b.T))
 
 
@@ -53,10 +56,15 @@ def _normalized(a: Tensor) -> Tensor:
     return scale[:, None] * a * scale[None, :]
 
 
+def psi_rows(rows: int, count: int) -> Tensor:
+    """U [rows, count]: columns of unit norm."""
+    outputs = torch.randn(rows, count, generator=torch.Generator().manual_seed(2))
+    return F.normalize(outputs, dim=0).to(DEVICE)
+
+
 def psi_of(size: str, graph: CSRGraph) -> Tensor:
-    """U [N, K]: columns of unit norm."""
-    generator = torch.Generator().manual_seed(2)
-    return F.normalize(torch.randn(graph.num_nodes, SIZES[size][-1], generator=generator), dim=0)
+    """U [N, K] for the graph."""
+    return psi_rows(graph.num_nodes, SIZES[size][-1])
 
 
 def sizes_of(size: str, graph: CSRGraph) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import platform
 import statistics
@@ -15,6 +17,8 @@ import torch
 
 from nefkern import backends
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @dataclass
 class Entry:
@@ -27,7 +31,51 @@ class Entry:
     ratio: float | None  # median over the rounds of contestant's time / first contestant's time
     rounds: int
     peak_bytes: int | None = None  # memory above the start, result included
-    extra: dict = field(default_factory=dict)
+    floor: float | None = None  # seconds that the machine needs at least: see Work
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least work a case can be done with, whoever does it.
+
+    Attributes:
+        bytes: read and written, every operand and result once.
+        flops: floating-point operations by the dtype they may be done in ("float32", "bfloat16").
+    """
+
+    bytes: float
+    flops: dict[str, float] = field(default_factory=dict)
+
+    def floor(self, rates: Rates) -> float:
+        """Seconds: the longer of moving the bytes and doing the operations (the roofline)."""
+        compute = sum(count / rates.flops[dtype] for dtype, count in self.flops.items())
+        return max(compute, self.bytes / rates.bandwidth)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine was measured to do: flop/s of a matrix product by dtype, bytes/s."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+
+@functools.cache
+def machine_rates() -> Rates:
+    """Measure matrix products of 2048 rows and a copy of 256 MB on the device of the benchmarks."""
+    n, flops = 2048, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        flops[str(dtype).removeprefix("torch.")] = 2 * n**3 / _best(product)
+    source = torch.ones(1 << 26, device=DEVICE)
+    target = torch.empty_like(source)
+    return Rates(flops, 2 * source.nbytes / _best(lambda: target.copy_(source)))
+
+
+def _best(function: Callable[[], object], rounds: int = 7) -> float:
+    function()
+    return min(elapsed(function) for _ in range(rounds))
 
 
 def race(
@@ -35,6 +83,7 @@ def race(
     contestants: dict[str, Callable[[], object]],
     *,
     sizes: dict[str, int],
+    work: Work | None = None,
     rounds: int = 7,
     memory: bool = True,
 ) -> list[Entry]:
@@ -44,6 +93,7 @@ def race(
         contestants: ours first; each is called without arguments.
         rounds: timed rounds after one that warms up. A run shorter than a millisecond is repeated
             until it is not.
+        work: gives ours its floor.
     """
     repeats = {name: _repeats(function) for name, function in contestants.items()}
     times = {name: [] for name in contestants}
@@ -63,6 +113,7 @@ def race(
                 ratio=None if times[name] is ours else statistics.median(ratios),
                 rounds=rounds,
                 peak_bytes=peak_memory(function) if memory else None,
+                floor=work.floor(machine_rates()) if work and times[name] is ours else None,
             )
         )
     return entries
@@ -85,8 +136,20 @@ def elapsed(function: Callable[[], object], repeats: int = 1) -> float:
 
 
 def _repeats(function: Callable[[], object]) -> int:
-    function()
+    """How often to call a short function; the first call warms up, a long one once only."""
+    if elapsed(function) > 0.1:
+        return 1
     return max(1, min(1000, int(1e-3 / max(elapsed(function), 1e-6))))
+
+
+def on_reference(function: Callable[[], object]) -> Callable[[], object]:
+    """The same call on the reference backend."""
+
+    def run():
+        with backends.backend("reference"):
+            return function()
+
+    return run
 
 
 def peak_memory(function: Callable[[], object]) -> int | None:
@@ -122,6 +185,7 @@ def environment() -> dict[str, object]:
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "rates": dataclasses.asdict(machine_rates()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
