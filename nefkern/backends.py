@@ -16,9 +16,15 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 from nefkern.errors import UserError
+from nefkern.version import __version__
 
 AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+#: What the extension registers as ``torch.ops.nefkern_native``.
+NATIVE_OPERATORS = (
+    *("knn", "normalized_adjacency", "add", "spmm"),
+    *("linear_attention", "linear_attention_backward"),
+)
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 _forced: ContextVar[str | None] = ContextVar("nefkern_backend", default=None)
@@ -27,14 +33,20 @@ _forced: ContextVar[str | None] = ContextVar("nefkern_backend", default=None)
 @functools.cache
 def native_module():
     """The compiled extension ``nefkern._C``, or the reason (a string) why it cannot be loaded."""
-    import torch  # noqa: F401  its libraries, which the extension needs, are loaded by this
+    import torch  # its libraries, which the extension needs, are loaded by this
 
     try:
-        return importlib.import_module("nefkern._C")
+        module = importlib.import_module("nefkern._C")
     except ModuleNotFoundError:
         return "the extension is not built (no C++ compiler or no PyTorch headers at install time)"
     except ImportError as error:
         return f"the extension does not load: {str(error).splitlines()[0]}"
+    built = module.build_info()["version"]
+    missing = [name for name in NATIVE_OPERATORS if not hasattr(torch.ops.nefkern_native, name)]
+    if built != __version__ or missing:
+        lack = f", without {', '.join(missing)}" if missing else ""
+        return f"the extension is of another version ({built}{lack}): install nefkern again"
+    return module
 
 
 def interpreting() -> bool:

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -225,7 +226,10 @@ class Evaluator:
 def free_name(folder: Path, settings: dict[str, Any]) -> Path:
     """The file of an earlier evaluation with these settings, or one that isn't taken."""
     data = Path(settings["data_root"]).resolve().name
-    stem = f"evaluation-{data}-{settings['split']}-{settings['protocol']}"
+    parts = ["evaluation", data, settings["split"], settings["protocol"]]
+    if settings["ignored"]:
+        parts += ["without", *settings["ignored"]]
+    stem = re.sub(r"[^\w.-]", "_", "-".join(map(str, parts)))
     for number in itertools.count(1):
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():

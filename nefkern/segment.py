@@ -164,6 +164,8 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
             count = segment_file(segmenter, file, name, arguments)
             tqdm.write(f"{file}: {count} clusters")
         except UserError as error:
+            if len(files) == 1:
+                raise
             failed += 1
             tqdm.write(f"error: {error}", file=sys.stderr)
     return len(files) - failed, failed

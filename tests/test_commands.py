@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -366,6 +367,14 @@ def test_info_in_a_process_of_its_own():
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
     assert "reference    available" in out
+
+
+def test_an_extension_of_another_version_is_not_used(monkeypatch):
+    other = types.SimpleNamespace(build_info=lambda: {"version": "0.0.1"})
+    monkeypatch.setitem(sys.modules, "nefkern._C", other)
+    reason = backends.native_module.__wrapped__()
+    assert "another version (0.0.1" in reason
+    assert "install nefkern again" in reason
 
 
 def test_unknown_and_unavailable_backends(monkeypatch, fails, arguments, capsys):

@@ -325,6 +325,14 @@ def test_only_the_same_settings_overwrite(run, folder, pointwise):
     ]
 
 
+def test_the_file_name_tells_what_is_ignored(run, folder, pointwise):
+    ignored = CLASSES[0]
+    evaluate(run, folder, "--ignore-class", ignored)
+    assert [p.name for p in run.glob("evaluation-*")] == [
+        f"evaluation-scenes-val-crop320-without-{ignored}.json"
+    ]
+
+
 def test_a_damaged_file_is_left_alone(run, folder, pointwise):
     damaged = run / "evaluation-scenes-val-crop320.json"
     damaged.write_text("{")

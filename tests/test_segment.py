@@ -113,6 +113,14 @@ def test_bad_images_are_reported_and_the_others_done(run, pictures, tmp_path, ca
     ]
 
 
+def test_a_single_bad_image_is_one_line(run, tmp_path, capsys):
+    missing = tmp_path / "missing.png"
+    assert main([str(run), str(missing), "--out", str(tmp_path / "out")]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "missing.png" in errors[0]
+
+
 def test_names_never_collide():
     files = [Path(p) for p in ("a/x.png", "b/x.png", "b/x.jpg", "y.png", "a/x.png")]
     assert output_names(files) == ["x.png", "x.png-2", "x.jpg", "y", "x.png-3"]

@@ -16,8 +16,8 @@ namespace nefkern::cpu::NEFKERN_ISA {
 namespace {
 
 constexpr int64_t kRowsAPiece = 64;
-constexpr int64_t kWord = 64;     // nodes looked at in one step of reading a row out
-constexpr int64_t kBlock = 4096;  // nodes that one summary byte stands for
+constexpr int64_t kWord = 64;   // nodes looked at in one step of reading a row out
+constexpr int64_t kBlock = 512;  // nodes that one summary byte stands for
 constexpr int64_t kAtOnce = 4;    // entries written without asking whether they exist
 
 // Node `row`'s own list; a null weight array stands for weight 1.
@@ -117,6 +117,8 @@ bool transpose_lists(const AdjacencyArgs& args) {
 // A byte that, unlike uint8_t, aliases nothing else: pointers stay in registers across its stores.
 enum class Flag : uint8_t { kNo, kYes };
 
+inline int64_t round_up_to_word(int64_t n) { return (n + kWord - 1) / kWord * kWord; }
+
 // One bit for each of 64 flags.
 inline uint64_t bits_of(const Flag* bytes) {
 #if defined(__AVX512BW__)
@@ -139,7 +141,7 @@ class Row {
   Row(const AdjacencyArgs& args, int64_t worker)
       : blocks_((args.num_nodes + kBlock - 1) / kBlock),
         touched_(reinterpret_cast<Flag*>(args.maps) + worker * adjacency_map_bytes(args.num_nodes)),
-        has_(touched_ + (blocks_ + kWord - 1) / kWord * kWord),
+        has_(touched_ + round_up_to_word(blocks_)),
         weights_(args.dense + worker * adjacency_dense_floats(args.num_nodes)),
         columns_(reinterpret_cast<int32_t*>(weights_ + blocks_ * kBlock + kWord)),
         values_(weights_ + 2 * (blocks_ * kBlock + kWord)) {}
@@ -150,49 +152,72 @@ class Row {
   }
   float& weight(int64_t node) { return weights_[node]; }
 
+  // The number of nodes that are new: 1 or 0. The map is cleared by remove() for all of them.
+  int64_t insert_new(int64_t node) {
+    const int64_t is_new = has_[node] == Flag::kNo;
+    has_[node] = Flag::kYes;
+    return is_new;
+  }
+  void remove(int64_t node) { has_[node] = Flag::kNo; }
+
   // f(first node, bits) for every word of nodes that may have bits, ascending; clears the map.
   template <class F>
   void drain(const F& f) {
-    for (int64_t block = 0; block < blocks_; ++block) {
-      if (touched_[block] == Flag::kNo) continue;
-      touched_[block] = Flag::kNo;
-      for (int64_t first = block * kBlock; first < (block + 1) * kBlock; first += kWord) {
-        const uint64_t bits = bits_of(has_ + first);
-        std::memset(has_ + first, 0, kWord);
-        f(first, bits);
+    for (int64_t word = 0; word < round_up_to_word(blocks_); word += kWord) {
+      uint64_t blocks = bits_of(touched_ + word);
+      std::memset(touched_ + word, 0, kWord);
+      for (; blocks; blocks &= blocks - 1) {
+        const int64_t begin = (word + __builtin_ctzll(blocks)) * kBlock;
+        for (int64_t first = begin; first < begin + kBlock; first += kWord) {
+          const uint64_t bits = bits_of(has_ + first);
+          std::memset(has_ + first, 0, kWord);
+          f(first, bits);
+        }
       }
     }
-  }
-
-  int64_t drain_size() {
-    int64_t size = 0;
-    drain([&](int64_t, uint64_t bits) { size += __builtin_popcountll(bits); });
-    return size;
   }
 
   // Moves the row's entries to columns() and values() in ascending order; returns their number.
   int64_t drain_entries() {
     int64_t place = 0;
-    float nowhere;
-    drain([&](int64_t first, uint64_t bits) {
-      const int64_t count = __builtin_popcountll(bits);
-      // What is written beyond `count` is overwritten by the next word or never read.
-      for (int64_t done = 0; done < count; done += kAtOnce)
-        for (int64_t i = done; i < done + kAtOnce; ++i) {
-          const int64_t node = first + (bits ? __builtin_ctzll(bits) : kWord);
-          columns_[place + i] = static_cast<int32_t>(node);
-          values_[place + i] = weights_[node];
-          *(bits ? weights_ + node : &nowhere) = 0;
-          bits &= bits - 1;
-        }
-      place += count;
-    });
+    drain([&](int64_t first, uint64_t bits) { place += take_word(first, bits, place); });
     return place;
   }
   const int32_t* columns() const { return columns_; }
   const float* values() const { return values_; }
 
  private:
+  // Moves a word's entries to `place`; returns their number. What is written beyond them is
+  // overwritten by the next word or never read.
+  int64_t take_word(int64_t first, uint64_t bits, int64_t place) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const int64_t begin = place;
+    for (int64_t quarter = 0; quarter < kWord; quarter += 16, bits >>= 16) {
+      const auto mask = static_cast<__mmask16>(bits);
+      const __m512i nodes = _mm512_add_epi32(lanes, _mm512_set1_epi32(first + quarter));
+      float* weights = weights_ + first + quarter;
+      _mm512_storeu_si512(columns_ + place, _mm512_maskz_compress_epi32(mask, nodes));
+      _mm512_storeu_ps(values_ + place, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(weights)));
+      _mm512_storeu_ps(weights, _mm512_setzero_ps());
+      place += __builtin_popcount(mask);
+    }
+    return place - begin;
+#else
+    const int64_t count = __builtin_popcountll(bits);
+    float nowhere;
+    for (int64_t done = 0; done < count; done += kAtOnce)
+      for (int64_t i = done; i < done + kAtOnce; ++i) {
+        const int64_t node = first + (bits ? __builtin_ctzll(bits) : kWord);
+        columns_[place + i] = static_cast<int32_t>(node);
+        values_[place + i] = weights_[node];
+        *(bits ? weights_ + node : &nowhere) = 0;
+        bits &= bits - 1;
+      }
+    return count;
+#endif
+  }
+
   int64_t blocks_;
   Flag* touched_;
   Flag* has_;
@@ -201,12 +226,20 @@ class Row {
   float* values_;
 };
 
+// f(node) for every edge out of and into node i.
+template <class Index, class F>
+void for_each_neighbour(const AdjacencyArgs& args, int64_t i, const F& f) {
+  List<Index>(args, i).for_each_edge([&](int64_t node, float) { f(node); });
+  for (int64_t e = args.incoming_offsets[i]; e < args.incoming_offsets[i + 1]; ++e)
+    f(static_cast<int64_t>(args.incoming[e].row));
+}
+
 template <class Index>
 int64_t count_row(const AdjacencyArgs& args, Row& row, int64_t i) {
-  List<Index>(args, i).for_each_edge([&](int64_t node, float) { row.insert(node); });
-  for (int64_t e = args.incoming_offsets[i]; e < args.incoming_offsets[i + 1]; ++e)
-    row.insert(args.incoming[e].row);
-  return row.drain_size();
+  int64_t size = 0;
+  for_each_neighbour<Index>(args, i, [&](int64_t node) { size += row.insert_new(node); });
+  for_each_neighbour<Index>(args, i, [&](int64_t node) { row.remove(node); });
+  return size;
 }
 
 // Collects row i of A + A^T, or of max(A, A^T).

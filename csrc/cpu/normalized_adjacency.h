@@ -40,11 +40,11 @@ struct AdjacencyArgs {
 
 // A worker's workspaces, rounded up so that the kernel may read whole vectors.
 inline int64_t adjacency_map_bytes(int64_t num_nodes) {
-  const int64_t blocks = (num_nodes + 4095) / 4096;
-  return blocks * 4096 + (blocks + 63) / 64 * 64;
+  const int64_t blocks = (num_nodes + 511) / 512;
+  return blocks * 512 + (blocks + 63) / 64 * 64;
 }
 inline int64_t adjacency_dense_floats(int64_t num_nodes) {
-  return 3 * ((num_nodes + 4095) / 4096 * 4096 + 64);
+  return 3 * ((num_nodes + 511) / 512 * 512 + 64);
 }
 
 // First step: fills the incoming edges and row_offsets, so that the caller can allocate columns and
