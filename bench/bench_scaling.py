@@ -10,9 +10,10 @@ import torch
 
 from bench.bench_knn import assert_right, clustered, work_of
 from bench.bench_neuralef_loss import dense_objective, step
-from bench.bench_train_step import dense_graph, work_of_graph
+from bench.bench_train_step import work_of_graph
 from bench.graph_inputs import ALPHA, DENSE_ROWS, psi_rows
 from bench.harness import DEVICE
+from bench.train_step import dense_graph
 from nefkern.graph import GraphConfig, kappa
 from nefkern.objective import scaled_beta
 from nefkern.ops import knn, neuralef_loss
