@@ -4,6 +4,7 @@
 // have no branch that depends on the data: a mispredicted one costs as much as five edges.
 #include "cpu/normalized_adjacency.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -16,9 +17,9 @@ namespace nefkern::cpu::NEFKERN_ISA {
 namespace {
 
 constexpr int64_t kRowsAPiece = 64;
-constexpr int64_t kWord = 64;   // nodes looked at in one step of reading a row out
+constexpr int64_t kWord = 64;    // nodes looked at in one step of reading a row out
 constexpr int64_t kBlock = 512;  // nodes that one summary byte stands for
-constexpr int64_t kAtOnce = 4;    // entries written without asking whether they exist
+constexpr int64_t kAtOnce = 4;   // entries written without asking whether they exist
 
 // Node `row`'s own list; a null weight array stands for weight 1.
 template <class Index>
@@ -65,7 +66,7 @@ inline float larger(float a, float b) { return b > a || b != b ? b : a; }
 template <class Index>
 bool count_part(const AdjacencyArgs& args, int64_t p) {
   int64_t* counts = args.cursors + p * args.num_nodes;
-  std::memset(counts, 0, static_cast<size_t>(args.num_nodes) * sizeof *counts);
+  std::fill_n(counts, args.num_nodes, int64_t{0});
   const int64_t end = part_begin(args.num_nodes, args.parts, p + 1);
   for (int64_t row = part_begin(args.num_nodes, args.parts, p); row < end; ++row) {
     const List<Index> list(args, row);
@@ -279,7 +280,7 @@ void fill_row(const AdjacencyArgs& args, Row& row, int64_t i) {
     collect_row<Index, false>(args, row, i);
   const float share = args.take_union ? 1.0f : 0.5f;
   const int64_t size = row.drain_entries(), begin = args.row_offsets[i];
-  std::memcpy(args.columns + begin, row.columns(), static_cast<size_t>(size) * sizeof(int32_t));
+  std::copy_n(row.columns(), size, args.columns + begin);
   for (int64_t e = 0; e < size; ++e) args.values[begin + e] = share * row.values()[e];
   args.scale[i] = static_cast<float>(1 / std::sqrt(share * sum_of(row.values(), size)));
 }
@@ -313,10 +314,8 @@ void fill(const AdjacencyArgs& args) {
 }  // namespace
 
 bool adjacency_count(const AdjacencyArgs& args) {
-  const int64_t bytes = args.workers * adjacency_map_bytes(args.num_nodes);
-  const int64_t floats = args.workers * adjacency_dense_floats(args.num_nodes);
-  std::memset(args.maps, 0, static_cast<size_t>(bytes));
-  std::memset(args.dense, 0, static_cast<size_t>(floats) * sizeof(float));
+  std::fill_n(args.maps, args.workers * adjacency_map_bytes(args.num_nodes), uint8_t{0});
+  std::fill_n(args.dense, args.workers * adjacency_dense_floats(args.num_nodes), 0.0f);
   return args.wide_indices ? count<int64_t>(args) : count<int32_t>(args);
 }
 
