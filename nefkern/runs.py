@@ -35,6 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+#: Options that do not change what a run computes.
+FREE_OPTIONS = frozenset(
+    ("resume", "out", "pictures", "workers", "checkpoint_seconds", "device", "strict")
+)
+
+
 class Run:
     """The folder of one training run.
 
@@ -75,9 +81,8 @@ class Run:
 
     def _check_same(self, options: TrainOptions) -> None:
         before = self.config()["options"]
-        free = {"resume", "out", "pictures", "workers", "checkpoint_seconds", "device", "strict"}
         for name, value in dataclasses.asdict(options).items():
-            if name not in free and before.get(name, value) != value:
+            if name not in FREE_OPTIONS and before.get(name, value) != value:
                 raise UserError(
                     f"--resume: this run had --{name.replace('_', '-')} {before[name]}, "
                     f"not {value}; leave the option as it was, or start anew with another --out"

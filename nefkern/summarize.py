@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.runs import FREE_OPTIONS, Run
 
 EXAMPLES = """\
 example: three seeds, scored and summarised
@@ -33,7 +34,7 @@ class Score(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What scores must share to be averaged; ``evaluation`` tells all settings but the seed's."""
+    """What scores must share to be averaged; ``evaluation`` tells all settings but the seed."""
 
     evaluation: str
     method: str
@@ -77,12 +78,32 @@ def title(settings: dict[str, Any]) -> str:
     return ", ".join([name, *ignored, *others])
 
 
+def differing_options(runs: list[Path]) -> dict[Path, str]:
+    """How each run was trained, as far as the runs differ in more than the seed."""
+    options = {run: Run(run).config()["options"] for run in runs}
+    apart = FREE_OPTIONS | {"seed", "feature_cache"}
+    names = [
+        name
+        for name in dict.fromkeys(name for its in options.values() for name in its)
+        if name not in apart and len({repr(its.get(name)) for its in options.values()}) > 1
+    ]
+    return {
+        run: ", ".join(f"{name.replace('_', ' ')} {its.get(name)}" for name in names)
+        for run, its in options.items()
+    }
+
+
 def collect(runs: list[Path]) -> dict[Key, list[Score]]:
-    """Scores of all runs by what they share, in the order met."""
+    """Scores of all runs by what they share, training and evaluation, in the order met."""
     found: dict[Key, list[Score]] = defaultdict(list)
+    scores = {run: list(read_scores(run)) for run in runs}
+    trained = differing_options(runs)
     for run in runs:
         # A method scored twice alike, beside others the second time, counts once.
-        once = {(key, seed): score for key, seed, score in read_scores(run)}
+        once = {}
+        for key, seed, score in scores[run]:
+            evaluation = "; ".join(filter(None, (trained[run], key.evaluation)))
+            once[key._replace(evaluation=evaluation), seed] = score
         for (key, _), score in once.items():
             found[key].append(score)
     return dict(found)

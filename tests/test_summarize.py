@@ -7,6 +7,8 @@ from nefkern import summarize
 
 def scored(folder, accuracy, mean_iou, name="evaluation-set-val-crop320.json", **changed):
     folder.mkdir(exist_ok=True)
+    trained = {"backbone": changed.pop("backbone", "vit"), "seed": 0, "out": str(folder)}
+    (folder / "config.yaml").write_text(json.dumps({"options": trained}))  # JSON is YAML
     matchings = {"iou": {"accuracy": accuracy, "mean_iou": mean_iou}}
     settings = {"data_root": "data/set", "split": "val", "protocol": "crop320", "crf": None}
     settings |= {"ignored": [], "limit": None, "seed": 0, "methods": ["ours"]} | changed
@@ -36,6 +38,13 @@ def test_different_evaluations_are_not_averaged(tmp_path):
     assert "| ours | 10.0 | 10.0 |" in table
     assert "| ours | 90.0 | 90.0 |" in table
     assert "**set-val-crop320, without sky**, 1 runs" in table
+
+
+def test_runs_trained_differently_are_not_averaged(tmp_path):
+    runs = [scored(tmp_path / name, 0.1, 0.1, backbone=name) for name in ("vit", "cnn")]
+    table = summarize.table(summarize.collect(runs))
+    assert "**backbone vit; set-val-crop320**, 1 runs" in table
+    assert "**backbone cnn; set-val-crop320**, 1 runs" in table
 
 
 def test_what_is_averaged_is_told_by_the_settings_not_by_the_file(tmp_path):
