@@ -11,9 +11,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def backends_of(op: str) -> list[str]:
-    """The backends that implement ``op`` and run on this machine's CPU."""
-    found = registry.implemented()[op]
-    return [name for name in ("reference", "cpu") if name in found and not backends.why_not(name)]
+    """The backends that implement ``op`` and run here; Triton's without a GPU by interpreting."""
+    return [
+        name
+        for name in registry.implemented()[op]
+        if name != "cuda" and not backends.why_not(name)
+    ]
 
 
 def dense_adjacency(indices, weights, num_nodes, symmetrize="mean", clamp_min=0.0):

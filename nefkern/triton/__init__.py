@@ -1,0 +1,1 @@
+"""Triton kernels, one module an operator; imported when a call first needs one."""

@@ -1,0 +1,37 @@
+"""What the kernel modules share: launch configurations, and the list of what ships."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+
+from nefkern.backends import interpreting
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One kernel as a user can get it, to be compiled ahead of time and examined.
+
+    Attributes:
+        name: operator and variant, such as "spmm float32 K=64".
+        kernel: the ``@triton.jit`` function.
+        signature: Triton's type of every argument that isn't a constexpr: "*fp32", "i32", "i64".
+        constexprs: the values of the others.
+        product: whether it multiplies matrices and must use tensor cores.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    product: bool = False
+
+
+def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
+    """``triton.autotune``; in the interpreter, which cannot time, the first configuration."""
+    return triton.autotune(configs=list(configs[:1] if interpreting() else configs), key=list(key))
