@@ -84,6 +84,15 @@ def _cpu(row_offsets, columns, values, psi, beta, t):
     return loss_of_r(r, beta, t), r, y
 
 
+@registry.kernel("neuralef_loss", "triton", accepts=native_accepts)
+def _triton(row_offsets, columns, values, psi, beta, t):
+    from nefkern.triton.spmm import spmm
+
+    y = spmm(row_offsets, columns, values, psi, torch.float32)
+    r = psi.float().T @ y
+    return loss_of_r(r, beta, t), r, y
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *_, psi, ctx.beta, ctx.t = inputs
     _, r, y = output

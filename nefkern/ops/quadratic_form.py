@@ -64,6 +64,14 @@ def _cpu(row_offsets, columns, values, psi, phi, symmetric):
     return psi.float().T @ y, y
 
 
+@registry.kernel("quadratic_form", "triton", accepts=native_accepts)
+def _triton(row_offsets, columns, values, psi, phi, symmetric):
+    from nefkern.triton.spmm import spmm
+
+    y = spmm(row_offsets, columns, values, psi if phi is None else phi, torch.float32)
+    return psi.float().T @ y, y
+
+
 def _setup_context(ctx, inputs, output) -> None:
     row_offsets, columns, values, psi, phi, symmetric = inputs
     y = output[1]

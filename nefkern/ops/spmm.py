@@ -72,6 +72,13 @@ def _cpu(row_offsets, columns, values, x, symmetric):
     return y
 
 
+@registry.kernel("spmm", "triton", accepts=native_accepts)
+def _triton(row_offsets, columns, values, x, symmetric):
+    from nefkern.triton.spmm import spmm
+
+    return spmm(row_offsets, columns, values, x, x.dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     row_offsets, columns, values, _, symmetric = inputs
     ctx.save_for_backward(row_offsets, columns, values)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 
 from nefkern.backends import interpreting
@@ -35,3 +37,8 @@ class Shipped:
 def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
     """``triton.autotune``; in the interpreter, which cannot time, the first configuration."""
     return triton.autotune(configs=list(configs[:1] if interpreting() else configs), key=list(key))
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Launches inside go to the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -10,13 +10,15 @@ from nefkern.ops import CSRGraph, registry
 HALF = (torch.float16, torch.bfloat16)
 
 
-def backends_of(op: str) -> list[str]:
-    """The backends that implement ``op`` and run here; Triton's without a GPU by interpreting."""
-    return [
-        name
-        for name in registry.implemented()[op]
-        if name != "cuda" and not backends.why_not(name)
-    ]
+def backends_of(op: str, *, compiled: bool = False) -> list[str]:
+    """The backends that implement ``op`` and run here; Triton's without a GPU by interpreting.
+
+    Args:
+        compiled: leave the interpreter out, where a test would take it minutes or is about threads.
+    """
+    without = {"cuda"} | ({"triton"} if compiled and backends.interpreting() else set())
+    found = registry.implemented()[op]
+    return [name for name in found if name not in without and not backends.why_not(name)]
 
 
 def dense_adjacency(indices, weights, num_nodes, symmetrize="mean", clamp_min=0.0):

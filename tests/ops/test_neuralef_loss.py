@@ -42,12 +42,12 @@ def test_equals_dense_objective(name, n, k):
     psi.requires_grad_()
     # A large beta, so that an error in the penalty cannot hide behind the trace.
     beta, t = 50.0, 0.7
+    kappa = add(
+        normalized_adjacency(indices, weights, num_nodes=n),
+        normalized_adjacency(pixels, num_nodes=n, symmetrize="union"),
+        0.3,
+    )
     with backend(name):
-        kappa = add(
-            normalized_adjacency(indices, weights, num_nodes=n),
-            normalized_adjacency(pixels, num_nodes=n, symmetrize="union"),
-            0.3,
-        )
         loss, r = neuralef_loss(psi, kappa, beta, t)
         (found,) = torch.autograd.grad(3 * loss, psi)
     exact_psi = psi.detach().double().requires_grad_()
@@ -93,18 +93,18 @@ def test_half_precision(name, dtype):
 def test_strides_and_empty_graphs(name):
     graph = random_graph(40, 5)
     wide = torch.randn(24, 80)
+    empty = normalized_adjacency(torch.full((40, 2), -1), num_nodes=40)
+    nothing = normalized_adjacency(torch.zeros(0, 2, dtype=torch.int32), num_nodes=0)
     with backend(name):
         loss, r = neuralef_loss(wide.T[::2], graph, 0.3)
         again, r_again = neuralef_loss(wide.T[::2].contiguous(), graph, 0.3)
         torch.testing.assert_close((loss, r), (again, r_again))
-        empty = normalized_adjacency(torch.full((40, 2), -1), num_nodes=40)
         psi = torch.randn(40, 3, requires_grad=True)
         loss, r = neuralef_loss(psi, empty, 0.3)
         loss.backward()
         assert loss == 0
         assert not r.any()
         assert not psi.grad.any()
-        nothing = normalized_adjacency(torch.zeros(0, 2, dtype=torch.int32), num_nodes=0)
         psi = torch.zeros(0, 3, requires_grad=True)
         loss, r = neuralef_loss(psi, nothing, 0.3)
         loss.backward()
@@ -114,7 +114,7 @@ def test_strides_and_empty_graphs(name):
         assert psi.grad.shape == (0, 3)
 
 
-@each_backend
+@pytest.mark.parametrize("name", backends_of("neuralef_loss", compiled=True))
 def test_descends_to_the_leading_eigenvectors_in_order(name):
     """A path's adjacency has known, simple eigenvectors; gradient descent must order them."""
     n, k = 8, 3

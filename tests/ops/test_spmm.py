@@ -97,7 +97,7 @@ def test_any_shape(n, per_row, k, seed):
             assert ((spmm(graph, x).double() - exact).abs() <= float32_error(graph, x)).all()
 
 
-@each_backend
+@pytest.mark.parametrize("name", backends_of("spmm", compiled=True))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_result_does_not_depend_on_threads(name, dtype):
     graph = random_graph(500, 30)
