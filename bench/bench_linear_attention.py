@@ -64,6 +64,7 @@ def test_forward_and_backward(race, size, feature_map, dtype):
     leaves, grad = make_inputs(shape, dtype)
     assert_right(feature_map, leaves, grad)
     compiled = torch.compile(einsum_attention)
+    step(compiled, feature_map, leaves, grad)  # compiles
     contestants = {
         "nefkern": lambda: step(linear_attention, feature_map, leaves, grad),
         "einsum": lambda: step(einsum_attention, feature_map, leaves, grad),

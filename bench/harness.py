@@ -86,7 +86,6 @@ def race(
     sizes: dict[str, int],
     work: Work | None = None,
     rounds: int = 7,
-    memory: bool = True,
 ) -> list[Entry]:
     """Time contestants in alternation, and each one's peak memory in a run of its own.
 
@@ -96,14 +95,16 @@ def race(
             until it is not.
         work: gives ours its floor.
     """
-    repeats = {name: _repeats(function) for name, function in contestants.items()}
+    repeats, peaks = {}, {}
+    for name, function in contestants.items():
+        repeats[name], peaks[name] = _first_calls(function)
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, function in contestants.items():
             times[name].append(elapsed(function, repeats[name]))
     ours = next(iter(times.values()))
     entries = []
-    for name, function in contestants.items():
+    for name in contestants:
         ratios = [theirs / own for theirs, own in zip(times[name], ours, strict=True)]
         entries.append(
             Entry(
@@ -113,7 +114,7 @@ def race(
                 seconds=statistics.median(times[name]),
                 ratio=None if times[name] is ours else statistics.median(ratios),
                 rounds=rounds,
-                peak_bytes=peak_memory(function) if memory else None,
+                peak_bytes=peaks[name],
                 floor=work.floor(machine_rates()) if work and times[name] is ours else None,
             )
         )
@@ -136,11 +137,16 @@ def elapsed(function: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _repeats(function: Callable[[], object]) -> int:
-    """How often to call a short function; the first call warms up, a long one once only."""
-    if elapsed(function) > 0.1:
-        return 1
-    return max(1, min(1000, int(1e-3 / max(elapsed(function), 1e-6))))
+def _first_calls(function: Callable[[], object]) -> tuple[int, int | None]:
+    """Warms up; returns how often to repeat a short function, and a call's peak memory.
+
+    A call of seconds is its own warm-up.
+    """
+    start = time.perf_counter()
+    peak = peak_memory(function)
+    if time.perf_counter() - start > 2:
+        return 1, peak
+    return max(1, min(1000, int(1e-3 / max(elapsed(function), 1e-6)))), peak_memory(function)
 
 
 def on_reference(function: Callable[[], object]) -> Callable[[], object]:
