@@ -121,6 +121,30 @@ def _cpu_backward(*args):
     return torch.ops.nefkern_native.linear_attention_backward(*args)
 
 
+def _triton_accepts(q, k, v, *_) -> bool:
+    from nefkern.triton.linear_attention import accepts
+
+    return accepts(q, v)
+
+
+@registry.kernel("linear_attention", "triton", accepts=_triton_accepts)
+def _triton(*args):
+    from nefkern.triton.linear_attention import linear_attention
+
+    return linear_attention(*args)
+
+
+@registry.kernel(
+    "linear_attention_backward",
+    "triton",
+    accepts=lambda grad, *args: _triton_accepts(*args),
+)
+def _triton_backward(*args):
+    from nefkern.triton.linear_attention import linear_attention_backward
+
+    return linear_attention_backward(*args)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, mask, ctx.feature_map, ctx.eps = inputs
     _, state, stats = output

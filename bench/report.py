@@ -1,0 +1,183 @@
+"""``python -m bench.report [RESULTS.json ...]``: the README's table and plots from results.
+
+The files given (results of ``pytest bench/ --benchmark``) become ``bench/published.json``, a later
+file's case taking the place of an earlier one's; without files the published results are drawn
+anew. Then the table between README.md's markers is written, and the plots beside the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.files import replace_file
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+PUBLISHED = HERE / "published.json"
+PLOTS = HERE / "plots"
+BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it wrote -->"
+OURS = "nefkern"
+
+
+def merge(files: list[Path]) -> dict:
+    """One document of several results: every case from the last file that has it."""
+    cases: dict[str, list[dict]] = {}
+    environment: dict = {}
+    for file in files:
+        try:
+            document = json.loads(file.read_text())
+            entries, environment = document["entries"], document["environment"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"expected results of pytest bench/ --benchmark ({error})"
+            raise UserError(f"{file}: {reason}") from None
+        found: dict[str, list[dict]] = {}
+        for entry in entries:
+            found.setdefault(entry["case"], []).append(entry)
+        cases |= found
+    return {"environment": environment, "entries": [e for found in cases.values() for e in found]}
+
+
+def by_case(document: dict) -> dict[str, list[dict]]:
+    """The entries of each case, ours first."""
+    cases: dict[str, list[dict]] = {}
+    for entry in document["entries"]:
+        cases.setdefault(entry["case"], []).append(entry)
+    return cases
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def memory(value: int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value / 2**30:.1f} GB" if value >= 2**30 else f"{value / 2**20:.0f} MB"
+
+
+def times(value: float) -> str:
+    return f"{value:.0f}×" if value >= 20 else f"{value:.1f}×"
+
+
+def table(document: dict) -> str:
+    """The Markdown table: one row a case; those of the scaling plot stay out."""
+    where = document["environment"]
+    rates = where["rates"]
+    lines = [
+        f"{where['gpu'] or where['processor']}, {where['threads']} threads, PyTorch "
+        f"{where['torch']}; measured: {rates['flops']['float32'] / 1e9:.0f} GFLOP/s in float32, "
+        f"{rates['flops']['bfloat16'] / 1e9:.0f} in bfloat16, {rates['bandwidth'] / 1e9:.0f} GB/s.",
+        "",
+        "| case | ours | of floor | memory | others take (memory) |",
+        "|---|---|---|---|---|",
+    ]
+    for case, (ours, *others) in by_case(document).items():
+        if case.startswith("scaling"):
+            continue
+        floor = f"{ours['floor'] / ours['seconds']:.0%}" if ours.get("floor") else ""
+        cells = [case, seconds(ours["seconds"]), floor, memory(ours["peak_bytes"])]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(map(_opponent, others))} |")
+    return "\n".join(lines)
+
+
+def _opponent(entry: dict) -> str:
+    return f"{entry['contestant']} {times(entry['ratio'])} ({memory(entry['peak_bytes'])})"
+
+
+def with_table(readme: str, text: str) -> str:
+    """The README with ``text`` between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{README}: expected the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def draw_scaling(document: dict, path: Path) -> bool:
+    """Time by N² and memory by N over N, ours against the opponents; False without such cases."""
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[dict]] = {}
+    for case, entries in by_case(document).items():
+        if case.startswith("scaling"):
+            kind = case.split(",")[1].strip()
+            for entry in entries:
+                curves.setdefault(f"{kind}: {entry['contestant']}", []).append(entry)
+    if not curves:
+        return False
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, entries in curves.items():
+        entries.sort(key=lambda e: e["sizes"]["N"])
+        rows = [e["sizes"]["N"] for e in entries]
+        style = "o-" if name.endswith(OURS) else "s--"
+        left.plot(rows, [1e9 * e["seconds"] / e["sizes"]["N"] ** 2 for e in entries], style)
+        bytes_ = [max(e["peak_bytes"] or 0, 1) / e["sizes"]["N"] / 1024 for e in entries]
+        right.plot(rows, bytes_, style, label=name)
+    left.set(ylabel="time / N², nanoseconds", title="Time by N²")
+    right.set(ylabel="peak extra memory / N, KiB", title="Memory by N")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="rows N")
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _save(figure, path)
+    return True
+
+
+def draw_ratios(document: dict, path: Path) -> None:
+    """How many times as long as ours each opponent takes, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    bars = [
+        (f"{case}: {entry['contestant']}", entry["ratio"])
+        for case, (_, *others) in by_case(document).items()
+        if not case.startswith("scaling")
+        for entry in others
+        if not entry["contestant"].startswith(OURS)
+    ]
+    figure = Figure(figsize=(9, 0.26 * len(bars) + 1), layout="constrained")
+    axes = figure.subplots()
+    names, ratios = zip(*reversed(bars), strict=True)
+    colours = ["tab:green" if ratio >= 1 else "tab:red" for ratio in ratios]
+    axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
+    for position, ratio in enumerate(ratios):
+        axes.text(max(ratio, 1) * 1.05, position, times(ratio), va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="times as long as nefkern")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(x=0.12, y=0.01)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No date and fixed ids: the same results give the same file.
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "nefkern"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[1])
+    parser.add_argument("results", nargs="*", type=Path, help="default: what is published")
+    options = parser.parse_args(arguments)
+    if options.results:
+        document = merge(options.results)
+        replace_file(PUBLISHED, json.dumps(document, indent=1) + "\n")
+    document = merge([PUBLISHED])
+    text = with_table(README.read_text(), table(document))
+    replace_file(README, text)
+    draw_ratios(document, PLOTS / "ratios.svg")
+    scaled = draw_scaling(document, PLOTS / "scaling.svg")
+    print(f"{README}: table of {len(by_case(document))} cases; plots in {PLOTS}")
+    if not scaled:
+        print("no scaling cases among the results: scaling.svg is left as it was")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

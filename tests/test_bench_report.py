@@ -1,0 +1,84 @@
+"""bench.report: the README's table is what the published results say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import report
+from bench.harness import Rates, Work
+from nefkern.errors import UserError
+
+
+def entry(case, contestant, seconds, ratio=None, rows=100, **extra):
+    return {
+        "case": case, "contestant": contestant, "seconds": seconds, "ratio": ratio, "rounds": 3,
+        "sizes": {"N": rows}, "peak_bytes": 3 << 20, "floor": None, **extra,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    document = {
+        "environment": {
+            "gpu": None, "processor": "a processor", "threads": 2, "torch": "2.0",
+            "rates": {"flops": {"float32": 1e11, "bfloat16": 2e11}, "bandwidth": 2e10},
+        },
+        "entries": [
+            entry("knn", "nefkern", 0.5, floor=0.25),
+            entry("knn", "faiss", 1.0, 2.0),
+            entry("scaling, knn, N = 100", "nefkern", 0.1),
+            entry("scaling, knn, N = 100", "torch.mm alone", 0.2, 2.0),
+        ],
+    }  # fmt: skip
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_readme_shows_the_published_results():
+    readme = report.README.read_text()
+    published = report.merge([report.PUBLISHED])
+    assert report.with_table(readme, report.table(published)) == readme
+
+
+def test_table_has_one_row_a_case(results):
+    rows = report.table(report.merge([results])).splitlines()[4:]
+    assert rows == ["| knn | 500 ms | 50% | 3 MB | faiss 2.0× (3 MB) |"]
+
+
+def test_a_later_file_takes_a_case_over(results, tmp_path):
+    document = json.loads(results.read_text())
+    document["entries"] = [entry("knn", "nefkern", 0.4), entry("knn", "faiss", 1.2, 3.0)]
+    later = tmp_path / "later.json"
+    later.write_text(json.dumps(document))
+    cases = report.by_case(report.merge([results, later]))
+    assert [e["seconds"] for e in cases["knn"]] == [0.4, 1.2]
+    assert "scaling, knn, N = 100" in cases
+
+
+def test_plots_are_drawn(results, tmp_path):
+    document = report.merge([results])
+    report.draw_ratios(document, tmp_path / "ratios.svg")
+    assert report.draw_scaling(document, tmp_path / "scaling.svg")
+    for name in ("ratios.svg", "scaling.svg"):
+        assert "<svg" in (tmp_path / name).read_text()
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json: expected results of pytest bench"):
+        report.merge([path])
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(UserError, match="expected the lines"):
+        report.with_table("no markers", "table")
+
+
+def test_floor_is_the_longer_of_compute_and_memory():
+    rates = Rates({"float32": 100.0, "bfloat16": 200.0}, bandwidth=10.0)
+    assert Work(20.0, {"float32": 100.0, "bfloat16": 200.0}).floor(rates) == 2.0
+    assert Work(50.0, {"float32": 100.0}).floor(rates) == 5.0
