@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.bench_knn import clustered
 from bench.harness import DEVICE
+from nefkern import ops
 from nefkern.ops import CSRGraph, add, knn, normalized_adjacency
 
 # images, patches an image, feature channels, neighbours k, eigenfunctions K
@@ -36,6 +37,11 @@ def lists(size: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def kappa(neighbours: Tensor, similarities: Tensor, pixels: Tensor) -> CSRGraph:
     """kappa from the lists (eq 4)."""
+    return ops.kappa(neighbours, similarities, pixels, num_nodes=len(neighbours), alpha=ALPHA)
+
+
+def composed_kappa(neighbours: Tensor, similarities: Tensor, pixels: Tensor) -> CSRGraph:
+    """The same by way of both graphs."""
     n = len(neighbours)
     features = normalized_adjacency(neighbours, similarities, num_nodes=n)
     return add(features, normalized_adjacency(pixels, num_nodes=n, symmetrize="union"), ALPHA)

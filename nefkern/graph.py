@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nefkern import ops
 from nefkern.errors import UserError
-from nefkern.ops import CSRGraph, add, knn, normalized_adjacency
+from nefkern.ops import CSRGraph, knn, normalized_adjacency
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,19 @@ def pixel_positions(images: Tensor, grid: tuple[int, int], weight: float) -> Ten
     return torch.cat([colour, position], dim=1).flatten(2).transpose(1, 2).reshape(-1, 5)
 
 
-def pixel_graph(
+def pixel_neighbours(
     images: Tensor, grid: tuple[int, int], pairs: tuple[tuple[int, float], ...]
-) -> CSRGraph:
-    """The normalised pixel graph: nearest neighbours within each image, weight 1, joined by or.
+) -> Tensor:
+    """The lists of all pixel graphs side by side: nearest neighbours within each image.
 
     Args:
         images: ``[B, 3, H, W]`` RGB, uint8 or float in [0, 1].
         grid: ``(h, w)``.
-        pairs: (k̃, λ) of each graph of the union.
+        pairs: (k̃, λ) of each graph.
+
+    Returns:
+        ``[B·h·w, Σ k̃]`` int32, -1 where an image has fewer patches; a neighbour by two graphs
+        stands there twice.
     """
     per_image = grid[0] * grid[1]
     offsets = torch.arange(len(images) + 1, device=images.device) * per_image
@@ -117,9 +122,15 @@ def pixel_graph(
         knn(pixel_positions(images, grid, weight), k, metric="euclidean", segments=offsets)[1]
         for k, weight in pairs
     ]
-    return normalized_adjacency(
-        torch.cat(lists, dim=1), num_nodes=len(images) * per_image, symmetrize="union"
-    )
+    return torch.cat(lists, dim=1)
+
+
+def pixel_graph(
+    images: Tensor, grid: tuple[int, int], pairs: tuple[tuple[int, float], ...]
+) -> CSRGraph:
+    """The normalised pixel graph: :func:`pixel_neighbours` with weight 1, joined by or."""
+    near = pixel_neighbours(images, grid, pairs)
+    return normalized_adjacency(near, num_nodes=len(near), symmetrize="union")
 
 
 @torch.no_grad()
@@ -137,7 +148,13 @@ def kappa(features: Tensor, images: Tensor, grid: tuple[int, int], config: Graph
     """
     features = features.reshape(-1, features.shape[-1])
     k = resolve_neighbours(config.neighbours, len(features))
-    graph = feature_graph(features, k)
     if config.alpha == 0 or not config.pixel_graphs:
-        return graph
-    return add(graph, pixel_graph(images, grid, config.pixel_graphs), config.alpha)
+        return feature_graph(features, k)
+    similarities, neighbours = knn(features, k, metric="cosine")
+    return ops.kappa(
+        neighbours,
+        similarities,
+        pixel_neighbours(images, grid, config.pixel_graphs),
+        num_nodes=len(features),
+        alpha=config.alpha,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nefkern.ops.add import add
 from nefkern.ops.csr import CSRGraph
+from nefkern.ops.kappa import kappa
 from nefkern.ops.knn import knn
 from nefkern.ops.linear_attention import linear_attention
 from nefkern.ops.neuralef_loss import neuralef_loss
@@ -14,6 +15,7 @@ from nefkern.ops.spmm import spmm
 __all__ = [
     "CSRGraph",
     "add",
+    "kappa",
     "knn",
     "linear_attention",
     "neuralef_loss",

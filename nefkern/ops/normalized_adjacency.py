@@ -46,24 +46,32 @@ def normalized_adjacency(
         TypeError, ValueError: a wrong dtype, shape, device, option or index; a weight that requires
             a gradient.
     """
-    _check(indices, weights, num_nodes, symmetrize, clamp_min)
+    check_lists(indices, weights, num_nodes, clamp_min)
+    if symmetrize not in _SYMMETRIZE:
+        raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
     tensors = torch.ops.nefkern.normalized_adjacency(
         indices, weights, num_nodes, symmetrize, float(clamp_min)
     )
     return CSRGraph(*tensors, num_nodes, True)
 
 
-def _check(indices, weights, num_nodes, symmetrize, clamp_min) -> None:
+def check_lists(
+    indices: Tensor,
+    weights: Tensor | None,
+    num_nodes: int,
+    clamp_min: float,
+    *,
+    name: str = "indices",
+) -> None:
+    """Raise TypeError or ValueError unless these are neighbour lists, but for their content."""
     if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices: expected int32 or int64, got {indices.dtype}")
+        raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
     if not 0 <= num_nodes <= _MAX_NODES:
         raise ValueError(f"num_nodes: expected 0 to 2^31 - 1, got {num_nodes}")
     if indices.ndim != 2 or indices.shape[0] != num_nodes:
         raise ValueError(
-            f"indices: expected shape [{num_nodes}, k] (num_nodes), got {list(indices.shape)}"
+            f"{name}: expected shape [{num_nodes}, k] (num_nodes), got {list(indices.shape)}"
         )
-    if symmetrize not in _SYMMETRIZE:
-        raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
     if not 0 <= clamp_min < math.inf:  # a negative weight could make a degree negative
         raise ValueError(f"clamp_min: expected a number of at least 0, got {clamp_min}")
     if weights is None:
@@ -81,13 +89,13 @@ def _check(indices, weights, num_nodes, symmetrize, clamp_min) -> None:
         raise ValueError("weights: not differentiable; expected weights.detach()")
 
 
-def _check_indices(indices: Tensor, num_nodes: int) -> None:
+def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
     """Raise ValueError for an index outside -1 ... num_nodes - 1."""
     if indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < -1 or high >= num_nodes:
             raise ValueError(
-                f"indices: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
+                f"{name}: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
             )
 
 
@@ -110,7 +118,7 @@ registry.define(
 
 @registry.kernel("normalized_adjacency", "reference")
 def _reference(indices, weights, num_nodes, symmetrize, clamp_min):
-    _check_indices(indices, num_nodes)
+    check_indices(indices, num_nodes)
     return reference.normalized_adjacency(
         indices, weights, num_nodes=num_nodes, symmetrize=symmetrize, clamp_min=clamp_min
     )
@@ -126,5 +134,5 @@ def _cpu(indices, weights, num_nodes, symmetrize, clamp_min):
         indices, None if weights is None else weights.float(), symmetrize == "union", clamp_min
     )
     if not valid:
-        _check_indices(indices, num_nodes)
+        check_indices(indices, num_nodes)
     return tuple(graph)

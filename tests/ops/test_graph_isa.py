@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nefkern import backends
-from nefkern.ops import add, neuralef_loss, normalized_adjacency, spmm
+from nefkern.ops import add, kappa, neuralef_loss, normalized_adjacency, spmm
 from tests.ops.graph_common import (
     assert_half_close,
     dense_adjacency,
@@ -32,6 +32,10 @@ def check_kernels() -> None:
             exact = dense_adjacency(indices, weights, n, symmetrize)
             found = graph.validate().to_dense().double()
             torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+        near = random_lists(n, 5, seed=7)[0]
+        exact = dense_adjacency(indices, weights, n) + 0.3 * dense_adjacency(near, None, n, "union")
+        found = kappa(indices, weights, near, num_nodes=n).validate().to_dense().double()
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
     graph = random_graph(90, 9, seed=1)
     other = random_graph(90, 3, seed=2)
     total = add(graph, other, 0.3).validate()

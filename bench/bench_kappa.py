@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse
 
-from bench.graph_inputs import ALPHA, DENSE_ROWS, dense_kappa, kappa, lists, sizes_of
+from bench.graph_inputs import (
+    ALPHA,
+    DENSE_ROWS,
+    composed_kappa,
+    dense_kappa,
+    kappa,
+    lists,
+    sizes_of,
+)
 from bench.harness import DEVICE, Work, on_reference
 
 
@@ -42,7 +50,10 @@ def assert_right(arguments):
 def test_kappa(race, size):
     arguments = lists(size)
     graph = assert_right(arguments)
-    contestants = {"nefkern": lambda: kappa(*arguments)}
+    contestants = {
+        "nefkern": lambda: kappa(*arguments),
+        "normalized_adjacency, add": lambda: composed_kappa(*arguments),
+    }
     if DEVICE.type == "cpu":
         contestants["scipy.sparse"] = lambda: scipy_kappa(*arguments)
     contestants["reference"] = on_reference(lambda: kappa(*arguments))

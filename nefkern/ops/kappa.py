@@ -1,0 +1,101 @@
+"""``kappa``: from the neighbour lists of both graphs straight to the graph kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nefkern import reference
+from nefkern.ops import registry
+from nefkern.ops.csr import CSRGraph
+from nefkern.ops.normalized_adjacency import check_indices, check_lists
+
+
+def kappa(
+    indices: Tensor,
+    weights: Tensor | None,
+    pixel_indices: Tensor,
+    *,
+    num_nodes: int,
+    alpha: float = 0.3,
+    clamp_min: float = 0.0,
+) -> CSRGraph:
+    """kappa = D^(-1/2) A D^(-1/2) + alpha D~^(-1/2) A~ D~^(-1/2) (eq 4) in one pass.
+
+    The same as adding two graphs of :func:`nefkern.ops.normalized_adjacency`, of the feature lists
+    with (A + A^T) / 2 and of the pixel lists with the logical or, but without writing either out.
+
+    Args:
+        indices: int32 or int64 [N, k], feature neighbours, -1 to N - 1, as ``knn`` writes them.
+        weights: floating point [N, k], their similarities, or None for weight 1.
+        pixel_indices: int32 or int64 [N, k~], pixel neighbours.
+        num_nodes: N.
+        alpha: weight of the pixel graph, a finite number.
+        clamp_min: lower bound of the weights, at least 0.
+
+    Returns:
+        A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or index; a weight that requires a
+            gradient.
+    """
+    check_lists(indices, weights, num_nodes, clamp_min)
+    check_lists(pixel_indices, None, num_nodes, 0.0, name="pixel_indices")
+    if pixel_indices.device != indices.device:
+        raise ValueError(
+            f"pixel_indices: expected device {indices.device}, got {pixel_indices.device}"
+        )
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    tensors = torch.ops.nefkern.kappa(
+        indices, weights, pixel_indices, num_nodes, float(alpha), float(clamp_min)
+    )
+    return CSRGraph(*tensors, num_nodes, True)
+
+
+def _fake(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    wide = weights is not None and weights.dtype == torch.float64
+    return (
+        indices.new_empty(num_nodes + 1, dtype=torch.int64),
+        indices.new_empty(nnz, dtype=torch.int32),
+        indices.new_empty(nnz, dtype=torch.float64 if wide else torch.float32),
+    )
+
+
+registry.define(
+    "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, int num_nodes, float alpha, "
+    "float clamp_min) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+
+
+@registry.kernel("kappa", "reference")
+def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    check_indices(indices, num_nodes)
+    check_indices(pixel_indices, num_nodes, name="pixel_indices")
+    return reference.kappa(
+        indices, weights, pixel_indices, num_nodes=num_nodes, alpha=alpha, clamp_min=clamp_min
+    )
+
+
+def _native_accepts(indices, weights, *_) -> bool:
+    return weights is None or weights.dtype != torch.float64
+
+
+@registry.kernel("kappa", "cpu", accepts=_native_accepts)
+def _cpu(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    *graph, valid = torch.ops.nefkern_native.kappa(
+        indices,
+        None if weights is None else weights.float(),
+        pixel_indices.to(indices.dtype),
+        alpha,
+        clamp_min,
+    )
+    if not valid:
+        check_indices(indices, num_nodes)
+        check_indices(pixel_indices, num_nodes, name="pixel_indices")
+    return tuple(graph)
