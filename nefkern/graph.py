@@ -66,6 +66,12 @@ def resolve_neighbours(neighbours: int | str, rows: int) -> int:
     return k
 
 
+def standardized(features: Tensor) -> Tensor:
+    """``[..., D] → [N, D]`` float32, every channel with mean 0 and variance 1 over the N rows."""
+    rows = features.flatten(0, -2).float()
+    return (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
+
+
 def feature_graph(features: Tensor, k: int) -> CSRGraph:
     """The normalised feature graph (eq 2): cosine neighbours among all rows of the batch.
 

@@ -96,6 +96,13 @@ class TrainOptions:
         "graph",
     )
     alpha: float = _option(0.3, "weight α of the pixel graph", "graph")
+    graph_features: str = _option(
+        "high",
+        "what neighbours are near by: high, the backbone's last map, as in the paper; all: low, "
+        "mid and high side by side, each channel scaled to variance 1 over the batch",
+        "graph",
+        choices=("high", "all"),
+    )
 
     # eigenfunctions
     num_eigenfunctions: int = _option(

@@ -28,7 +28,7 @@ from nefkern.eigenfunction import (
 )
 from nefkern.errors import UserError, first_line
 from nefkern.features import Backbone, FeatureCache, load_backbone
-from nefkern.graph import kappa, resolve_neighbours
+from nefkern.graph import kappa, resolve_neighbours, standardized
 from nefkern.objective import objective, scaled_beta
 from nefkern.options import TrainOptions
 from nefkern.runs import METRICS, Run
@@ -323,7 +323,8 @@ class Trainer:
             group["lr"] = lr
         images = images.to(self.device, non_blocking=True)
         maps = self.features(images)
-        graph = kappa(maps.high, self.backbone.pad(images), maps.grid, self.graph_config)
+        near_by = maps.high if self.options.graph_features == "high" else standardized(maps.concat)
+        graph = kappa(near_by, self.backbone.pad(images), maps.grid, self.graph_config)
         if self.position.total == 0:
             self.psi.fit_scale(maps.concat)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):

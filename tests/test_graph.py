@@ -9,7 +9,14 @@ import torch
 
 from nefkern import graph as module
 from nefkern.errors import UserError
-from nefkern.graph import GraphConfig, feature_graph, kappa, pixel_graph, resolve_neighbours
+from nefkern.graph import (
+    GraphConfig,
+    feature_graph,
+    kappa,
+    pixel_graph,
+    resolve_neighbours,
+    standardized,
+)
 
 H, W, B, C = 6, 7, 3, 24
 PAIRS = ((10, 2.0), (5, 0.1))
@@ -166,6 +173,15 @@ def test_without_pixel_graph(config):
 def test_features_carry_no_gradient_into_kappa():
     features = clustered_features(4).requires_grad_()
     assert not kappa(features, random_images(4), (H, W), GraphConfig(9)).values.requires_grad
+
+
+def test_standardized_channels():
+    found = standardized(3 + 5 * random_features(6).view(B, H * W, C).bfloat16())
+    assert found.shape == (B * H * W, C)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.mean(0), torch.zeros(C), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.std(0), torch.ones(C))
+    assert standardized(torch.ones(4, 2)).count_nonzero() == 0
 
 
 def test_eigenvalues_lie_where_the_normalisation_puts_them():
