@@ -195,6 +195,12 @@ def test_resume_with_other_options(tiny, change):
     start(tiny(epochs=1, resume=True, pictures=7, checkpoint_seconds=3))  # decide no result
 
 
+def test_the_graph_can_look_at_all_maps(tiny):
+    first = start(tiny(epochs=1)).train()
+    other = start(tiny(epochs=1, graph_features="all", out=tiny().out + "-all")).train()
+    assert 0 < other["trace"] != first["trace"]
+
+
 def test_resume_where_there_is_nothing_yet_starts(tiny):
     options = tiny(epochs=1, resume=True)
     Run.create(options).write_config(options)  # killed before the first checkpoint
