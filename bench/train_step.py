@@ -30,7 +30,7 @@ def make_batch(size):
 
 
 def dense_graph(features, images, grid, config):
-    """kappa of METHOD's section 3.3 as an N x N matrix."""
+    """kappa of the paper's section 3.3 as an N x N matrix."""
     n, per_image = len(features), grid[0] * grid[1]
     unit = F.normalize(features)
     similarity = unit @ unit.T

@@ -38,7 +38,7 @@ def random_images(seed: int, factor: int = 4) -> torch.Tensor:
     return torch.randint(0, 256, (B, 3, H * factor, W * factor), generator=generator).byte()
 
 
-# ---- METHOD's formulas, entry by entry
+# ---- the paper's formulas, entry by entry
 
 
 def nearest(row: torch.Tensor, k: int, candidates: list[int], largest: bool) -> list[int]:
