@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nefkern.errors import ArgumentParser, UserError, command
 from nefkern.files import replace_file
+from nefkern.segmentation.charts import svg
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -154,11 +155,7 @@ def draw_ratios(document: dict, path: Path) -> None:
 
 def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No date and fixed ids: the same results give the same file.
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "nefkern"}):
-        figure.savefig(path, metadata={"Date": None})
+    replace_file(path, svg(figure) + "\n")
 
 
 @command

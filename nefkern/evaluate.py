@@ -54,6 +54,13 @@ def parser() -> argparse.ArgumentParser:
     _add_data(result.add_argument_group("data"))
     _add_methods(result.add_argument_group("methods"))
     _add_protocol(result.add_argument_group("protocol"))
+    result.add_argument(
+        "--pictures",
+        type=int,
+        default=8,
+        metavar="N",
+        help="draw the first N images beside their annotation and every method's classes [8]",
+    )
     result.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
     result.add_argument(
         "--feature-cache", type=Path, metavar="DIR", help="keep the backbone's maps in this folder"

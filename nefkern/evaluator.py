@@ -27,8 +27,10 @@ from nefkern.errors import UserError
 from nefkern.files import replace_file
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
+from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars
 from nefkern.segmentation.crf import require_pydensecrf
 from nefkern.segmentation.evaluation import Matched, match
+from nefkern.segmentation.pictures import write_png
 from nefkern.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Evaluator:
         self.kept = [i for i in range(len(self.dataset.classes)) if i not in self.dataset.ignored]
         if not self.kept:
             raise UserError("--ignore-class: every class is ignored, there is nothing to score")
+        self.shown: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self.matched: dict[str, Matched] = {}
         trained = all(method.trained for method in methods)
         self.comparison = Comparison(
             self.segmenter,
@@ -70,7 +74,8 @@ class Evaluator:
         return [self.dataset.classes[i] for i in self.kept]
 
     def run(self) -> dict[str, Any]:
-        """Fit, score and write ``evaluation-*.json`` and the report; returns what was written."""
+        """Fit, score and write ``evaluation-*.json``, pictures in the folder of the same name, and
+        the report; returns the scores."""
         started = time.perf_counter()
         if self.comparison.needs_fit:
             self.fit()
@@ -86,6 +91,7 @@ class Evaluator:
         }
         path = free_name(self.options.run, result["settings"])
         replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
+        self.draw(result, path.with_suffix(""))
         write_report(Run(self.options.run))
         log.info("written: %s", path)
         return result
@@ -101,7 +107,9 @@ class Evaluator:
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
         crf, count = self.options.crf, len(self.kept)
-        counts = self.comparison.count(self._pairs("scoring"), count, refine=crf == "clusters")
+        counts = self.comparison.count(
+            self._pairs("scoring"), count, refine=crf == "clusters", watch=self._show
+        )
         pixels = next(iter(counts.values()))["none"].sum(0)
         if not pixels.any():
             raise UserError(
@@ -111,8 +119,9 @@ class Evaluator:
             name: {stage: match(table) for stage, table in tables.items()}
             for name, tables in counts.items()
         }
+        self.matched = {name: matched["none"] for name, matched in stages.items()}
         if crf == "classes":
-            assignments = {name: matched["none"].assignments for name, matched in stages.items()}
+            assignments = {name: matched.assignments for name, matched in self.matched.items()}
             confusions = self.comparison.count_refined_classes(
                 self._pairs("CRF"), assignments, count
             )
@@ -132,6 +141,26 @@ class Evaluator:
                 for method in self.methods
             },
         }
+
+    def draw(self, result: dict[str, Any], folder: Path) -> None:
+        """Bars of IoU, confusion matrices, and the first images in the matched classes."""
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():  # of an earlier evaluation with these settings
+            old.unlink()
+        replace_file(folder / "iou.svg", iou_bars(result))
+        for name, matched in self.matched.items():
+            chart = confusion_matrix(matched.confusions["iou"], self.classes, name)
+            replace_file(folder / f"confusion-{_plain(name)}.svg", chart)
+        methods = "-".join(_plain(name) for name in self.matched)
+        for number, (image, labels, clusters) in enumerate(self.shown):
+            classes = [self.matched[name].assignments["iou"][c] for name, c in clusters.items()]
+            picture = comparison_row(image, labels, classes, len(self.classes))
+            write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
+
+    def _show(self, image: Tensor, labels: Tensor, clusters: dict[str, Tensor]) -> None:
+        """Keep the first images for :meth:`draw`."""
+        if len(self.shown) < self.options.pictures:
+            self.shown.append((image, labels, {n: c.cpu() for n, c in clusters.items()}))
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
@@ -223,13 +252,18 @@ class Evaluator:
             yield sample.image, renumbered[sample.annotation.int()]
 
 
+def _plain(name: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
 def free_name(folder: Path, settings: dict[str, Any]) -> Path:
     """The file of an earlier evaluation with these settings, or one that isn't taken."""
     data = Path(settings["data_root"]).resolve().name
     parts = ["evaluation", data, settings["split"], settings["protocol"]]
     if settings["ignored"]:
         parts += ["without", *settings["ignored"]]
-    stem = re.sub(r"[^\w.-]", "_", "-".join(map(str, parts)))
+    stem = _plain("-".join(map(str, parts)))
     for number in itertools.count(1):
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import logging
 import urllib.parse
@@ -16,6 +15,7 @@ from nefkern.data import ImageDataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
 from nefkern.runs import Run
+from nefkern.segmentation.charts import eigenfunction_maps, svg
 from nefkern.segmentation.pictures import overlay, palette, write_png
 from nefkern.segmentation.tables import describe
 from nefkern.segmenter import Segmenter
@@ -65,6 +65,21 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
         drawn += 1
 
 
+def write_eigenfunctions(run: Run, segmenter: Segmenter, dataset: ImageDataset) -> None:
+    """Draw the eigenfunctions of the first readable image to ``eigenfunctions.png``."""
+    for index in range(len(dataset)):
+        try:
+            image = dataset.image(index)
+            segmenter.check_size(image, dataset.names[index])
+        except UserError:  # reported with the overlays
+            continue
+        predict, pixels, *_ = segmenter.at_training_scale(image)
+        logits, _ = predict(pixels[None])
+        probabilities = logits[0].float().softmax(0).cpu()
+        write_png(eigenfunction_maps(image, probabilities), run.path("eigenfunctions.png"))
+        return
+
+
 def curves(rows: list[dict[str, Any]]) -> str:
     """The record as one SVG of small panels."""
     from matplotlib.figure import Figure
@@ -82,11 +97,7 @@ def curves(rows: list[dict[str, Any]]) -> str:
         axis.grid(alpha=0.25)
         if len(keys) > 1:
             axis.legend(fontsize=8)
-    text = io.StringIO()
-    # Without metadata the page neither changes from run to run nor mentions other hosts.
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(text, format="svg", metadata=nothing)
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+    return svg(figure)
 
 
 def write_report(run: Run) -> Path:
@@ -105,19 +116,20 @@ def write_report(run: Run) -> Path:
         "<p>Image, clusters, and both together. Nobody told the "
         "clusters what to mean; a colour is the same cluster in every picture.</p>",
     ]
-    for picture in sorted(run.path("overlays").glob("*.png")):
-        name = html.escape(picture.name)
-        parts.append(
-            f"<figure><img src='overlays/{urllib.parse.quote(picture.name)}' loading=lazy "
-            f"alt='{name}'>"
-            f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
-        )
+    parts += map(_figure, sorted(run.path("overlays").glob("*.png")))
+    if run.path("eigenfunctions.png").exists():
+        parts += [
+            "<h2>Eigenfunctions</h2>",
+            "<p>The first image and the eigenfunctions of most weight in it, each scaled to its "
+            "own largest value.</p><img src='eigenfunctions.png' alt='eigenfunctions'>",
+        ]
     for scores in sorted(run.folder.glob("evaluation-*.json")):
         try:
             text = describe(json.loads(scores.read_text()))
         except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
             text = f"not readable: {error}"
         parts += [f"<h2>{html.escape(scores.stem)}</h2>", f"<pre>{html.escape(text)}</pre>"]
+        parts += map(_figure, sorted(scores.with_suffix("").glob("*.[sp][vn]g")))
     cells = "".join(
         f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}"
         for k, v in {**options, **config["versions"]}.items()
@@ -126,6 +138,15 @@ def write_report(run: Run) -> Path:
     page = run.path("report.html")
     replace_file(page, "\n".join(parts))
     return page
+
+
+def _figure(picture: Path) -> str:
+    """A picture in a folder of the run, with its name below."""
+    source = urllib.parse.quote(f"{picture.parent.name}/{picture.name}")
+    return (
+        f"<figure><img src='{source}' loading=lazy alt='{html.escape(picture.name)}'>"
+        f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
+    )
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -49,7 +49,7 @@ def train(options: TrainOptions) -> Path:
         UserError: an option, an image or a weights file that cannot be used.
     """
     from nefkern.backends import check_environment
-    from nefkern.report import write_overlays, write_report
+    from nefkern.report import write_eigenfunctions, write_overlays, write_report
     from nefkern.runs import Run
     from nefkern.segmenter import Segmenter
     from nefkern.trainer import Trainer
@@ -62,6 +62,7 @@ def train(options: TrainOptions) -> Path:
     trainer.train()
     segmenter = Segmenter(trainer.backbone, trainer.psi, options)
     write_overlays(run, segmenter, trainer.dataset, options.pictures)
+    write_eigenfunctions(run, segmenter, trainer.dataset)
     page = write_report(run)
     logging.info("report: %s", page)
     return run.folder

@@ -205,6 +205,18 @@ def test_methods_share_the_backbones_passes(run, folder, pointwise):
     assert pointwise.passes - alone == 6 + 4
 
 
+def test_pictures_beside_the_scores(run, folder, pointwise):
+    evaluate(run, folder, "--methods", "ours,ours*", "--pictures", "3")
+    (drawn,) = (path for path in run.glob("evaluation-*") if path.is_dir())
+    names = sorted(path.name for path in drawn.iterdir())
+    assert names[:3] == [f"{i:03d}-image-annotation-ours-ours_.png" for i in range(3)]
+    assert names[3:] == ["confusion-ours.svg", "confusion-ours_.svg", "iou.svg"]
+    page = (run / "report.html").read_text()
+    assert all(f"{drawn.name}/{name}" in page for name in names)
+    evaluate(run, folder, "--methods", "ours,ours*", "--pictures", "0")
+    assert sorted(path.name for path in drawn.iterdir()) != names
+
+
 def test_ignored_classes_are_void_and_gone(run, folder, pointwise):
     result = evaluate(run, folder, "--protocol", "sliding", "--ignore-class", "grey")
     assert result["classes"] == ["red", "green", "blue"]
@@ -317,7 +329,7 @@ def test_shorthands_add_methods(run, folder):
 def test_only_the_same_settings_overwrite(run, folder, pointwise):
     for options in ([], ["--seed", "1"], [], ["--seed", "1"], ["--protocol", "sliding"]):
         evaluate(run, folder, *options)
-    names = sorted(p.name for p in run.glob("evaluation-*"))
+    names = sorted(p.name for p in run.glob("evaluation-*.json"))
     assert names == [
         "evaluation-scenes-val-crop320-2.json",
         "evaluation-scenes-val-crop320.json",
@@ -328,7 +340,7 @@ def test_only_the_same_settings_overwrite(run, folder, pointwise):
 def test_the_file_name_tells_what_is_ignored(run, folder, pointwise):
     ignored = CLASSES[0]
     evaluate(run, folder, "--ignore-class", ignored)
-    assert [p.name for p in run.glob("evaluation-*")] == [
+    assert [p.name for p in run.glob("evaluation-*.json")] == [
         f"evaluation-scenes-val-crop320-without-{ignored}.json"
     ]
 

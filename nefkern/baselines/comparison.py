@@ -99,12 +99,15 @@ class Comparison:
         num_classes: int,
         *,
         refine: bool = False,
+        watch: Callable[[Tensor, Tensor, dict[str, Tensor]], None] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """Count how clusters and classes meet over a data set.
 
         Args:
             pairs: image uint8 ``[3, H, W]`` and labels ``[H, W]``, 255 = void.
             refine: count the clusters once more after a CRF.
+            watch: called with every image, its labels and every method's clusters, int64
+                ``[H, W]``.
 
         Returns:
             By method, "none" and perhaps "clusters": int64 counts ``[K, num_classes]``.
@@ -117,7 +120,10 @@ class Comparison:
         }
         for image, labels in pairs:
             replay = Replay(self._predict)
-            for name, clusters in self._clusters(image, replay).items():
+            found = self._clusters(image, replay)
+            if watch:
+                watch(image, labels, found)
+            for name, clusters in found.items():
                 counts[name]["none"] += count_matrix(clusters, labels, k, num_classes).cpu()
                 if refine:
                     refined = self._refined(image, replay, name, clusters)

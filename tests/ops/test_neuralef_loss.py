@@ -34,7 +34,7 @@ def unit_columns(x):
 @each_backend
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (30, 1), (64, 7), (150, 33), (200, 64)])
 def test_equals_dense_objective(name, n, k):
-    """From neighbour lists to the gradient, against METHOD's dense formulas in float64."""
+    """From neighbour lists to the gradient, against the paper's dense formulas in float64."""
     indices, weights = random_lists(n, 12)
     pixels, _ = random_lists(n, 5, seed=1)
     dense = dense_adjacency(indices, weights, n) + 0.3 * dense_adjacency(pixels, None, n, "union")

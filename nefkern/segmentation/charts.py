@@ -1,0 +1,121 @@
+"""Scores to look at: bars of IoU by class, the confusion matrix, images beside their segments."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nefkern.segmentation.pictures import colorize, grid, palette
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NAMED = 30  # classes whose names and numbers still fit a confusion matrix
+
+
+def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
+    """IoU of every class by method, largest class first, as SVG.
+
+    Args:
+        evaluation: what ``python -m nefkern.evaluate`` writes as JSON.
+        matching: which of its matchings.
+    """
+    from matplotlib.figure import Figure
+
+    pixels = evaluation["pixels"]
+    classes = sorted(pixels, key=pixels.get, reverse=True)
+    methods = {
+        name: method["stages"]["none"]["matchings"][matching]["iou"]
+        for name, method in evaluation["methods"].items()
+    }
+    figure = Figure(figsize=(max(6.0, 0.45 * len(classes) + 2), 3.6), layout="constrained")
+    axes = figure.subplots()
+    place, width = np.arange(len(classes)), 0.8 / len(methods)
+    for number, (name, iou) in enumerate(methods.items()):
+        heights = [100 * (iou[label] or 0) for label in classes]
+        axes.bar(place + (number + 0.5) * width - 0.4, heights, width, label=name)
+    axes.set_xticks(place, classes, rotation=90, fontsize=8)
+    axes.set(ylabel="IoU, %", xlim=(-0.6, len(classes) - 0.4))
+    axes.legend(fontsize=8, ncols=len(methods))
+    axes.grid(alpha=0.3, axis="y")
+    return svg(figure)
+
+
+def confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str) -> str:
+    """Where each annotated class went, in percent of its pixels, as SVG.
+
+    Args:
+        confusion: int64 ``[C, C]``, rows predicted, columns annotated.
+        classes: C names.
+    """
+    from matplotlib.figure import Figure
+
+    total = confusion.sum(0, keepdim=True).clamp(min=1)
+    share = (100 * confusion / total).T.numpy()  # a row an annotated class
+    count = len(classes)
+    side = 2.2 + 0.32 * min(count, 60)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.set(title=title, xlabel="predicted", ylabel="annotated")
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
+    axes.set_yticks(range(count), classes, fontsize=7)
+    if count <= _NAMED:
+        for (row, column), value in np.ndenumerate(share):
+            if value >= 0.5:
+                colour = "white" if value > 60 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6,
+                          color=colour)  # fmt: skip
+    return svg(figure)
+
+
+def comparison_row(
+    image: Tensor, labels: Tensor, predicted: Sequence[Tensor], num_classes: int
+) -> Image.Image:
+    """The picture "image | annotation | first method | second | ..." of the paper's figure 2.
+
+    Args:
+        image: uint8 ``[3, H, W]``.
+        labels: ``[H, W]``, 255 = void, black.
+        predicted: every method's classes, int64 ``[H, W]``, −1 = unmatched, black.
+    """
+    colours = palette(num_classes)
+    panels = [colorize(classes.long(), colours) for classes in (labels, *predicted)]
+    return grid([[image.permute(1, 2, 0).numpy(), *panels]])
+
+
+def eigenfunction_maps(image: Tensor, probabilities: Tensor, count: int = 15) -> Image.Image:
+    """An image beside its ``count`` eigenfunctions of most weight, bright where they are large.
+
+    Args:
+        image: uint8 ``[3, H, W]``.
+        probabilities: ψ's outputs at any resolution, ``[K, h, w]``; each map is scaled to its own
+            largest value.
+    """
+    order = probabilities.flatten(1).sum(1).argsort(descending=True)[:count]
+    photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+    photo.thumbnail((240, 240))
+    maps = []
+    for values in probabilities[order]:
+        grey = (255 * values / values.max().clamp(min=1e-9)).to(torch.uint8).numpy()
+        maps.append(Image.fromarray(grey).resize(photo.size, Image.Resampling.NEAREST))
+    cells = [photo, *maps]
+    return grid([cells[first : first + 4] for first in range(0, len(cells), 4)])
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG text, the same every time and without metadata."""
+    import matplotlib
+
+    text = io.StringIO()
+    # Without metadata a page neither changes from run to run nor mentions other hosts.
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": "nefkern"}):
+        figure.savefig(text, format="svg", metadata=nothing)
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import torch
+
+from nefkern.segmentation.charts import (
+    comparison_row,
+    confusion_matrix,
+    eigenfunction_maps,
+    iou_bars,
+)
+from nefkern.segmentation.pictures import BACKGROUND, palette
+
+EVALUATION = {
+    "pixels": {"sky": 10, "road": 90},
+    "methods": {
+        name: {"stages": {"none": {"matchings": {"iou": {"iou": {"sky": sky, "road": 0.5}}}}}}
+        for name, sky in (("ours", 0.25), ("kmeans", None))
+    },
+}
+
+
+def words(svg: str) -> str:
+    """What a reader can search for: matplotlib keeps a comment beside every drawn text."""
+    ET.fromstring(svg)
+    return svg
+
+
+def test_iou_bars_name_classes_and_methods():
+    text = words(iou_bars(EVALUATION))
+    for word in ("sky", "road", "ours", "kmeans"):
+        assert f"<!-- {word} -->" in text
+    assert text.index("<!-- road -->") < text.index("<!-- sky -->"), "the larger class first"
+    assert text == iou_bars(EVALUATION), "the same every time"
+
+
+def test_confusion_matrix_shows_percent_of_the_annotated():
+    confusion = torch.tensor([[30, 1], [10, 1]])  # predicted x annotated
+    text = words(confusion_matrix(confusion, ["sky", "road"], "ours"))
+    for number in ("75", "25", "50"):
+        assert f"<!-- {number} -->" in text
+
+
+def test_confusion_matrix_of_many_classes_has_no_numbers():
+    text = confusion_matrix(torch.eye(40).long(), [f"class {i}" for i in range(40)], "ours")
+    assert "<!-- class 39 -->" in text
+    assert "<!-- 100 -->" not in text
+
+
+def test_comparison_row_paints_classes_and_leaves_void_black():
+    image = torch.full((3, 4, 6), 9, dtype=torch.uint8)
+    labels = torch.zeros(4, 6, dtype=torch.uint8)
+    labels[0, 0] = 255
+    predicted = torch.ones(4, 6, dtype=torch.int64)
+    predicted[1, 1] = -1
+    picture = np.array(comparison_row(image, labels, [predicted], 3))
+    left, middle, right = picture[:, :6], picture[:, 14:20], picture[:, 28:34]
+    assert (left == 9).all()
+    assert tuple(middle[0, 0]) == BACKGROUND
+    assert (middle[1:] == palette(3)[0]).all()
+    assert tuple(right[1, 1]) == BACKGROUND
+    assert (right[2:] == palette(3)[1]).all()
+
+
+def test_eigenfunction_maps_take_the_heaviest_and_scale_each():
+    image = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    probabilities = torch.zeros(5, 2, 2)
+    probabilities[3] = 0.5
+    probabilities[1, 0, 0] = 0.1
+    picture = np.array(eigenfunction_maps(image, probabilities, count=2))
+    assert (picture[:, 28:48] == 255).all(), "the heaviest, uniform"
+    second = picture[:, 56:76]
+    assert (second[:10, :10] == 255).all()
+    assert (second[10:] == 0).all()
