@@ -99,6 +99,14 @@ def _cpu(features, k, metric, segments, include_self, check_finite):
     )
 
 
+@registry.kernel("knn", "triton", accepts=lambda features, *_: features.dtype != torch.float64)
+def _triton(features, k, metric, segments, include_self, check_finite):
+    from nefkern.triton.knn import knn
+
+    bounds = _check_values(features, segments, check_finite)
+    return knn(features, k, metric, segments, bounds, include_self)
+
+
 def _setup_context(ctx, inputs, output):
     pass
 
