@@ -59,7 +59,8 @@ from nefkern.triton.configs import Shipped, autotune, device_of
 #: Bytes of the scores and candidates of a block of rows, which should stay in the L2 cache. Blocks
 #: have at least BLOCK_ROWS rows: from 65,000 candidates a row on it takes more, 512 bytes each.
 WORKSPACE = 32 << 20
-BLOCK_ROWS = 128
+BLOCK_ROWS = tl.constexpr(128)
+STRIP = tl.constexpr(256)  # rows of scores are padded to a multiple of this many
 #: From here on :func:`preselects` chooses. Both are estimates, not measured on a GPU yet.
 DIRECT_CHANNELS = 16
 DIRECT_SHARE = 8
@@ -67,7 +68,7 @@ DIRECT_SHARE = 8
 UNIT = 2.0**-24  # float32's rounding error
 DEPTH = 64  # rows are padded to a multiple of this many channels
 CHUNK = 32  # channels summed before they are added to the total
-NOTHING = (1 << 63) - 1  # the key of no candidate: sorts last
+NOTHING = tl.constexpr((1 << 63) - 1)  # the key of no candidate: sorts last
 
 SCORE_CONFIGS = [
     triton.Config({"BM": m, "BN": n, "BK": DEPTH}, num_warps=warps, num_stages=3)
@@ -76,11 +77,11 @@ SCORE_CONFIGS = [
 # The interpreter takes as long for a large tile as for a small one.
 if interpreting():
     SELECT, RERANK, EXACT = (
-        {"BR": 128, "BN": 1024}, {"BR": 16, "BN": 64, "BC": DEPTH}, {"BM": 256, "BN": 256},
+        {"BR": 128, "BN": 1024}, {"BR": 16, "BN": 64, "BC": DEPTH}, {"BM": 128, "BN": 256},
     )  # fmt: skip
     FLAT = {"BN": 1 << 16}
 else:
-    SELECT = {"BR": 1, "BN": 4096, "num_warps": 8}
+    SELECT = {"BR": 1, "BN": 2048, "num_warps": 8}
     RERANK = {"BR": 1, "BN": 32, "BC": DEPTH, "num_warps": 4}
     EXACT = {"BM": 64, "BN": 64, "num_warps": 4}
     FLAT = {"BN": 1024, "num_warps": 4}
@@ -114,20 +115,27 @@ def _key(value, index):
 
 @triton.jit
 def _segment(begins, ends, i, there):
-    """Columns [begin, end) of rows i; none where a row isn't there."""
+    """The candidates [begin, end) of rows i; none where a row isn't there."""
     return tl.load(begins + i, mask=there, other=0), tl.load(ends + i, mask=there, other=0)
 
 
 @triton.jit
+def _base(begins, first_row, local):
+    """The index that column 0 stands for in these rows of a block: one for every 128 rows."""
+    return tl.load(begins + first_row + local // BLOCK_ROWS * BLOCK_ROWS)
+
+
+@triton.jit
 def _put_scores(
-    scores, value, i, j, begin, end, first_row, width, chosen, INCLUDE_SELF: tl.constexpr
+    scores, value, first_row, first_i, first_j, base, strips, INCLUDE_SELF: tl.constexpr
 ):
-    """Scores of rows i with j, each in its segment's columns."""
-    inside = (j[None, :] >= begin[:, None]) & (j[None, :] < end[:, None]) & chosen[:, None]
+    """A tile of scores; whole, as its padded place has room, and aligned, at any segment's edge."""
+    m, n = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     if not INCLUDE_SELF:
-        value = tl.where(i[:, None] == j[None, :], float("-inf"), value)
-    at = scores + (i - first_row).to(tl.int64)[:, None] * width
-    tl.store(at + (j[None, :] - begin[:, None]), value, mask=inside)
+        value = tl.where((first_i - first_j + m)[:, None] == n[None, :], float("-inf"), value)
+    width = strips * STRIP
+    at = scores + (first_i - first_row).to(tl.int64) * width + (first_j - base)
+    tl.store(at + (m.to(tl.int64)[:, None] * width + n[None, :]), value)
 
 
 # ---- estimates ----
@@ -166,61 +174,64 @@ def _pack_kernel(
 
 @triton.jit
 def _score_kernel(
-    packed, offsets, begins, ends, scores, first_row, last_row, n, depth, width,
+    packed, offsets, begins, ends, scores, first_row, last_row, n, steps, strips,
     INCLUDE_SELF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a block's estimates: rows ``program_id(1)``, columns from their first segment."""
-    i = first_row + tl.program_id(1) * BM + tl.arange(0, BM)
-    begin, end = _segment(begins, ends, i, i < last_row)
-    first = tl.load(begins + first_row + tl.program_id(1) * BM) + tl.program_id(0) * BN
-    if first < tl.max(end, 0):
-        j = first + tl.arange(0, BN)
+    """One tile of a block's estimates: rows ``program_id(1)``, columns ``program_id(0)``."""
+    row = tl.program_id(1) * BM
+    base = _base(begins, first_row, row)
+    row += first_row
+    first = base + tl.program_id(0) * BN
+    i, j = row + tl.arange(0, BM), first + tl.arange(0, BN)
+    if first < tl.max(tl.load(ends + i, mask=i < last_row, other=0), 0):
+        depth = steps * BK  # so the compiler knows that rows are aligned
+        # 64 bits for where a tile begins, 32 inside it. Rows past the end are read at the last one.
+        x, y = packed + row.to(tl.int64) * depth, packed + first.to(tl.int64) * depth
         c = tl.arange(0, BK)
-        depth = tl.multiple_of(depth, BK)
-        a = packed + i.to(tl.int64)[:, None] * depth + c[None, :]
-        b = packed + j.to(tl.int64)[None, :] * depth + c[:, None]
+        a = (tl.minimum(i, n - 1) - row)[:, None] * depth + c[None, :]
+        b = (tl.minimum(j, n - 1) - first)[None, :] * depth + c[:, None]
         total = tl.zeros([BM, BN], tl.float32)
-        for _ in range(0, depth, BK):
-            p = tl.load(a, mask=(i < n)[:, None], other=0.0)
-            q = tl.load(b, mask=(j < n)[None, :], other=0.0)
-            total = tl.dot(p, q, total)
-            a += BK
-            b += BK
+        for k in range(0, depth, BK):
+            total = tl.dot(tl.load(x + k + a), tl.load(y + k + b), total)
         u = tl.load(offsets + i, mask=i < n, other=0.0)
         v = tl.load(offsets + j, mask=j < n, other=0.0)
         total += u[:, None] + v[None, :]
-        chosen = i < last_row
-        _put_scores(scores, total, i, j, begin, end, first_row, width, chosen, INCLUDE_SELF)
+        _put_scores(scores, total, first_row, row, first, base, strips, INCLUDE_SELF)
 
 
-_tuned_score = autotune(SCORE_CONFIGS, key=["depth"])(_score_kernel)
+_tuned_score = autotune(SCORE_CONFIGS, key=["steps"])(_score_kernel)
 
 
 # ---- selection ----
 
 
 @triton.jit
-def _row_scores(scores, local, first, length, width, BN: tl.constexpr):
-    """[rows, BN] scores from column ``first`` on, -inf past a row's segment."""
-    column = first + tl.arange(0, BN)
-    at = scores + local.to(tl.int64)[:, None] * width + column[None, :]
-    return tl.load(at, mask=column[None, :] < length[:, None], other=float("-inf")), column
+def _first_score(scores, begins, first_row, local, begin, there, strips):
+    """Where a row's scores begin, with that of its segment's first row."""
+    base = tl.load(begins + first_row + local // BLOCK_ROWS * BLOCK_ROWS, mask=there, other=0)
+    return scores + local.to(tl.int64) * (strips * STRIP) + (begin - base)
 
 
 @triton.jit
-def _reached(scores, local, length, longest, width, bound, BR: tl.constexpr, BN: tl.constexpr):
+def _row_scores(row, first, length, BN: tl.constexpr):
+    """[rows, BN] scores of the segment's candidates from ``first`` on, -inf past its end."""
+    column = first + tl.arange(0, BN)
+    there = column[None, :] < length[:, None]
+    return tl.load(row[:, None] + column[None, :], mask=there, other=float("-inf")), column
+
+
+@triton.jit
+def _reached(row, length, longest, bound, BR: tl.constexpr, BN: tl.constexpr):
     """How many scores of each row are at least its bound."""
     count = tl.zeros([BR], tl.int32)
     for first in range(0, longest, BN):
-        s, _ = _row_scores(scores, local, first, length, width, BN)
+        s, _ = _row_scores(row, first, length, BN)
         count += tl.sum((s >= bound[:, None]).to(tl.int32), 1)
     return count
 
 
 @triton.jit
-def _about_kth(
-    scores, local, length, longest, width, k, slack, BR: tl.constexpr, BN: tl.constexpr
-):
+def _about_kth(row, length, longest, k, slack, BR: tl.constexpr, BN: tl.constexpr):
     """A score that at least k and, unless they tie, at most k + slack of each row's scores reach.
 
     (All of them if there are fewer than k.) Also how many reach it, and how many are greater.
@@ -229,7 +240,7 @@ def _about_kth(
     high = tl.full([BR], -0x7FFFFFFF, tl.int32)
     reached = tl.zeros([BR], tl.int32)
     for first in range(0, longest, BN):
-        s, _ = _row_scores(scores, local, first, length, width, BN)
+        s, _ = _row_scores(row, first, length, BN)
         valid, key = s > float("-inf"), _integer(s)
         low = tl.minimum(low, tl.min(tl.where(valid, key, 0x7FFFFFFF), 1))
         high = tl.maximum(high, tl.max(tl.where(valid, key, -0x7FFFFFFF), 1))
@@ -244,7 +255,7 @@ def _about_kth(
         middle = (low & high) + ((low ^ high) >> 1)
         between = _integer(0.5 * _float(low) + 0.5 * _float(high))
         middle = tl.where((step < 16) & (between > low) & (between < high), between, middle)
-        count = _reached(scores, local, length, longest, width, _float(middle), BR, BN)
+        count = _reached(row, length, longest, _float(middle), BR, BN)
         enough = count >= k
         low = tl.where(open & enough, middle, low)
         reached = tl.where(open & enough, count, reached)
@@ -257,7 +268,7 @@ def _about_kth(
 
 @triton.jit
 def _select_kernel(
-    scores, begins, ends, margins, counts, positions, first_row, last_row, width, k, slack,
+    scores, begins, ends, margins, counts, positions, first_row, last_row, strips, k, slack,
     capacity, relative, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Positions of the candidates that may be among the k best, and how many they are."""
@@ -267,13 +278,14 @@ def _select_kernel(
     begin, end = _segment(begins, ends, i, there)
     length = end - begin
     longest = tl.max(length, 0)
-    kth, _, _ = _about_kth(scores, local, length, longest, width, k, slack, BR, BN)
+    row = _first_score(scores, begins, first_row, local, begin, there, strips)
+    kth, _, _ = _about_kth(row, length, longest, k, slack, BR, BN)
     margin = tl.load(margins + i, mask=there, other=0.0)
     bound = kth - (2 * margin + relative * (tl.abs(kth) + margin))
     count = tl.zeros([BR], tl.int32)
     out = positions + local.to(tl.int64)[:, None] * capacity
     for first in range(0, longest, BN):
-        s, column = _row_scores(scores, local, first, length, width, BN)
+        s, column = _row_scores(row, first, length, BN)
         take = (s >= bound[:, None]) & (s > float("-inf"))
         slot = count[:, None] + tl.cumsum(take.to(tl.int32), 1) - 1
         tl.store(out + slot, begin[:, None] + column[None, :], mask=take & (slot < capacity))
@@ -283,7 +295,7 @@ def _select_kernel(
 
 @triton.jit
 def _select_exact_kernel(
-    scores, begins, ends, counts, keys, first_row, last_row, width, k, capacity,
+    scores, begins, ends, counts, keys, first_row, last_row, strips, k, capacity,
     BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Keys of the k best, ties to the lower index, of the rows with more than ``capacity``."""
@@ -293,14 +305,15 @@ def _select_exact_kernel(
     begin, end = _segment(begins, ends, i, there)
     length = end - begin
     longest = tl.max(length, 0)
-    kth, reached, above = _about_kth(scores, local, length, longest, width, k, 0, BR, BN)
+    row = _first_score(scores, begins, first_row, local, begin, there, strips)
+    kth, reached, above = _about_kth(row, length, longest, k, 0, BR, BN)
     # Where more than k reach the k-th, they tie with it; the first of them have the places left.
     places = tl.where(reached > k, k - above, k)
     count = tl.zeros([BR], tl.int32)
     ties = tl.zeros([BR], tl.int32)
     out = keys + local.to(tl.int64)[:, None] * capacity
     for first in range(0, longest, BN):
-        s, column = _row_scores(scores, local, first, length, width, BN)
+        s, column = _row_scores(row, first, length, BN)
         valid = s > float("-inf")
         tie = valid & (s == kth[:, None])
         rank = ties[:, None] + tl.cumsum(tie.to(tl.int32), 1) - 1
@@ -327,7 +340,7 @@ def _fill_up(out, count, capacity, BN: tl.constexpr):
 
 @triton.jit
 def _rerank_kernel(
-    rows, counts, positions, keys, first_row, last_row, depth, capacity,
+    rows, counts, positions, keys, first_row, last_row, steps, capacity,
     EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Keys of the candidates of each row, from their values in float32."""
@@ -335,7 +348,7 @@ def _rerank_kernel(
     i = first_row + local
     count = tl.load(counts + local, mask=i < last_row, other=0)
     count = tl.where(count > capacity, 0, count)  # an overflow: _exact_kernel's
-    depth = tl.multiple_of(depth, BC)
+    depth = steps * BC  # so the compiler knows that rows are aligned
     x = rows + i.to(tl.int64)[:, None, None] * depth
     line = local.to(tl.int64)[:, None] * capacity
     for first in range(0, tl.max(count, 0), BN):
@@ -361,7 +374,7 @@ def _rerank_kernel(
 
 @triton.jit
 def _exact_kernel(
-    planes, present, begins, ends, counts, scores, first_row, last_row, n, channels, width,
+    planes, present, begins, ends, counts, scores, first_row, last_row, n, channels, strips,
     capacity, EUCLIDEAN: tl.constexpr, INCLUDE_SELF: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -369,32 +382,32 @@ def _exact_kernel(
 
     A thread keeps its pairs' sums: channel by channel, so that each has the same order everywhere.
     """
-    i = first_row + tl.program_id(1) * BM + tl.arange(0, BM)
+    row = tl.program_id(1) * BM
+    base = _base(begins, first_row, row)
+    row += first_row
+    first = base + tl.program_id(0) * BN
+    i, j = row + tl.arange(0, BM), first + tl.arange(0, BN)
     chosen = tl.load(counts + (i - first_row), mask=i < last_row, other=0) > capacity
-    begin, end = _segment(begins, ends, i, chosen)
-    first = tl.load(begins + first_row + tl.program_id(1) * BM) + tl.program_id(0) * BN
-    if first < tl.max(end, 0):
-        j = first + tl.arange(0, BN)
-        there = tl.load(present + i, mask=chosen, other=0) != 0
+    if first < tl.max(tl.load(ends + i, mask=chosen, other=0), 0):
+        there = tl.load(present + i, mask=i < n, other=0) != 0
         beside = tl.load(present + j, mask=j < n, other=0) != 0
-        x, y = planes + i, planes + j
+        plane = planes
         total = tl.zeros([BM, BN], tl.float32)
         for c in range(0, channels, CHUNK):
             part = tl.zeros([BM, BN], tl.float32)
             for _ in range(c, tl.minimum(c + CHUNK, channels)):
-                p = tl.load(x, mask=there, other=0.0)[:, None]
-                q = tl.load(y, mask=beside, other=0.0)[None, :]
+                p = tl.load(plane + i, mask=there, other=0.0)[:, None]
+                q = tl.load(plane + j, mask=beside, other=0.0)[None, :]
                 if EUCLIDEAN:
                     part = tl.fma(p - q, p - q, part)
                 else:
                     part = tl.fma(tl.broadcast_to(p, BM, BN), tl.broadcast_to(q, BM, BN), part)
-                x += n
-                y += n
+                plane += n
             total += part
         if EUCLIDEAN:
             total = -tl.sqrt_rn(total)
         total = tl.where(there[:, None] & beside[None, :], total, float("-inf"))
-        _put_scores(scores, total, i, j, begin, end, first_row, width, chosen, INCLUDE_SELF)
+        _put_scores(scores, total, first_row, row, first, base, strips, INCLUDE_SELF)
 
 
 @triton.jit
@@ -558,21 +571,28 @@ def _capacity(k: int, longest: int, preselect: bool) -> int:
     return min(longest, k + max(k // 2, 64) if preselect else k)
 
 
-def _block_rows(n: int, longest: int, capacity: int) -> int:
-    # A score; a position, and a key twice beside its place while it is sorted.
-    a_row = 4 * longest + (4 + 3 * 8) * capacity
-    return min(n, 1 << 20, max(1, WORKSPACE // a_row // BLOCK_ROWS) * BLOCK_ROWS)
+def _strips(n: int, longest: int) -> int:
+    """Of scores a row. The columns of 128 rows reach into the segments on both of their sides."""
+    return triton.cdiv(min(n, BLOCK_ROWS.value + 2 * longest), STRIP.value)
+
+
+def _block_rows(n: int, strips: int, capacity: int) -> int:
+    # Scores; a position, and a key twice beside its place while it is sorted.
+    a_row = 4 * strips * STRIP.value + (4 + 3 * 8) * capacity
+    blocks = min(max(1, WORKSPACE // a_row // BLOCK_ROWS.value), triton.cdiv(n, BLOCK_ROWS.value))
+    return min(1 << 20, blocks * BLOCK_ROWS.value)
 
 
 def _blocks(
     data: _Rows, packed: _Packed | None, k: int, include_self: bool, values: Tensor, indices: Tensor
 ) -> None:
     """The five steps for every block of rows."""
-    n, width = len(data.rows), data.longest
-    capacity, places = _capacity(k, width, packed is not None), min(k, width)
-    step = _block_rows(n, width, capacity)
+    n, longest = len(data.rows), data.longest
+    capacity, places = _capacity(k, longest, packed is not None), min(k, longest)
+    strips = _strips(n, longest)
+    step = _block_rows(n, strips, capacity)
     new = data.rows.new_empty
-    scores, keys = new((step, width)), new((step, capacity), dtype=torch.int64)
+    scores, keys = new((step, strips * STRIP.value)), new((step, capacity), dtype=torch.int64)
     counts = new(step, dtype=torch.int32).fill_(capacity + 1)  # an overflow: all exact
     positions = new((step, capacity) if packed else 0, dtype=torch.int32)
     for first in range(0, n, step):
@@ -581,12 +601,12 @@ def _blocks(
         if packed:
             _preselect(data, packed, first, last, places, include_self, scores, counts, positions,
                        keys)  # fmt: skip
-        _exact_kernel[_grid(last - first, width, n, EXACT)](
+        _exact_kernel[_grid(last - first, strips, EXACT)](
             data.planes, data.present, data.begins, data.ends, counts, scores, first, last, n,
-            len(data.planes), width, capacity, data.euclidean, include_self, CHUNK, **EXACT,
+            len(data.planes), strips, capacity, data.euclidean, include_self, CHUNK, **EXACT,
         )  # fmt: skip
         _select_exact_kernel[(rows,)](
-            scores, data.begins, data.ends, counts, keys, first, last, width, places, capacity,
+            scores, data.begins, data.ends, counts, keys, first, last, strips, places, capacity,
             **SELECT,
         )  # fmt: skip
         ordered = keys[: last - first].sort(dim=1).values
@@ -602,25 +622,24 @@ def _preselect(
     scores: Tensor, counts: Tensor, positions: Tensor, keys: Tensor,
 ) -> None:  # fmt: skip
     """Steps 1 to 3 for rows [first, last)."""
-    rows, width, capacity = last - first, data.longest, keys.shape[1]
-    n, depth = packed.rows.shape
-    _tuned_score[lambda tile: _grid(rows, width, n, tile)](
-        packed.rows, packed.offsets, data.begins, data.ends, scores, first, last, n, depth, width,
+    rows, strips, capacity = last - first, scores.shape[1] // STRIP.value, keys.shape[1]
+    n, steps = len(packed.rows), packed.rows.shape[1] // DEPTH
+    _tuned_score[lambda tile: _grid(rows, strips, tile)](
+        packed.rows, packed.offsets, data.begins, data.ends, scores, first, last, n, steps, strips,
         INCLUDE_SELF=include_self,
     )  # fmt: skip
     _select_kernel[(triton.cdiv(rows, SELECT["BR"]),)](
-        scores, data.begins, data.ends, packed.margins, counts, positions, first, last, width,
+        scores, data.begins, data.ends, packed.margins, counts, positions, first, last, strips,
         places, places // 16, capacity, packed.relative, **SELECT,
     )  # fmt: skip
     _rerank_kernel[(triton.cdiv(rows, RERANK["BR"]),)](
-        data.rows, counts, positions, keys, first, last, depth, capacity, data.euclidean, **RERANK
+        data.rows, counts, positions, keys, first, last, steps, capacity, data.euclidean, **RERANK
     )
 
 
-def _grid(rows: int, width: int, n: int, tile: dict[str, int]) -> tuple[int, int]:
-    """Tiles of columns, of rows. A tile's rows reach into the segments on both of its sides."""
-    columns = min(n, tile["BM"] + 2 * width)
-    return triton.cdiv(columns, tile["BN"]), triton.cdiv(rows, tile["BM"])
+def _grid(rows: int, strips: int, tile: dict[str, int]) -> tuple[int, int]:
+    """Tiles of columns, of rows."""
+    return strips * STRIP.value // tile["BN"], triton.cdiv(rows, tile["BM"])
 
 
 def shipped() -> list[Shipped]:
