@@ -77,7 +77,7 @@ SCORE_CONFIGS = [
 # The interpreter takes as long for a large tile as for a small one.
 if interpreting():
     SELECT, RERANK, EXACT = (
-        {"BR": 128, "BN": 1024}, {"BR": 16, "BN": 64, "BC": DEPTH}, {"BM": 128, "BN": 256},
+        {"BR": 256, "BN": 512}, {"BR": 32, "BN": 64, "BC": DEPTH}, {"BM": 128, "BN": 256},
     )  # fmt: skip
     FLAT = {"BN": 1 << 16}
 else:
@@ -495,9 +495,7 @@ def knn(
     return values, indices
 
 
-def _rows(
-    x: Tensor, euclidean: bool, segments: Tensor | None, bounds: Sequence[int]
-) -> _Rows:
+def _rows(x: Tensor, euclidean: bool, segments: Tensor | None, bounds: Sequence[int]) -> _Rows:
     n, channels = x.shape
     scale = _power_of_two(x) if euclidean else x.new_ones(1)
     y = x * scale if euclidean else unit_rows(x)

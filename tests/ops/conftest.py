@@ -7,7 +7,7 @@ import torch
 
 from nefkern import backends
 
-TESTED = ("reference", "cpu")
+TESTED = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=TESTED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nefkern import backends
@@ -19,6 +21,27 @@ def backends_of(op: str, *, compiled: bool = False) -> list[str]:
     without = {"cuda"} | ({"triton"} if compiled and backends.interpreting() else set())
     found = registry.implemented()[op]
     return [name for name in found if name not in without and not backends.why_not(name)]
+
+
+def backend_device() -> str:
+    """Where the backend in use takes its tensors."""
+    on_gpu = backends.current() in ("cuda", "triton") and not backends.interpreting()
+    return "cuda" if on_gpu else "cpu"
+
+
+def on_backend_device(op: Callable) -> Callable:
+    """``op``, with tensors moved to the backend's device and its results moved back."""
+
+    def moved(value, device):
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def call(*args, **options):
+        device = backend_device()
+        args = [moved(value, device) for value in args]
+        results = op(*args, **{name: moved(value, device) for name, value in options.items()})
+        return tuple(moved(result, "cpu") for result in results)
+
+    return call
 
 
 def dense_adjacency(indices, weights, num_nodes, symmetrize="mean", clamp_min=0.0):
