@@ -72,7 +72,7 @@ NOTHING = tl.constexpr((1 << 63) - 1)  # the key of no candidate: sorts last
 
 SCORE_CONFIGS = [
     triton.Config({"BM": m, "BN": n, "BK": DEPTH}, num_warps=warps, num_stages=3)
-    for m, n, warps in ((128, 128, 8), (128, 128, 4), (128, 256, 8), (64, 128, 4))
+    for m, n, warps in ((128, 128, 8), (128, 128, 4), (64, 128, 4))
 ]
 # The interpreter takes as long for a large tile as for a small one.
 if interpreting():
