@@ -126,7 +126,7 @@ def test_shapes(n, channels, k, include_self, metric, poisoned_memory):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_several_tiles(metric):
-    assert_best(clustered(several_tiles(1500), 72, seed=3), 30, metric)
+    assert_best(clustered(several_tiles(1500), 72, seed=3), several_tiles(50), metric)
 
 
 @pytest.mark.parametrize("metric", METRICS)
