@@ -21,6 +21,12 @@ def backends_of(op: str, *, compiled: bool = False) -> list[str]:
     return [name for name in found if name not in without and not backends.why_not(name)]
 
 
+def moved(name: str, *things: torch.Tensor | CSRGraph | None) -> list:
+    """``things`` where backend ``name`` runs: Triton's compiled kernels on a GPU."""
+    device = "cpu" if name != "triton" or backends.interpreting() else "cuda"
+    return [thing if thing is None else thing.to(device) for thing in things]
+
+
 def dense_adjacency(indices, weights, num_nodes, symmetrize="mean", clamp_min=0.0):
     """D^(-1/2) A D^(-1/2) in float64, straight from the formulas, entry by entry."""
     a = torch.zeros(num_nodes, num_nodes, dtype=torch.float64)
