@@ -31,7 +31,7 @@ BLOCK = 512
 # A NaN stays visible in a maximum.
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
-# Each has two keys, and places among the keys are 32-bit numbers: as many as torch sorts on a GPU.
+# Each has two keys, whose places must fit 32 bits; torch sorts no more at a time on a GPU either.
 MAX_EDGES = 10**9
 
 

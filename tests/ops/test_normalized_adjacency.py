@@ -92,12 +92,14 @@ def test_order_of_the_list_does_not_matter(name):
 
 
 @each_backend
-def test_a_nan_weight_stays_visible(name):
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_a_nan_weight_stays_visible(name, symmetrize):
     graph = build(
         name,
         torch.tensor([[1, 1], [-1, -1]]),
         torch.tensor([[math.nan, 1.0], [1.0, 1.0]]),
         num_nodes=2,
+        symmetrize=symmetrize,
     )
     assert graph.values.isnan().all()
 
