@@ -77,3 +77,10 @@ def _cpu(*args):
     if not valid:
         raise_invalid_content()
     return tuple(graph)
+
+
+@registry.kernel("add", "triton", accepts=_native_accepts)
+def _triton(*args):
+    from nefkern.triton.add import add
+
+    return add(*args)

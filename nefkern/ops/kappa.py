@@ -10,7 +10,7 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import registry
 from nefkern.ops.csr import CSRGraph
-from nefkern.ops.normalized_adjacency import check_indices, check_lists
+from nefkern.ops.normalized_adjacency import check_indices, check_lists, triton_accepts
 
 
 def kappa(
@@ -99,3 +99,20 @@ def _cpu(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
         check_indices(indices, num_nodes)
         check_indices(pixel_indices, num_nodes, name="pixel_indices")
     return tuple(graph)
+
+
+def _triton_accepts(indices, weights, pixel_indices, *_) -> bool:
+    return triton_accepts(indices, weights) and triton_accepts(pixel_indices, None)
+
+
+@registry.kernel("kappa", "triton", accepts=_triton_accepts)
+def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    """Both graphs, then their sum."""
+    from nefkern.triton.add import add
+    from nefkern.triton.normalized_adjacency import normalized_adjacency
+
+    features = normalized_adjacency(indices, weights, num_nodes, "mean", clamp_min)
+    pixels = normalized_adjacency(
+        pixel_indices, None, num_nodes, "union", 0.0, name="pixel_indices"
+    )
+    return add(*features, *pixels, alpha)

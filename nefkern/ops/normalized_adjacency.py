@@ -136,3 +136,17 @@ def _cpu(indices, weights, num_nodes, symmetrize, clamp_min):
     if not valid:
         check_indices(indices, num_nodes)
     return tuple(graph)
+
+
+def triton_accepts(indices, weights, *_) -> bool:
+    """Whether Triton's kernels take these lists: those that the CPU kernel does, up to a size."""
+    from nefkern.triton.normalized_adjacency import MAX_EDGES
+
+    return _native_accepts(indices, weights) and indices.numel() <= MAX_EDGES
+
+
+@registry.kernel("normalized_adjacency", "triton", accepts=triton_accepts)
+def _triton(indices, weights, num_nodes, symmetrize, clamp_min):
+    from nefkern.triton.normalized_adjacency import normalized_adjacency
+
+    return normalized_adjacency(indices, weights, num_nodes, symmetrize, clamp_min)

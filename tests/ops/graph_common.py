@@ -23,23 +23,28 @@ def backends_of(op: str, *, compiled: bool = False) -> list[str]:
     return [name for name in found if name not in without and not backends.why_not(name)]
 
 
-def backend_device() -> str:
-    """Where the backend in use takes its tensors."""
-    on_gpu = backends.current() in ("cuda", "triton") and not backends.interpreting()
+def backend_device(name: str | None = None) -> str:
+    """Where backend ``name``, or the one in use, takes its tensors."""
+    on_gpu = (name or backends.current()) in ("cuda", "triton") and not backends.interpreting()
     return "cuda" if on_gpu else "cpu"
+
+
+def moved(name: str, *things: torch.Tensor | CSRGraph | None) -> list:
+    """``things`` where backend ``name`` runs."""
+    return [thing if thing is None else thing.to(backend_device(name)) for thing in things]
 
 
 def on_backend_device(op: Callable) -> Callable:
     """``op``, with tensors moved to the backend's device and its results moved back."""
 
-    def moved(value, device):
+    def there(value, device):
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     def call(*args, **options):
         device = backend_device()
-        args = [moved(value, device) for value in args]
-        results = op(*args, **{name: moved(value, device) for name, value in options.items()})
-        return tuple(moved(result, "cpu") for result in results)
+        args = [there(value, device) for value in args]
+        results = op(*args, **{name: there(value, device) for name, value in options.items()})
+        return tuple(there(result, "cpu") for result in results)
 
     return call
 
