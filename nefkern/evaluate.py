@@ -90,7 +90,7 @@ def _add_methods(group: Any) -> None:
         "--baseline",
         action="append",
         default=[],
-        choices=("kmeans", "kmeans-concat"),
+        choices=("kmeans", "kmeans-concat", "deep-spectral"),
         help="add this baseline",
     )
     group.add_argument("--features", choices=("hidden",), help="add ours*, on the hidden features")

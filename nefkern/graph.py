@@ -72,14 +72,20 @@ def standardized(features: Tensor) -> Tensor:
     return (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
 
 
-def feature_graph(features: Tensor, k: int) -> CSRGraph:
+def image_offsets(count: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Where the patches of each of ``count`` images begin and end, int64 ``[count + 1]``."""
+    return torch.arange(count + 1, device=device) * (grid[0] * grid[1])
+
+
+def feature_graph(features: Tensor, k: int, segments: Tensor | None = None) -> CSRGraph:
     """The normalised feature graph (eq 2): cosine neighbours among all rows of the batch.
 
     Args:
         features: F, ``[N, C]``.
         k: neighbours of each row, itself excluded; negative similarities count as 0.
+        segments: offsets of rows that are neighbours only among themselves.
     """
-    similarities, neighbours = knn(features, k, metric="cosine")
+    similarities, neighbours = knn(features, k, metric="cosine", segments=segments)
     return normalized_adjacency(
         neighbours, similarities, num_nodes=len(features), symmetrize="mean", clamp_min=0.0
     )
@@ -122,8 +128,7 @@ def pixel_neighbours(
         ``[B·h·w, Σ k̃]`` int32, -1 where an image has fewer patches; a neighbour by two graphs
         stands there twice.
     """
-    per_image = grid[0] * grid[1]
-    offsets = torch.arange(len(images) + 1, device=images.device) * per_image
+    offsets = image_offsets(len(images), grid, images.device)
     lists = [
         knn(pixel_positions(images, grid, weight), k, metric="euclidean", segments=offsets)[1]
         for k, weight in pairs
@@ -154,9 +159,39 @@ def kappa(features: Tensor, images: Tensor, grid: tuple[int, int], config: Graph
     """
     features = features.reshape(-1, features.shape[-1])
     k = resolve_neighbours(config.neighbours, len(features))
+    return _kappa(features, k, images, grid, config)
+
+
+@torch.no_grad()
+def image_kappa(
+    features: Tensor, images: Tensor, grid: tuple[int, int], config: GraphConfig, k: int
+) -> CSRGraph:
+    """κ of every image by itself: feature neighbours too are of the row's own image only.
+
+    Args:
+        features, images, grid, config: as for :func:`kappa`.
+        k: feature neighbours, instead of the configuration's; all others where there are fewer.
+
+    Returns:
+        A graph of ``B·h·w`` nodes without an edge between images: block-diagonal.
+    """
+    features = features.reshape(-1, features.shape[-1])
+    offsets = image_offsets(len(images), grid, features.device)
+    k = max(1, min(k, grid[0] * grid[1] - 1))
+    return _kappa(features, k, images, grid, config, offsets)
+
+
+def _kappa(
+    features: Tensor,
+    k: int,
+    images: Tensor,
+    grid: tuple[int, int],
+    config: GraphConfig,
+    segments: Tensor | None = None,
+) -> CSRGraph:
     if config.alpha == 0 or not config.pixel_graphs:
-        return feature_graph(features, k)
-    similarities, neighbours = knn(features, k, metric="cosine")
+        return feature_graph(features, k, segments)
+    similarities, neighbours = knn(features, k, metric="cosine", segments=segments)
     return ops.kappa(
         neighbours,
         similarities,

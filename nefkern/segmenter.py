@@ -14,6 +14,8 @@ from nefkern.data import read_image
 from nefkern.eigenfunction import Eigenfunction
 from nefkern.errors import UserError
 from nefkern.features import Backbone, FeatureCache, load_backbone
+from nefkern.graph import image_kappa, kappa, resolve_neighbours, standardized
+from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
@@ -60,6 +62,7 @@ class Segmenter:
         self.backbone, self.psi, self.options = backbone, psi.eval(), options
         self.features = FeatureCache(cache, backbone, amp=options.amp)
         self.temperature = options.temperatures()[1]
+        self.graph_config = options.graph()
         self.num_clusters = options.num_eigenfunctions
         self.patch = backbone.patch
         # Sliding windows lie on the patch grid and overlap by a third, as the paper's 480 / 320.
@@ -129,6 +132,34 @@ class Segmenter:
             concat=as_map(features.concat),
             padded=(h * self.patch, w * self.patch),
         )
+
+    @torch.no_grad()
+    def kappa(self, images: Tensor, maps: Maps, *, per_image: bool = False) -> CSRGraph:
+        """κ of a batch, made as in training.
+
+        Args:
+            images: ``[B, 3, H, W]``, what ``maps`` come from.
+            maps: of :meth:`maps`.
+            per_image: each image's own κ instead, on one diagonal; with as many feature neighbours
+                as a patch had in a training batch, as far as the image has them.
+
+        Raises:
+            UserError: as many neighbours asked for as the batch has patches.
+        """
+        images, grid = self.backbone.pad(images.to(self.device)), maps.graph.shape[2:]
+        near_by = self._near_by(maps, per_image)
+        if not per_image:
+            return kappa(near_by, images, grid, self.graph_config)
+        side = self.window // self.patch
+        k = resolve_neighbours(self.options.k, self.options.batch_size * side * side)
+        return image_kappa(near_by, images, grid, self.graph_config, k)
+
+    def _near_by(self, maps: Maps, per_image: bool) -> Tensor:
+        """The rows that feature neighbours are near by in, ``[B·h·w, ·]``; see training."""
+        if self.options.graph_features == "high":
+            return maps.graph.movedim(1, -1).flatten(0, 2)
+        rows = maps.concat.movedim(1, -1)
+        return torch.cat([standardized(r) for r in rows]) if per_image else standardized(rows)
 
     @torch.no_grad()
     def project(self, concat: Tensor) -> tuple[Tensor, Tensor]:

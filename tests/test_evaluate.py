@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 
 from nefkern.data import eval_transform, open_dataset
 from nefkern.evaluate import main, parser
+from nefkern.graph import GraphConfig, image_kappa
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmenter import Segmenter
@@ -111,6 +112,11 @@ class Pointwise:
         size = tuple(images.shape[2:])
         return PointwiseMaps(logits, pixels, pixels, torch.cat([pixels] * 3, 1), size)
 
+    def kappa(self, images, maps, *, per_image):
+        assert per_image
+        rows = maps.graph.movedim(1, -1).flatten(0, 2)
+        return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
+
     def project(self, concat):
         return concat[..., :5] + concat[..., 1:6] ** 2, concat
 
@@ -197,10 +203,27 @@ def test_kmeans_finds_the_colours(run, folder, pointwise):
     assert list(result["methods"]) == ["kmeans", "kmeans-concat", "ours*", "ours*-untrained"]
 
 
+def test_deep_spectral_finds_the_colours(run, folder, pointwise):
+    first = evaluate(run, folder, "--methods", "deep-spectral")
+    assert figures(first, "deep-spectral", matching="count")["accuracy"] > 0.7
+    again = evaluate(run, folder, "--methods", "deep-spectral", "--batch-size", "1")
+    assert again["methods"] == first["methods"]
+
+
+def test_deep_spectral_of_a_real_run(run, folder):
+    """With the run's own backbone and graph; windows of several sizes, not multiples of a patch."""
+    options = ("--protocol", "sliding", "--window", "70", "--methods", "ours,deep-spectral")
+    result = evaluate(run, folder, *options)
+    matchings = figures(result, "deep-spectral")
+    assert 0 < matchings["accuracy"] < 1
+
+
 def test_methods_share_the_backbones_passes(run, folder, pointwise):
     evaluate(run, folder, "--methods", "ours")
     alone = pointwise.passes
-    evaluate(run, folder, "--methods", "ours,ours*,kmeans,kmeans-concat,ours-untrained")
+    evaluate(
+        run, folder, "--methods", "ours,ours*,kmeans,kmeans-concat,deep-spectral,ours-untrained"
+    )
     assert alone == 4  # one an image of the val split
     assert pointwise.passes - alone == 6 + 4
 

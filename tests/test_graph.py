@@ -12,6 +12,7 @@ from nefkern.errors import UserError
 from nefkern.graph import (
     GraphConfig,
     feature_graph,
+    image_kappa,
     kappa,
     pixel_graph,
     resolve_neighbours,
@@ -173,6 +174,26 @@ def test_without_pixel_graph(config):
 def test_features_carry_no_gradient_into_kappa():
     features = clustered_features(4).requires_grad_()
     assert not kappa(features, random_images(4), (H, W), GraphConfig(9)).values.requires_grad
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.0])
+@pytest.mark.parametrize("k", [9, 10**6])
+def test_image_kappa_is_each_images_kappa_on_one_diagonal(alpha, k):
+    features, images = random_features(8), random_images(8)
+    config, n = GraphConfig(7, alpha), H * W
+    whole = image_kappa(features, images, (H, W), config, k).validate().to_dense()
+    own = GraphConfig(min(k, n - 1), alpha)
+    for b in range(B):
+        at = slice(b * n, (b + 1) * n)
+        alone = kappa(features[at], images[b : b + 1], (H, W), own).to_dense()
+        torch.testing.assert_close(whole[at, at], alone)
+        whole[at, at] = 0
+    assert not whole.any()
+
+
+def test_image_kappa_of_a_single_patch_is_empty():
+    graph = image_kappa(torch.ones(2, 5), random_images(0)[:2], (1, 1), GraphConfig(7), 3)
+    assert (graph.num_nodes, graph.nnz) == (2, 0)
 
 
 def test_standardized_channels():

@@ -37,6 +37,8 @@ class Clusterer:
         if self.kmeans is None:
             return
         rows = maps[self.method.map_name].movedim(1, -1).flatten(0, 2).float()
+        if self.method.per_segment:
+            rows = rows.unique(dim=0)
         if self.kmeans.centers is not None:
             self.kmeans.partial_fit(self._prepared(rows))
             return

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nefkern.baselines.clusterer import Clusterer
+from nefkern.baselines.deep_spectral import DeepSpectral
 from nefkern.baselines.methods import Method
+from nefkern.ops import CSRGraph
 from nefkern.segmentation.crf import crf, refine_clusters
 from nefkern.segmentation.matching import class_logits
 from nefkern.segmentation.metrics import count_matrix
@@ -28,6 +30,8 @@ class Network(Protocol):
     def maps(self, images: Tensor) -> Any: ...
 
     def project(self, concat: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def kappa(self, images: Tensor, maps: Any, *, per_image: bool) -> CSRGraph: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Comparison:
         methods: which methods, at least one.
         windows: how images are cut.
         control: a segmenter with an untrained ψ and the same backbone, if a method asks for one.
-        seed, sample_rows: of K-means, see :class:`Clusterer`.
+        seed, sample_rows: of K-means, see :class:`Clusterer`; the seed is also that of
+            :class:`DeepSpectral`.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Comparison:
         sample_rows: int = 1 << 16,
     ) -> None:
         self.network, self.control, self.windows = network, control, windows
+        segments = any(method.source == "segments" for method in methods)
+        self.deep_spectral = DeepSpectral(seed=seed) if segments else None
         self.clusterers = {
             method.name: Clusterer(method, network.num_clusters, seed=seed, sample_rows=sample_rows)
             for method in methods
@@ -173,6 +180,9 @@ class Comparison:
             logits, hidden = self.control.project(tokens)
             found["logits-untrained"] = logits.transpose(1, 2).unflatten(2, grid)
             found["hidden-untrained"] = hidden.transpose(1, 2).unflatten(2, grid)
+        if self.deep_spectral is not None:
+            graph = self.network.kappa(crops, maps, per_image=True)
+            found["segments"] = self.deep_spectral.segment_means(graph, maps.graph)
         return found, maps.padded
 
     def _predict(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -14,10 +14,11 @@ class Method:
     Attributes:
         name: as given on the command line.
         title: what it is, in a line.
-        source: the map it looks at: "logits", "hidden", "graph" or "concat".
+        source: the map it looks at: "logits", "hidden", "graph", "concat" or "segments".
         kmeans: whether K-means, fitted on the training images, makes the clusters; else the argmax.
         trained: False replaces ψ by a freshly initialised one.
         normalize: whether every channel is standardised and every feature LayerNorm'ed first.
+        per_segment: whether K-means counts equal rows once: a segment, however many its patches.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Method:
     kmeans: bool = True
     trained: bool = True
     normalize: bool = False
+    per_segment: bool = False
 
     @property
     def map_name(self) -> str:
@@ -44,6 +46,12 @@ METHODS = {
             "K-means on the standardised, LayerNorm'ed low|mid|high features",
             "concat",
             normalize=True,
+        ),
+        Method(
+            "deep-spectral",
+            "exact eigenvectors of each image's κ, K-means on its segments",
+            "segments",
+            per_segment=True,
         ),
         Method(
             "ours-untrained",

@@ -28,6 +28,7 @@ def test_methods_are_those_of_the_paper_and_their_controls():
         "ours*": ("hidden", True, False),
         "kmeans": ("graph", True, False),
         "kmeans-concat": ("concat", True, True),
+        "deep-spectral": ("segments", True, False),
         "ours-untrained": ("logits-untrained", False, False),
         "ours*-untrained": ("hidden-untrained", True, False),
     }
