@@ -19,6 +19,9 @@ from nefkern.segmentation.charts import eigenfunction_maps, svg
 from nefkern.segmentation.pictures import overlay, palette, write_png
 from nefkern.segmentation.tables import describe
 from nefkern.segmenter import Segmenter
+from nefkern.spectrum import PLOT as SPECTRUM_PLOT
+from nefkern.spectrum import RESULT as SPECTRUM
+from nefkern.spectrum import describe as describe_spectrum
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +133,7 @@ def write_report(run: Run) -> Path:
             text = f"not readable: {error}"
         parts += [f"<h2>{html.escape(scores.stem)}</h2>", f"<pre>{html.escape(text)}</pre>"]
         parts += map(_figure, sorted(scores.with_suffix("").glob("*.[sp][vn]g")))
+    parts += _spectrum(run)
     cells = "".join(
         f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}"
         for k, v in {**options, **config["versions"]}.items()
@@ -147,6 +151,21 @@ def _figure(picture: Path) -> str:
         f"<figure><img src='{source}' loading=lazy alt='{html.escape(picture.name)}'>"
         f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
     )
+
+
+def _spectrum(run: Run) -> list[str]:
+    """What ``python -m nefkern.spectrum`` found, if it has run."""
+    if not run.path(SPECTRUM).exists():
+        return []
+    try:
+        text = describe_spectrum(json.loads(run.path(SPECTRUM).read_text()))
+    except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+        text = f"not readable: {error}"
+    return [
+        "<h2>Spectrum</h2>",
+        f"<figure><img src='{SPECTRUM_PLOT}' alt='eigenvalues and angles'></figure>",
+        f"<pre>{html.escape(text)}</pre>",
+    ]
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -49,7 +49,7 @@ def summary_table(evaluation: dict[str, Any]) -> str:
                         f"{stage['clusters_used']}/{clusters}",
                     )
                 )
-    return _aligned(rows, left=3)
+    return aligned(rows, left=3)
 
 
 def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
@@ -65,14 +65,15 @@ def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
     for label in sorted(pixels, key=pixels.get, reverse=True):
         share = f"{100 * pixels[label] / total:.1f}"
         rows.append((label, share, *(_percent(iou[label]) for _, iou in columns)))
-    return _aligned(rows, left=1)
+    return aligned(rows, left=1)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows of cells as lines, the first a heading; the first ``left`` columns flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

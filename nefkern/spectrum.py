@@ -1,0 +1,296 @@
+"""``python -m nefkern.spectrum``: how well ψ spans the exact leading eigenvectors of κ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nefkern.backends import check_environment
+from nefkern.errors import ArgumentParser, UserError, command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nefkern.data import ImageDataset
+    from nefkern.segmenter import Segmenter
+
+log = logging.getLogger(__name__)
+
+RESULT, PLOT = "spectrum.json", "spectrum.png"
+
+DESCRIPTION = """\
+Hold a run's ψ against what it stands in for: the K leading eigenvectors v_j of κ on a batch of
+images, computed exactly. The table, for single j and in all:
+  λ_j       exact eigenvalues, descending
+  Ritz      eigenvalues of κ restricted to the span of ψ's K outputs: the best eigenvalues the span
+            has to offer, each at most λ_j; their sum over Σ λ_j is the captured trace
+  Rayleigh  uᵀκu of the single outputs, scaled to unit norm and sorted
+  inside    |Qᵀv_j|², the part of v_j that lies in the span: 1 all of it, 0 nothing
+  angle     principal angles between the span and that of the v_j, in degrees, ascending
+for ψ, for the argmax of ψ (the clusters' indicator functions) and for a freshly initialised ψ,
+which says how much the features alone give.
+"""
+EXAMPLES = """\
+examples:
+  python -m nefkern.spectrum runs/voc                        a batch of the images it was trained on
+  python -m nefkern.spectrum runs/voc --split val            of others, that it has not seen
+  python -m nefkern.spectrum runs/voc --data-root DIR --images 4
+
+what to expect:
+  A quantised ψ (training's default) gives indicator-like functions: near 1 on the patches of a
+  cluster, near 0 elsewhere. They are no eigenvectors and have no order. The Rayleigh quotient of
+  an indicator is about 1 + α times the share of the cluster's edges that stay inside it. What
+  such functions can do is span eigenvectors: those that are nearly constant on clusters lie
+  inside (small angles, Ritz values close to λ_j), the finer ones of high j do not (angles up to
+  90 degrees). A captured trace of half is usual, one near 1 out of reach; what training added is
+  the difference from the untrained ψ.
+  A continuous ψ (--no-gumbel) can approach the eigenvectors themselves, in their order, if the
+  penalty is strong enough: β t of 1/λ_K or more. The paper's is 0.0008; with that, nothing but
+  the noise of quantisation keeps the outputs from all becoming v_1.
+  The figures do not say how good the segments are: python -m nefkern.evaluate does.
+
+It writes spectrum.json and spectrum.png to the run folder and shows both in report.html.
+"""
+
+
+# ---- parse ----
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = ArgumentParser(
+        prog="python -m nefkern.spectrum",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a trained run")
+    add("--data-root", type=Path, metavar="DIR", help="folder of images [the run's data]")
+    add("--split", help="which images [the run's split; train with --data-root]")
+    add("--images", type=int, metavar="N", help="images of the batch [the run's batch size]")
+    add("--seed", type=int, default=0, help="of the choice of images and of the untrained ψ [0]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ...; eigenvectors: CPU [auto]")
+    return result
+
+
+# ---- run ----
+
+
+def spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare, write the files, and return what was written to ``spectrum.json``.
+
+    Raises:
+        UserError: a run, data set or option that cannot be used.
+    """
+    from nefkern.files import replace_file
+    from nefkern.report import write_report
+    from nefkern.runs import Run, versions
+    from nefkern.segmenter import Segmenter
+
+    started = time.perf_counter()
+    if arguments.images is not None and arguments.images < 1:
+        raise UserError(f"--images {arguments.images}: expected at least 1")
+    segmenter = Segmenter.load(arguments.run, arguments.device)
+    dataset, where = _open(arguments, segmenter)
+    count = arguments.images or min(segmenter.options.batch_size, len(dataset))
+    images = choose_images(dataset, count, segmenter, arguments.seed)
+    result = {
+        "settings": {**where, "images": count, "seed": arguments.seed},
+        **compare(segmenter, images, arguments.seed),
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+    }
+    run = Run(arguments.run)
+    replace_file(run.path(PLOT), draw(result))
+    replace_file(run.path(RESULT), json.dumps(result, indent=1, ensure_ascii=False))
+    write_report(run)
+    log.info("written: %s, %s", run.path(RESULT), run.path(PLOT))
+    return result
+
+
+def _open(
+    arguments: argparse.Namespace, segmenter: Segmenter
+) -> tuple[ImageDataset, dict[str, Any]]:
+    """The data set that the options ask for, and how to name it."""
+    from nefkern.data import open_dataset
+
+    options = segmenter.options
+    if arguments.data_root is None:
+        name, root, split = options.data, options.data_root, arguments.split or options.split
+    else:
+        name, root, split = "folder", str(arguments.data_root), arguments.split or "train"
+    dataset = open_dataset(name, root=root, split=split)
+    return dataset, {"data_root": root or name, "split": split}
+
+
+def choose_images(dataset: ImageDataset, count: int, segmenter: Segmenter, seed: int) -> Tensor:
+    """``count`` images drawn by the seed, ``[count, 3, crop, crop]`` uint8; bad ones are skipped.
+
+    Each is resized to the training crop by its shorter side and cut to its centre.
+
+    Raises:
+        UserError: fewer images than asked for.
+    """
+    import torch
+
+    from nefkern.data import Sample, eval_transform
+
+    transform = eval_transform("crop320", size=segmenter.options.crop)
+    chosen: list[Tensor] = []
+    for index in random.Random(seed).sample(range(len(dataset)), len(dataset)):
+        try:
+            chosen.append(transform(Sample(dataset.names[index], dataset.image(index))).image)
+        except UserError as error:
+            log.warning("skipped: %s", error)
+        if len(chosen) == count:
+            return torch.stack(chosen)
+    raise UserError(f"--images {count}: expected at most {len(chosen)}, the readable images")
+
+
+def compare(segmenter: Segmenter, images: Tensor, seed: int) -> dict[str, Any]:
+    """Exact eigenvalues, and the fit of ψ, of its argmax and of an untrained ψ; JSON-ready."""
+    from nefkern.eigenpairs import leading_eigenpairs, span_fit
+
+    maps = segmenter.maps(images)
+    graph = segmenter.kappa(images, maps)
+    count = min(segmenter.num_clusters, graph.num_nodes)
+    log.info("%d eigenvectors of %s", count, graph)
+    values, vectors = leading_eigenpairs(graph, count, seed=seed)
+    total = values.sum().item()
+    functions = {}
+    for name, psi in _functions(segmenter, maps, seed).items():
+        fit = span_fit(psi, graph, vectors)
+        functions[name] = {
+            "captured": fit.ritz.sum().item() / total,
+            "dead": int((psi.norm(dim=0) < segmenter.options.min_norm).sum()),
+            "rank": fit.rank,
+            "ritz": fit.ritz.tolist(),
+            "rayleigh": fit.rayleigh.tolist(),
+            "inside": fit.inside.tolist(),
+            "angles": fit.angles.tolist(),
+        }
+    return {
+        "num_eigenfunctions": segmenter.num_clusters,
+        "nodes": graph.num_nodes,
+        "edges": graph.nnz,
+        "quantized": segmenter.options.gumbel,
+        "eigenvalues": values.tolist(),
+        "functions": functions,
+    }
+
+
+def _functions(segmenter: Segmenter, maps: Any, seed: int) -> dict[str, Tensor]:
+    """The outputs to compare by name, ``[N, K]`` each, as training saw them but without noise."""
+    import torch.nn.functional as F
+
+    quantized = segmenter.options.gumbel
+
+    def outputs(logits: Tensor) -> Tensor:
+        return logits.flatten(0, 1).softmax(1) if quantized else logits.flatten(0, 1)
+
+    logits = maps.logits.flatten(2).transpose(1, 2)
+    untrained, _ = segmenter.untrained(seed).project(maps.concat.flatten(2).transpose(1, 2))
+    clusters = F.one_hot(logits.flatten(0, 1).argmax(1), logits.shape[-1])
+    functions = {"ψ": outputs(logits), "argmax of ψ": clusters.float()}
+    return {**functions, "untrained ψ": outputs(untrained)}
+
+
+# ---- tell ----
+
+
+def shown_rows(count: int) -> list[int]:
+    """The j that the table shows, from 1: powers of two, and the last."""
+    return sorted({*(2**p for p in range(count.bit_length())), count})
+
+
+def describe(result: dict[str, Any]) -> str:
+    """All there is to read, as text.
+
+    Args:
+        result: what the command writes as JSON.
+    """
+    from nefkern.segmentation.tables import aligned
+
+    s, values, functions = result["settings"], result["eigenvalues"], result["functions"]
+    kind = "quantised" if result["quantized"] else "continuous"
+    title = (
+        f"{s['data_root']}, {s['split']}: {s['images']} images, seed {s['seed']}; κ has "
+        f"{result['nodes']} nodes and {result['edges']} entries; "
+        f"K = {result['num_eigenfunctions']}, {kind}"
+    )
+    summary = [("span of", "dimension", "dead", "Σ Ritz", "captured trace", "mean inside")]
+    summary.append(("exact eigenvectors", str(len(values)), "", f"{sum(values):.2f}", "", ""))
+    for name, fit in functions.items():
+        inside = sum(fit["inside"]) / len(values)
+        shares = f"{100 * fit['captured']:.1f} %", f"{inside:.3f}"
+        summary.append(
+            (name, str(fit["rank"]), str(fit["dead"]), f"{sum(fit['ritz']):.2f}", *shares)
+        )
+    columns = ("ritz", "rayleigh", "inside", "angles")
+    heads = ("Ritz", "Rayleigh", "inside", "angle")
+    tables = []
+    for name, fit in functions.items():
+        rows = [("j", "λ_j", *heads)]
+        for j in shown_rows(len(values)):
+            cells = [_cell(fit[c], j, ".1f" if c == "angles" else ".3f") for c in columns]
+            rows.append((str(j), f"{values[j - 1]:.3f}", *cells))
+        tables.append(f"{name}:\n{aligned(rows, left=0)}")
+    return "\n\n".join([title, aligned(summary, left=1), *tables])
+
+
+def _cell(values: list[float], j: int, form: str) -> str:
+    return format(values[j - 1], form) if j <= len(values) else "-"
+
+
+def draw(result: dict[str, Any]) -> bytes:
+    """Eigenvalues, eigenvectors inside the span, and angles over j: a PNG."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.plot(_numbers(result["eigenvalues"]), result["eigenvalues"], "k", label="exact λ")
+    for number, (name, fit) in enumerate(result["functions"].items()):
+        style = {"color": f"C{number}", "linewidth": 1.2}
+        left.plot(_numbers(fit["ritz"]), fit["ritz"], label=f"Ritz, {name}", **style)
+        quotients = fit["rayleigh"]
+        left.plot(_numbers(quotients), quotients, ":", label=f"Rayleigh, {name}", **style)
+        middle.plot(_numbers(fit["inside"]), fit["inside"], label=name, **style)
+        right.plot(_numbers(fit["angles"]), fit["angles"], label=name, **style)
+    left.set(title="Spectrum of κ", xlabel="j, each sorted", ylabel="eigenvalue or quotient")
+    middle.set(title="Eigenvector v_j inside the span", xlabel="j", ylabel="|Qᵀv_j|²")
+    right.set(title="Principal angles to the eigenvectors' span", xlabel="j", ylabel="degrees")
+    middle.set_ylim(0, 1.02)
+    right.set_ylim(0, 92)
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _numbers(values: list[float]) -> range:
+    return range(1, len(values) + 1)
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, compare, print."""
+    parsed = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    check_environment()
+    print(f"\n{describe(spectrum(parsed))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
