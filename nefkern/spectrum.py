@@ -51,8 +51,8 @@ what to expect:
   90 degrees). A captured trace of half is usual, one near 1 out of reach; what training added is
   the difference from the untrained ψ.
   A continuous ψ (--no-gumbel) can approach the eigenvectors themselves, in their order, if the
-  penalty is strong enough: β t of 1/λ_K or more. The paper's is 0.0008; with that, nothing but
-  the noise of quantisation keeps the outputs from all becoming v_1.
+  penalty is strong enough: β t of 1/λ_K or more. The paper's is 0.0008 at K = 256: with that,
+  and without the noise of quantisation, many outputs become v_1 before any becomes v_2.
   The figures do not say how good the segments are: python -m nefkern.evaluate does.
 
 It writes spectrum.json and spectrum.png to the run folder and shows both in report.html.
