@@ -324,7 +324,7 @@ def test_report_is_a_page_of_its_own(arguments, photos, tmp_path):
     from urllib.parse import unquote
 
     pictures = [reference for reference in page.references if not reference.startswith("#")]
-    assert len(pictures) == 2
+    assert len(pictures) == 3  # two overlays and the eigenfunctions
     for picture in pictures:
         assert (run / unquote(picture)).is_file(), picture
     assert "http" not in text.replace("http://www.w3.org/", ""), "names of XML languages only"
