@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +12,14 @@ from nefkern.data import BENCHMARKS, DATASETS, VOID, open_dataset
 from nefkern.data.prepare import prepare_pascal_context
 from nefkern.errors import UserError
 from nefkern.options import CLASSES, PRESETS, WINDOWS
-
-_spec = importlib.util.spec_from_file_location(
-    "publisher", Path(__file__).with_name("publisher.py")
-)
-publisher = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(publisher)
+from tests.data import publisher
 
 # Written down from the publishers' pages, apart from the package's tables: label, name, colour.
 CITYSCAPES = {
     7: ("road", (128, 64, 128)), 9: ("parking", (250, 170, 160)), 11: ("building", (70, 70, 70)),
     17: ("pole", (153, 153, 153)), 21: ("vegetation", (107, 142, 35)),
-    24: ("person", (220, 20, 60)), 26: ("car", (0, 0, 142)), 29: ("caravan", (0, 0, 90)), 33: ("bicycle", (119, 11, 32)),
+    24: ("person", (220, 20, 60)), 26: ("car", (0, 0, 142)),
+    29: ("caravan", (0, 0, 90)), 33: ("bicycle", (119, 11, 32)),
 }  # fmt: skip
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
              25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,7 @@ from PIL import Image
 from nefkern.data import BENCHMARKS, prepare
 from nefkern.data.__main__ import main
 from nefkern.data.tables.pascal_context import CLASSES
-
-_spec = importlib.util.spec_from_file_location(
-    "publisher", Path(__file__).with_name("publisher.py")
-)
-publisher = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(publisher)
+from tests.data import publisher
 
 COUNTS = {
     "cityscapes": {"train": (2,), "val": (1,)},
