@@ -11,6 +11,7 @@ from typing import Any
 from nefkern.backends import check_environment
 from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
 from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.options import PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
@@ -32,6 +33,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
+  python -m nefkern.evaluate runs/cityscapes --data cityscapes --data-root DIR
 
 the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.png (class indices,
 255 = void), classes.txt (one name a line)
@@ -70,8 +72,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_data(group: Any) -> None:
-    group.add_argument("--data", default="folder", choices=("folder",), help="[folder]")
-    group.add_argument("--data-root", type=Path, metavar="DIR", help="the folder")
+    annotated = tuple(name for name in PRESETS if name != "samples")
+    group.add_argument("--data", default="folder", choices=annotated, help="[folder]")
+    group.add_argument("--data-root", type=Path, metavar="DIR", help="the data set's folder")
+    group.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="59 or 60 (with background) of pascal_context, 27 or 19 of cityscapes [59 and 27 with "
+        "crop320, 60 and 19 with sliding]",
+    )
     group.add_argument("--split", default="val", help="images to score on [val]")
     group.add_argument("--fit-split", default="train", help="images to fit K-means on [train]")
     group.add_argument(
@@ -115,8 +125,18 @@ def _add_protocol(group: Any) -> None:
         "resolution, overlapping windows averaged (tables 3 and 4) [crop320]",
     )
     group.add_argument("--size", type=int, default=320, help="of crop320 [320]")
-    group.add_argument("--window", type=int, metavar="PX", help="of sliding [the training crop]")
-    group.add_argument("--stride", type=int, metavar="PX", help="of sliding [2/3 of the window]")
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="PX",
+        help="of sliding [the paper's for its data sets, else the training crop]",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="PX",
+        help="of sliding [the paper's for its data sets and windows, else 2/3 of the window]",
+    )
     group.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="windows in one pass [4]"
     )
@@ -141,7 +161,7 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option out of range."""
-    for name in ("limit", "sample_rows", "size", "window", "stride", "batch_size"):
+    for name in ("limit", "sample_rows", "classes", "size", "window", "stride", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")

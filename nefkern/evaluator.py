@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from nefkern.baselines.comparison import Comparison, Windows
 from nefkern.baselines.methods import Method
-from nefkern.data import VOID, ImageDataset, Sample, eval_transform, open_dataset
+from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
+from nefkern.options import CLASSES, WINDOWS
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars
@@ -165,8 +166,11 @@ class Evaluator:
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
         names = ("split", "fit_split", "limit", "protocol", "crf", "seed", "sample_rows")
+        data = self.options.data
+        counted = {"data": data, "classes": len(self.dataset.classes)} if data != "folder" else {}
         return {
             "data_root": str(self.options.data_root),
+            **counted,
             **{name: getattr(self.options, name) for name in names},
             "ignored": self.options.ignore_class,
             "methods": [method.name for method in self.methods],
@@ -181,23 +185,42 @@ class Evaluator:
         o = self.options
         if o.protocol == "crop320":
             return Windows(o.size, o.size, o.batch_size)
-        window = o.window or self.segmenter.window
-        stride = o.stride or (-(-2 * window // 3) if o.window else self.segmenter.stride)
+        window, stride = self._paper_windows() or (self.segmenter.window, self.segmenter.stride)
+        if o.window:
+            window, stride = o.window, -(-2 * o.window // 3)
+        stride = o.stride or stride
         if stride > window:
             raise UserError(f"--stride {stride}: expected at most the window, {window}")
         return Windows(window, stride, o.batch_size)
 
+    def _paper_windows(self) -> tuple[int, int] | None:
+        """Window and stride of protocol B for the paper's data sets, on the patch grid."""
+        if self.options.data not in WINDOWS:
+            return None
+        patch = self.segmenter.patch
+        window, stride = (-(-side // patch) * patch for side in WINDOWS[self.options.data])
+        return window, stride
+
     def _open(self, split: str) -> ImageDataset:
         o = self.options
-        return open_dataset(o.data, root=o.data_root, split=split, ignore_classes=o.ignore_class)
+        return open_dataset(
+            o.data,
+            root=o.data_root,
+            split=split,
+            classes=o.classes or CLASSES.get(o.data, {}).get(o.protocol),
+            ignore_classes=o.ignore_class,
+        )
 
     def _open_annotated(self) -> ImageDataset:
         o = self.options
         dataset = self._open(o.split)
         if not dataset.annotated:
+            need = "scores need annotations/<split>/<image name>.png"
+            if o.data in BENCHMARKS:
+                part = BENCHMARKS[o.data].annotations
+                need = f"get {part.source}" if part else f"{o.data} is only to train on"
             raise UserError(
-                f"--data-root {o.data_root}: no annotations for split {o.split!r}; "
-                "scores need annotations/<split>/<image name>.png"
+                f"--data-root {o.data_root}: no annotations for split {o.split!r}; {need}"
             )
         return dataset
 
@@ -260,6 +283,8 @@ def _plain(name: str) -> str:
 def free_name(folder: Path, settings: dict[str, Any]) -> Path:
     """The file of an earlier evaluation with these settings, or one that isn't taken."""
     data = Path(settings["data_root"]).resolve().name
+    if "data" in settings:
+        data = f"{settings['data']}-{settings['classes']}"
     parts = ["evaluation", data, settings["split"], settings["protocol"]]
     if settings["ignored"]:
         parts += ["without", *settings["ignored"]]

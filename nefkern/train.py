@@ -20,6 +20,7 @@ examples:
   python -m nefkern.train --data folder --data-root photos     your images, photos/images/train/*
   python -m nefkern.train --data folder --data-root voc --backbone vit_small_patch14_dinov2 \\
       --crop 336 -K 64 --k 2% --epochs 20 --amp --out runs/voc
+  python -m nefkern.train --data cityscapes --data-root DIR    one of the paper's data sets
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
   python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume
 

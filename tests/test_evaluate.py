@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, jaccard_score
 
+from nefkern import train
 from nefkern.data import eval_transform, open_dataset
 from nefkern.evaluate import main, parser
 from nefkern.graph import GraphConfig, image_kappa
@@ -297,6 +298,95 @@ def test_crf_on_clusters_starts_from_the_clusters(run, folder, pointwise, monkey
     result = evaluate(run, folder, "--methods", "ours,kmeans", "--protocol", "sliding", "--crf")
     for method in ("ours", "kmeans"):
         assert figures(result, method, "clusters") == figures(result, method, "none")
+
+
+# ---- the paper's data sets ----
+
+
+@pytest.fixture
+def cityscapes(tmp_path) -> Path:
+    """Two splits in Cityscapes' layout; the labels are road, parking, car and ego vehicle."""
+    for split in ("train", "val"):
+        for n in range(2):
+            image, mask = scene(90, 60, seed=n)
+            frame = f"ulm_{n:06}_000019"
+            for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+                folder = tmp_path / "data" / kind / split / "ulm"
+                folder.mkdir(parents=True, exist_ok=True)
+                picture = image if kind == "leftImg8bit" else mask.point([7, 9, 26, 1] + [0] * 252)
+                picture.save(folder / f"{frame}_{suffix}.png")
+    return tmp_path / "data"
+
+
+def evaluate_cityscapes(run: Path, root: Path, *options: str) -> dict:
+    before = set(run.glob("evaluation-*.json"))
+    assert main([str(run), "--data", "cityscapes", "--data-root", str(root), *options]) == 0
+    (written,) = set(run.glob("evaluation-*.json")) - before
+    return json.loads(written.read_text()) | {"name": written.name}
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "parking"),
+    [
+        (["--size", "48"], 27, True),
+        (["--size", "48", "--classes", "19"], 19, False),
+        (["--protocol", "sliding"], 19, False),
+        (["--protocol", "sliding", "--classes", "27"], 27, True),
+    ],
+)
+def test_classes_follow_the_protocol_unless_given(
+    run, cityscapes, pointwise, options, classes, parking
+):
+    pointwise.patch = 16
+    result = evaluate_cityscapes(run, cityscapes, *options)
+    assert len(result["classes"]) == result["settings"]["classes"] == classes
+    protocol = "sliding" if "sliding" in options else "crop320"
+    assert result["name"] == f"evaluation-cityscapes-{classes}-val-{protocol}.json"
+    met = {name for name, pixels in result["pixels"].items() if pixels}
+    assert met == {"road", "car"} | ({"parking"} if parking else set())
+
+
+@pytest.mark.parametrize(
+    ("patch", "options", "expected"),
+    [
+        (16, [], (768, 512)),
+        (14, [], (770, 518)),  # on the patch grid
+        (16, ["--window", "60"], (60, 40)),
+        (16, ["--stride", "64"], (768, 64)),
+        (16, ["--window", "60", "--stride", "50"], (60, 50)),
+    ],
+)
+def test_sliding_windows_are_the_paper_s_unless_given(
+    run, cityscapes, pointwise, patch, options, expected
+):
+    pointwise.patch = patch
+    settings = evaluate_cityscapes(run, cityscapes, "--protocol", "sliding", *options)["settings"]
+    assert (settings["window"], settings["stride"]) == expected
+
+
+def test_data_sets_that_cannot_be_scored(run, cityscapes, pointwise, tmp_path, capsys):
+    asked = [run, "--data", "cityscapes", "--data-root", cityscapes]
+    assert "cityscapes has 19 or 27 classes" in failure(capsys, *asked, "--classes", "20")
+    (cityscapes / "gtFine" / "val").rename(tmp_path / "elsewhere")
+    line = failure(capsys, *asked)
+    assert "no annotations for split 'val'; get gtFine_trainvaltest.zip" in line
+    (tmp_path / "net" / "train" / "n01440764").mkdir(parents=True)
+    scene(80, 80, 0)[0].save(tmp_path / "net" / "train" / "n01440764" / "a.JPEG")
+    asked = [run, "--data", "imagenet", "--data-root", tmp_path / "net", "--split", "train"]
+    assert "imagenet is only to train on" in failure(capsys, *asked)
+
+
+def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path):
+    """Trained by the command and scored, K-means fitted on the training split."""
+    out = tmp_path / "city"
+    assert train.main([
+        "--data", "cityscapes", "--data-root", str(cityscapes), "--out", str(out), "--crop", "64",
+        "--resize", "64", "--backbone", "test_vit", "--weights", "random", "--k", "8", "-K", "6",
+        "--epochs", "1", "--batch-size", "2", "--workers", "0", "--pictures", "1",
+    ]) == 0  # fmt: skip
+    result = evaluate_cityscapes(out, cityscapes, "--size", "48", "--methods", "ours,kmeans")
+    assert list(result["methods"]) == ["ours", "kmeans"]
+    assert figures(result, matching="count")["accuracy"] > 0.3
 
 
 # ---- the real segmenter ----

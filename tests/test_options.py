@@ -37,7 +37,8 @@ def test_every_option_is_in_the_help_with_its_default():
         assert f"--{f.name.replace('_', '-')}" in text, f.name
         if isinstance(f.default, bool):
             assert f"--no-{f.name.replace('_', '-')}" in text, f.name
-    for shown in ("[256]", "[0.3]", "[10:2.0,5:0.1]", "[1.0:0.3]", "[0.001]", "[samples: 2%]"):
+    for shown in ("[256]", "[0.3]", "[10:2.0,5:0.1]", "[1.0:0.3]", "[0.001]", "[samples: 2%]",
+                  "[cityscapes: 768]", "[ade20k: 512]", "[imagenet: 5]"):  # fmt: skip
         assert shown in text, shown
     assert "%%" not in text
 
@@ -62,6 +63,29 @@ def test_samples_preset_applies_only_to_samples_and_gives_way_to_flags():
     assert given("--crop", "111", "--no-amp").crop == 111
     assert given("--crop", "111", "--no-amp").amp is False
     assert given("--crop", "111").num_eigenfunctions == SAMPLES["num_eigenfunctions"]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),  # crop, resize, K, epochs of section 4.1
+    [
+        ("pascal_context", (480, 520, 256, 40)),
+        ("cityscapes", (768, 1024, 256, 40)),
+        ("ade20k", (512, 512, 512, 20)),
+        ("imagenet", (480, 520, 256, 5)),
+    ],
+)
+def test_presets_of_the_paper_s_data_sets(data, expected, config):
+    def sizes(options):
+        return options.crop, options.base_size(), options.num_eigenfunctions, options.epochs
+
+    asked = ("--data", data, "--data-root", "x")
+    assert sizes(given(*asked)) == expected
+    assert given(*asked).backbone == TrainOptions().backbone
+    own = ("--crop", "96", "--resize", "100", "-K", "9", "--epochs", "3")
+    assert sizes(given(*asked, *own)) == (96, 100, 9, 3)
+    by_file = config({"data": data, "data_root": "x", "crop": 64})
+    assert sizes(given("--config", by_file)) == (64, *expected[1:])
+    assert f"runs/{data}-" in str(given(*asked).run_folder())
 
 
 def test_flags_win_over_yaml(config):
@@ -140,7 +164,8 @@ def test_config_that_cannot_be_read(tmp_path):
         ("--pixel-graphs 10", "--pixel-graphs 10: expected pairs"),
         ("--pixel-graphs 0:1", "--pixel-graphs 0:1.0: expected"),
         ("--data folder", "--data folder: expected --data-root DIR beside it"),
-        ("--data-root x", "--data-root x: expected --data folder beside it"),
+        ("--data ade20k", "--data ade20k: expected --data-root DIR beside it"),
+        ("--data-root x", "--data-root x: expected --data folder beside it, or one of pascal"),
         ("--data cloud", "argument --data: invalid choice"),
         ("--lr fast", "argument --lr: invalid float value"),
         ("--colour red", "unrecognized arguments: --colour red"),

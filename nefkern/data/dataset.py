@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nefkern.data.constants import VOID
-from nefkern.data.images import read_annotation, read_image
+from nefkern.data.images import CLASSES_FILE, read_annotation, read_image
 from nefkern.errors import UserError
 
 
@@ -36,14 +36,17 @@ class ImageDataset(Dataset[Sample]):
     Args:
         paths: the image files.
         annotation_paths: one for each image, or None.
-        classes: names of the classes; the annotations hold indices into this list.
+        classes: names of the classes.
+        label_map: class of each index that annotation files may hold, VOID where it is none;
+            None where the files hold the classes themselves.
+        colours: RGB of each class as its publisher paints it; empty where there is no custom.
         ignored: indices of classes that are read as void.
         strict: whether training stops at an unreadable image instead of replacing it.
 
     Attributes:
         names: list of str, unique: the file name without its suffix, with it where two agree.
         annotated: whether samples have annotations.
-        paths, annotation_paths, classes, ignored, strict: as given.
+        paths, annotation_paths, classes, colours, ignored, strict: as given.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class ImageDataset(Dataset[Sample]):
         *,
         annotation_paths: Sequence[Path] | None = None,
         classes: Sequence[str] = (),
+        label_map: Sequence[int] | None = None,
+        colours: Sequence[tuple[int, int, int]] = (),
         ignored: Sequence[int] = (),
         strict: bool = False,
     ) -> None:
@@ -64,10 +69,15 @@ class ImageDataset(Dataset[Sample]):
         self.names = _unique_names(self.paths)
         self.annotation_paths = None if annotation_paths is None else list(annotation_paths)
         self.classes = list(classes)
+        self.colours = tuple(colours)
         self.ignored = sorted(set(ignored))
         self.strict = strict
-        self._to_void = torch.arange(256, dtype=torch.uint8)
-        self._to_void[self.ignored] = VOID
+        self._label_source = CLASSES_FILE if label_map is None else "this data set has {} labels"
+        labels = range(len(classes)) if label_map is None else label_map
+        self._num_labels = len(labels)
+        self._to_class = torch.full((256,), VOID, dtype=torch.uint8)
+        for label, index in enumerate(labels):
+            self._to_class[label] = VOID if index in self.ignored else index
 
     @property
     def annotated(self) -> bool:
@@ -96,9 +106,13 @@ class ImageDataset(Dataset[Sample]):
     def _annotation(self, index: int, image: Tensor) -> Tensor | None:
         if self.annotation_paths is None:
             return None
-        path, size = self.annotation_paths[index], tuple(image.shape[1:])
-        labels = read_annotation(path, num_classes=len(self.classes), size=size)
-        return self._to_void[labels.int()] if self.ignored else labels
+        labels = read_annotation(
+            self.annotation_paths[index],
+            num_classes=self._num_labels,
+            size=tuple(image.shape[1:]),
+            source=self._label_source,
+        )
+        return self._to_class[labels.int()]
 
 
 def class_indices(wanted: Sequence[str | int], classes: Sequence[str]) -> list[int]:

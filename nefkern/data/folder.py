@@ -36,9 +36,9 @@ def open_folder(
             ``classes.txt``, an unknown class to ignore.
     """
     root = Path(root)
-    _need_folder(root)
+    need_folder(root)
     images, annotations = _layout(root, split)
-    paths = _image_files(images)
+    paths = image_files(images)
     annotation_paths = _annotation_files(paths, annotations) if annotations else None
     classes = _read_classes(root / "classes.txt", needed=annotation_paths is not None)
     return ImageDataset(
@@ -50,7 +50,8 @@ def open_folder(
     )
 
 
-def _need_folder(root: Path) -> None:
+def need_folder(root: Path) -> None:
+    """Raise a UserError unless ``root`` is a folder."""
     if not root.is_dir():
         what = "it is a file" if root.exists() else "it does not exist"
         raise UserError(f"data root {root}: expected a folder, {what}")
@@ -63,16 +64,18 @@ def _layout(root: Path, split: str) -> tuple[Path, Path | None]:
         return root, None
     if split and (images / split).is_dir():
         images, annotations = images / split, annotations / split
-    elif splits := _subfolders(images):
+    elif splits := subfolders(images):
         raise UserError(f"{images}: no split {split!r}, there is: {', '.join(splits)}")
     return images, annotations if annotations.is_dir() else None
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in ``folder``, sorted, hidden ones left out."""
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """Images directly in ``folder``, sorted; a UserError where there are none."""
     paths = sorted(
         path
         for path in folder.iterdir()
@@ -81,7 +84,7 @@ def _image_files(folder: Path) -> list[Path]:
         and path.is_file()
     )
     if not paths:
-        inside = ", ".join(_subfolders(folder)[:5])
+        inside = ", ".join(subfolders(folder)[:5])
         hint = f" (but folders: {inside})" if inside else ""
         raise UserError(f"{folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), none found{hint}")
     return paths

@@ -15,6 +15,9 @@ from torch import Tensor
 from nefkern.data.constants import VOID
 from nefkern.errors import UserError
 
+CLASSES_FILE = "classes.txt names {} classes"
+"""Where a folder's number of classes comes from."""
+
 
 @contextlib.contextmanager
 def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
@@ -83,13 +86,20 @@ def _from_16_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def read_annotation(path: str | Path, *, num_classes: int, size: tuple[int, int]) -> Tensor:
+def read_annotation(
+    path: str | Path,
+    *,
+    num_classes: int,
+    size: tuple[int, int],
+    source: str = CLASSES_FILE,
+) -> Tensor:
     """Read a map of class indices from an 8-bit palette or grayscale image.
 
     Args:
         path: the file.
         num_classes: indices from 0 to ``num_classes - 1`` and 255 (void) are allowed.
         size: expected ``(height, width)``, that of the upright image.
+        source: where ``num_classes``, the ``{}``, comes from; for the error.
 
     Returns:
         uint8 ``[H, W]``.
@@ -113,7 +123,7 @@ def read_annotation(path: str | Path, *, num_classes: int, size: tuple[int, int]
     wrong = labels[(labels >= num_classes) & (labels != VOID)]
     if wrong.size:
         raise UserError(
-            f"{path}: holds index {int(wrong.max())}, classes.txt names {num_classes} classes"
+            f"{path}: holds index {int(wrong.max())}, {source.format(num_classes)}"
             f" (0 to {num_classes - 1}; {VOID} is void)"
         )
     return torch.from_numpy(labels)

@@ -214,7 +214,7 @@ class TrainLoader:
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._pin_memory,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=leave_interrupts_to_the_main_process,
             generator=Generator(),  # else every iteration would draw from the global one
         )
 
@@ -263,6 +263,6 @@ class _Batches(Dataset):
         return images, [problem for view in views for problem in view.problems]
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
+def leave_interrupts_to_the_main_process(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; only the trainer should act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

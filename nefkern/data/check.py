@@ -1,0 +1,134 @@
+"""Is a data set complete, and can every file be used?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from nefkern.data.benchmark import Benchmark, missing_files, open_benchmark
+from nefkern.data.dataset import ImageDataset
+from nefkern.data.loader import leave_interrupts_to_the_main_process
+from nefkern.errors import UserError
+
+
+@dataclass
+class SplitReport:
+    """What was found of one split.
+
+    Attributes:
+        split: its name.
+        images, annotations: files there.
+        expected: images in the whole split.
+        problems: one line each.
+    """
+
+    split: str
+    images: int = 0
+    annotations: int = 0
+    expected: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.split:5}  {self.images:,} of {self.expected:,} images,"
+            f" {self.annotations:,} annotations"
+        )
+
+
+def check(
+    benchmark: Benchmark, root: Path, *, quick: bool = False, workers: int = 0
+) -> Iterator[SplitReport]:
+    """Count the files of every split and, unless ``quick``, read them all.
+
+    Read means: images decode, annotations have the size of their image and hold only the data
+    set's labels.
+
+    Args:
+        benchmark: which data set.
+        root: its data root.
+        quick: only count.
+        workers: processes that read; 0: none beside this one.
+
+    Raises:
+        UserError: the data set is not there at all.
+    """
+    home = benchmark.home(root)
+    for split in benchmark.counts:
+        report = _count(benchmark, home, split)
+        if not quick:
+            with contextlib.suppress(UserError):  # files are missing, as the report says already
+                dataset = open_benchmark(benchmark, root, split=split)
+                report.problems += _unusable(dataset, split, workers)
+        yield report
+
+
+def _count(benchmark: Benchmark, home: Path, split: str) -> SplitReport:
+    expected = benchmark.counts[split]
+    report = SplitReport(split, expected=expected[0])
+    try:
+        images = benchmark.find_images(home, split)
+    except UserError as error:
+        report.problems.append(f"{error}; get {benchmark.images.source}")
+        return report
+    report.expected = len(images) if len(images) in expected else expected[0]
+    absent = missing_files(images)
+    report.images = len(images) - len(absent)
+    if report.images != report.expected:
+        where = f", such as {absent[0]}" if absent else ""
+        report.problems.append(
+            f"{split}: {report.images:,} images, expected {report.expected:,}{where};"
+            f" get {benchmark.images.source}"
+        )
+    if benchmark.annotations is not None:
+        _count_annotations(benchmark, home, images, report)
+    return report
+
+
+def _count_annotations(
+    benchmark: Benchmark, home: Path, images: list[Path], report: SplitReport
+) -> None:
+    files = benchmark.annotation_files(home, report.split, images)
+    absent = images if files is None else missing_files(files)
+    report.annotations = len(images) - len(absent)
+    if absent:
+        folder = home / benchmark.annotations.folder
+        where = f"none in {folder}" if files is None else f"such as {absent[0]}"
+        report.problems.append(
+            f"{report.split}: {len(absent):,} of {len(images):,} annotations missing, {where};"
+            f" get {benchmark.annotations.source}"
+        )
+
+
+class _Problems(Dataset[str]):
+    """What is wrong with each sample, "" where nothing is."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            if self.dataset.annotated:
+                self.dataset[index]
+            else:
+                self.dataset.image(index, min_side=1)  # decodes every byte, but few pixels
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+def _unusable(dataset: ImageDataset, split: str, workers: int) -> list[str]:
+    loader = DataLoader(
+        _Problems(dataset),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=leave_interrupts_to_the_main_process,
+    )
+    return [problem for problem in tqdm(loader, desc=split, unit="image") if problem]
