@@ -36,7 +36,7 @@ class Case {
     if (!file) return nullptr;
     const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     T* memory = allocate<T>(bytes.size() / sizeof(T) + shift) + shift;
-    std::memcpy(memory, bytes.data(), bytes.size());
+    if (!bytes.empty()) std::memcpy(memory, bytes.data(), bytes.size());
     return memory;
   }
 
