@@ -27,7 +27,7 @@ VARIANTS = {
         "-fsanitize=address,undefined", "-fsanitize=bounds-strict", "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",
     ],
-    "races": ["-fsanitize=thread"],
+    "races": ["-fsanitize=thread", "-O2", "--param=tsan-instrument-func-entry-exit=0"],
 }  # fmt: skip
 COMMON = [
     *("-std=c++20", "-O1", "-g1", "-no-pie", "-fno-strict-aliasing", "-DNEFKERN_EMULATED"),
@@ -80,7 +80,7 @@ def build(name: str) -> dict[str, Path]:
     # Into files of this process's own: another one may be building the same.
     parts = {path: path.with_name(f"{path.name}.{os.getpid()}") for path in programs.values()}
     hooks = folder / f"race_check.{os.getpid()}.o"
-    race_check = _compile(HERE / "race_check.cpp", hooks, "-c")
+    race_check = _compile(HERE / "race_check.cpp", hooks, "-c", "-O2")
     checked = _compile(HERE / f"{name}.cpp", parts[programs["checked"]], *VARIANTS["checked"])
     _finish(race_check)
     kernels = folder / f"{name}.{os.getpid()}.o"

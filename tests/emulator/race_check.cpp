@@ -32,6 +32,8 @@ std::vector<Range>& ranges() {
   static std::vector<Range> all;
   return all;
 }
+// The memory that all ranges lie in: most accesses, to the stacks, are elsewhere.
+uintptr_t lowest = ~uintptr_t{0}, highest = 0;
 uint64_t launches = 0;
 bool busy = false;  // the checker's own accesses are not checked
 
@@ -85,9 +87,10 @@ void check_cell(Range& range, size_t place, Kind kind, const Block& block, void*
 }
 
 void check(const void* address, size_t bytes, Kind kind, void* where) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (begin < lowest || begin >= highest) return;
   Block* block = current_block();
   if (busy || !block || !block->inside() || block->running().state == State::kDone) return;
-  const auto begin = reinterpret_cast<uintptr_t>(address);
   for (Range& range : ranges()) {
     if (begin < range.begin || begin >= range.end) continue;
     busy = true;
@@ -106,6 +109,8 @@ extern "C" {
 
 void nefkern_race_track(const void* begin, size_t bytes, size_t granule, bool shared) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
+  lowest = std::min(lowest, address);
+  highest = std::max(highest, address + bytes);
   ranges().push_back({address, address + bytes, granule, shared,
                       std::vector<Cell>((bytes + granule - 1) / granule)});
 }

@@ -178,7 +178,7 @@ class Block {
     void* payloads[kWarp] = {};
     for_each_lane(mask, [&](unsigned lane) { payloads[lane] = lanes[lane].payload; });
     combine(payloads, mask);
-    join_clocks(lanes, mask);
+    if (nefkern_race_track) join_clocks(lanes, mask);
     for_each_lane(mask, [&](unsigned lane) { lanes[lane].state = State::kReady; });
     if (settings().order == Order::kRandom) Fiber::suspend();  // the last goes not always first
   }

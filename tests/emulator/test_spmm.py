@@ -79,12 +79,11 @@ def test_few_rows(tmp_path, n):
 @pytest.mark.parametrize(("k", "case"), [(20, "float32"), (13, "float32"), (300, "bfloat16_wide")])
 def test_heavy_rows_are_the_whole_blocks(tmp_path, k, case):
     """Rows beyond what a warp takes alone, two in one block, the last block ragged."""
-    n = 1203
-    lists = [torch.arange(0, n, 2), torch.arange(n), torch.tensor([3])]
-    rows = [lists[{1: 0, 6: 1, n - 1: 1}.get(i, 2)] for i in range(n)]
-    offsets = torch.tensor([0, *np.cumsum([len(row) for row in rows])])
-    columns = torch.cat(rows).to(torch.int32)
-    values = torch.randn(len(columns), generator=torch.Generator().manual_seed(0))
+    n, generator = 13, torch.Generator().manual_seed(0)
+    sizes = [{1: 512, 6: 900, n - 1: 2000, n - 2: 511}.get(i, 3) for i in range(n)]
+    offsets = torch.tensor([0, *np.cumsum(sizes)])
+    columns = torch.randint(n, (sum(sizes),), generator=generator, dtype=torch.int32)
+    values = torch.randn(len(columns), generator=generator)
     graph = CSRGraph(offsets, columns, values, n)
     x = operand(n, k, CASES[case][0])
     got = emulate(tmp_path, graph, x, case)
