@@ -7,7 +7,8 @@ Without a compiler the package installs all the same, and runs on its PyTorch re
 Environment:
     NEFKERN_NATIVE=0         leave the extension out
     NEFKERN_NATIVE=require   fail where it cannot be built
-    NEFKERN_CUDA=0           leave the CUDA kernels out (auto: built where nvcc and a CUDA torch are)
+    NEFKERN_CUDA=0           leave the CUDA kernels out; they are built where nvcc is, and torch a
+                             build for the same CUDA
     NEFKERN_CUDA=require     fail where they cannot be built
     TORCH_CUDA_ARCH_LIST     what to build them for, such as "8.0;9.0a;10.0+PTX"
 """

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_architectures"] = NEFKERN_TEXT((NEFKERN_CUDA_ARCHITECTURES));
 #else
     info["cuda"] = false;
+    info["why_no_cuda"] = NEFKERN_WHY_NO_CUDA;
 #endif
     return info;
   });
