@@ -67,7 +67,8 @@ def why_not(name: str) -> str | None:
             return native
         built = native.build_info()
         if not built["cuda"]:
-            return f"the extension was built without CUDA: {built['why_no_cuda']}"
+            reason = built.get("why_no_cuda", "by an older version")
+            return f"the extension was built without CUDA: {reason}"
         return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:

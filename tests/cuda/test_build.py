@@ -1,4 +1,4 @@
-"""When the CUDA kernels are built, and the one line that says why not (cmake/cuda.cmake)."""
+"""When the CUDA kernels are built, and the one line that says why not (csrc/cuda/toolkit.cmake)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "cmake" / "cuda.cmake"
+SCRIPT = Path(__file__).parents[2] / "csrc" / "cuda" / "toolkit.cmake"
 if not shutil.which("cmake"):
     pytest.skip("no cmake", allow_module_level=True)
 
