@@ -7,6 +7,10 @@ Without a compiler the package installs all the same, and runs on its PyTorch re
 Environment:
     NEFKERN_NATIVE=0         leave the extension out
     NEFKERN_NATIVE=require   fail where it cannot be built
+    NEFKERN_CUDA=0           leave the CUDA kernels out; they are built where nvcc is, and torch a
+                             build for the same CUDA
+    NEFKERN_CUDA=require     fail where they cannot be built
+    TORCH_CUDA_ARCH_LIST     what to build them for, such as "8.0;9.0a;10.0+PTX"
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("NEFKERN_NATIVE", "1")
+CUDA = {"1": "require"}.get(asked := os.environ.get("NEFKERN_CUDA", "auto"), asked)
 
 
 def torch_folder() -> Path | None:
@@ -75,6 +80,7 @@ class CMakeBuild(build_ext):
             f"-DNEFKERN_TORCH_DIR={torch}",
             f"-DNEFKERN_OUTPUT={output}",
             f"-DNEFKERN_VERSION={self.distribution.get_version()}",
+            f"-DNEFKERN_CUDA={CUDA}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)

@@ -17,7 +17,13 @@ PYBIND11_MODULE(_C, m) {
     info["torch"] = NEFKERN_TEXT(NEFKERN_TORCH_VERSION);
     info["version"] = NEFKERN_TEXT(NEFKERN_VERSION);
     info["isa"] = isa_name(best_isa());
+#if defined(NEFKERN_CUDA_VERSION)
+    info["cuda"] = NEFKERN_TEXT(NEFKERN_CUDA_VERSION);
+    info["cuda_architectures"] = NEFKERN_TEXT((NEFKERN_CUDA_ARCHITECTURES));
+#else
     info["cuda"] = false;
+    info["why_no_cuda"] = NEFKERN_WHY_NO_CUDA;
+#endif
     return info;
   });
 }

@@ -65,8 +65,10 @@ def why_not(name: str) -> str | None:
     if name == "cuda":
         if isinstance(native, str):
             return native
-        if not native.build_info()["cuda"]:
-            return "the extension was built without CUDA"
+        built = native.build_info()
+        if not built["cuda"]:
+            reason = built.get("why_no_cuda", "by an older version")
+            return f"the extension was built without CUDA: {reason}"
         return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:

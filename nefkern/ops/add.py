@@ -72,7 +72,8 @@ def _native_accepts(row_offsets_a, columns_a, values_a, row_offsets_b, columns_b
 
 
 @registry.kernel("add", "cpu", accepts=_native_accepts)
-def _cpu(*args):
+@registry.kernel("add", "cuda", accepts=_native_accepts)
+def _native(*args):
     *graph, valid = torch.ops.nefkern_native.add(*args)
     if not valid:
         raise_invalid_content()

@@ -116,3 +116,15 @@ def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
         pixel_indices, None, num_nodes, "union", 0.0, name="pixel_indices"
     )
     return add(*features, *pixels, alpha)
+
+
+@registry.kernel("kappa", "cuda", accepts=_native_accepts)
+def _cuda(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    native = torch.ops.nefkern_native
+    weights = None if weights is None else weights.float()
+    *features, valid = native.normalized_adjacency(indices, weights, False, clamp_min)
+    *pixels, pixels_valid = native.normalized_adjacency(pixel_indices, None, True, 0.0)
+    if not (valid and pixels_valid):
+        check_indices(indices, num_nodes)
+        check_indices(pixel_indices, num_nodes, name="pixel_indices")
+    return tuple(native.add(*features, *pixels, alpha)[:3])

@@ -78,7 +78,8 @@ def _reference(row_offsets, columns, values, psi, beta, t):
 
 
 @registry.kernel("neuralef_loss", "cpu", accepts=native_accepts)
-def _cpu(row_offsets, columns, values, psi, beta, t):
+@registry.kernel("neuralef_loss", "cuda", accepts=native_accepts)
+def _native(row_offsets, columns, values, psi, beta, t):
     y = native_spmm(row_offsets, columns, values, psi)
     r = psi.float().T @ y
     return loss_of_r(r, beta, t), r, y

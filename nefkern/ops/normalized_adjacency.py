@@ -129,7 +129,8 @@ def _native_accepts(indices, weights, *_) -> bool:
 
 
 @registry.kernel("normalized_adjacency", "cpu", accepts=_native_accepts)
-def _cpu(indices, weights, num_nodes, symmetrize, clamp_min):
+@registry.kernel("normalized_adjacency", "cuda", accepts=_native_accepts)
+def _native(indices, weights, num_nodes, symmetrize, clamp_min):
     *graph, valid = torch.ops.nefkern_native.normalized_adjacency(
         indices, None if weights is None else weights.float(), symmetrize == "union", clamp_min
     )

@@ -59,7 +59,8 @@ def _reference(row_offsets, columns, values, psi, phi, symmetric):
 
 
 @registry.kernel("quadratic_form", "cpu", accepts=native_accepts)
-def _cpu(row_offsets, columns, values, psi, phi, symmetric):
+@registry.kernel("quadratic_form", "cuda", accepts=native_accepts)
+def _native(row_offsets, columns, values, psi, phi, symmetric):
     y = native_spmm(row_offsets, columns, values, psi if phi is None else phi)
     return psi.float().T @ y, y
 

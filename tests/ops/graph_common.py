@@ -18,7 +18,7 @@ def backends_of(op: str, *, compiled: bool = False) -> list[str]:
     Args:
         compiled: leave the interpreter out, where a test would take it minutes or is about threads.
     """
-    without = {"cuda"} | ({"triton"} if compiled and backends.interpreting() else set())
+    without = {"triton"} if compiled and backends.interpreting() else set()
     found = registry.implemented()[op]
     return [name for name in found if name not in without and not backends.why_not(name)]
 

@@ -1,0 +1,127 @@
+// A warp a row: every entry finds its place in the sum by a search in the other graph's row, so
+// that no lane waits for another's merge.
+#include "cuda/add.h"
+#include "cuda/two_steps.cuh"
+#include "cuda/workspace.h"
+
+namespace nefkern::cuda {
+namespace {
+
+struct Row {
+  const int32_t* columns;
+  const float* values;
+  int64_t size;
+};
+
+__device__ __forceinline__ Row row_of(const SparseRows& graph, int64_t row) {
+  const int64_t begin = graph.row_offsets[row];
+  return {graph.columns + begin, graph.values + begin, graph.row_offsets[row + 1] - begin};
+}
+
+// Whether row `row` can be followed, and the offsets' ends are right.
+__device__ __forceinline__ bool is_valid(const SparseRows& graph, int64_t row, int64_t num_nodes) {
+  const int64_t begin = graph.row_offsets[row], end = graph.row_offsets[row + 1];
+  return begin >= 0 && begin <= end && end <= graph.nnz && (row > 0 || begin == 0) &&
+         (row < num_nodes - 1 || end == graph.nnz);
+}
+
+// f(entry of `row`, place of its column in `other`, whether it is there too, entries before it that
+// are in both) for all entries, a lane each. Returns how many are in both.
+template <class F>
+__device__ __forceinline__ int64_t for_each_entry(const Row& row, const Row& other, const F& f) {
+  const int lane = lane_id();
+  int64_t both = 0;
+  for (int64_t chunk = 0; chunk < row.size; chunk += kWarp) {
+    const int64_t entry = chunk + lane;
+    const bool mine = entry < row.size;
+    const int32_t column = mine ? row.columns[entry] : 0;
+    const int64_t place = mine ? lower_bound(other.columns, int64_t{0}, other.size, column) : 0;
+    const bool shared = mine && place < other.size && other.columns[place] == column;
+    const unsigned lanes = __ballot_sync(kAllLanes, shared);
+    if (mine) f(entry, place, shared, both + __popc(lanes & lanes_below(lane)));
+    both += __popc(lanes);
+  }
+  return both;
+}
+
+__global__ void __launch_bounds__(kThreads) count_union(const AddArgs args, Summary* summary) {
+  const int64_t row = global_warp();
+  if (row >= args.num_nodes) return;
+  int64_t size = 0;
+  if (is_valid(args.a, row, args.num_nodes) && is_valid(args.b, row, args.num_nodes)) {
+    const Row a = row_of(args.a, row), b = row_of(args.b, row);
+    const auto nothing = [](int64_t, int64_t, bool, int64_t) {};
+    size = a.size + b.size -
+           (a.size < b.size ? for_each_entry(a, b, nothing) : for_each_entry(b, a, nothing));
+  } else if (lane_id() == 0) {
+    atomicOr(&summary->invalid, 1);
+  }
+  if (lane_id() == 0) args.row_offsets[row] = size;
+}
+
+__global__ void __launch_bounds__(kThreads) fill_union(const AddArgs args) {
+  const int64_t row = global_warp();
+  if (row >= args.num_nodes) return;
+  const Row a = row_of(args.a, row), b = row_of(args.b, row);
+  int32_t* columns = args.columns + args.row_offsets[row];
+  float* values = args.values + args.row_offsets[row];
+  // In double the products are exact: a sum is rounded once, so that a symmetric one stays so.
+  const double alpha = args.alpha;
+  for_each_entry(a, b, [&](int64_t entry, int64_t place, bool shared, int64_t both) {
+    const int64_t to = entry + place - both;
+    const double other = shared ? alpha * b.values[place] : 0;
+    columns[to] = a.columns[entry];
+    values[to] = static_cast<float>(a.values[entry] + other);
+  });
+  for_each_entry(b, a, [&](int64_t entry, int64_t place, bool shared, int64_t both) {
+    if (shared) return;
+    const int64_t to = entry + place - both;
+    columns[to] = b.columns[entry];
+    values[to] = static_cast<float>(alpha * b.values[entry]);
+  });
+}
+
+struct Memory {
+  Summary* summary;
+  void* temporary;
+  size_t temporary_bytes, bytes;
+};
+
+cudaError_t cut(const AddArgs& args, Memory* memory) {
+  const cudaError_t error = scan_bytes(args.num_nodes + 1, &memory->temporary_bytes);
+  Workspace space(args.workspace);
+  memory->summary = space.take<Summary>(1);
+  memory->temporary = space.take<char>(static_cast<int64_t>(memory->temporary_bytes));
+  memory->bytes = space.bytes();
+  return error;
+}
+
+}  // namespace
+
+cudaError_t add_bytes(const AddArgs& args, size_t* bytes) {
+  Memory memory{};
+  const cudaError_t error = cut(args, &memory);
+  *bytes = memory.bytes;
+  return error;
+}
+
+cudaError_t add_count(const AddArgs& args, int64_t* nnz, cudaStream_t stream) {
+  Memory memory{};
+  cudaError_t error = cut(args, &memory);
+  if (error != cudaSuccess) return error;
+  error = cudaMemsetAsync(memory.summary, 0, sizeof(Summary), stream);
+  if (error != cudaSuccess) return error;
+  error = launch(count_union, dim3(blocks_for(kWarp * args.num_nodes)), dim3(kThreads), 0, stream,
+                 args, memory.summary);
+  if (error != cudaSuccess) return error;
+  error = offsets_from_sizes(memory.temporary, memory.temporary_bytes, args.row_offsets,
+                             args.num_nodes, memory.summary, stream);
+  return error == cudaSuccess ? read_nnz(memory.summary, nnz, stream) : error;
+}
+
+cudaError_t add_fill(const AddArgs& args, cudaStream_t stream) {
+  return launch(fill_union, dim3(blocks_for(kWarp * args.num_nodes)), dim3(kThreads), 0, stream,
+                args);
+}
+
+}  // namespace nefkern::cuda

@@ -1,0 +1,36 @@
+// From neighbour lists to the normalised adjacency D^(-1/2) A D^(-1/2) in compressed rows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/runtime.h"
+
+namespace nefkern::cuda {
+
+struct AdjacencyArgs {
+  int64_t num_nodes;     // N
+  int64_t size;          // k, of every list
+  const void* indices;   // [N, k] int32 or int64: -1 (padding) to N - 1
+  bool wide_indices;     // int64
+  const float* weights;  // [N, k], or null for weight 1
+  float clamp_min;       // of the weights, at least 0
+  bool take_union;       // A = max(A, A^T) instead of (A + A^T) / 2
+
+  void* workspace;       // of adjacency_bytes(), kept from the first step to the second
+  int sorted_half;       // written by the first step: which of its buffers the second reads
+  int64_t* row_offsets;  // [N + 1], out
+  int32_t* columns;      // [row_offsets[N]], out
+  float* values;         // the same
+};
+
+// The workspace: about 48 bytes for every listed neighbour. Reads only num_nodes and size; the
+// workspace is null.
+cudaError_t adjacency_bytes(const AdjacencyArgs& args, size_t* bytes);
+// First step: row_offsets, and nnz = row_offsets[N] so that the caller can allocate columns and
+// values, or -1 if an index is neither -1 nor a node. Waits for the stream to read it.
+cudaError_t adjacency_count(AdjacencyArgs& args, int64_t* nnz, cudaStream_t stream);
+// Second step: columns and values.
+cudaError_t adjacency_fill(const AdjacencyArgs& args, cudaStream_t stream);
+
+}  // namespace nefkern::cuda

@@ -1,0 +1,62 @@
+"""Every CUDA kernel compiles without a warning, spills nothing, loads as widely as it claims."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.cuda import resources
+
+if resources.nvcc() is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+if resources.cuobjdump() is None:
+    pytest.skip("no cuobjdump (CUDA toolkit or the package triton)", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[resources.Resources]:
+    return resources.examine_all()
+
+
+def test_every_source_has_kernels(found):
+    assert {r.source for r in found} == {path.stem for path in resources.sources()}
+    assert {r.arch for r in found} == {f"sm_{arch}" for arch in resources.architectures()}
+
+
+def test_nothing_spills(found):
+    assert [r for r in found if r.spilled] == []
+
+
+def test_nothing_is_indexed_in_local_memory(found):
+    """A stack frame is an array that did not fit registers: as slow as a spill."""
+    assert [(r.kernel, r.arch, r.stack) for r in found if r.stack] == []
+
+
+def test_static_shared_memory_fits(found):
+    assert [r for r in found if r.shared > 48 << 10] == []
+
+
+def test_spmm_loads_16_bytes(found):
+    aligned = [r for r in found if re.search(r"spmm_rows.*Lb1E", r.kernel)]
+    assert len(aligned) == 10 * len(resources.architectures())
+    assert [(r.kernel, r.arch) for r in aligned if "LDG.E.128" not in r.code] == []
+    by_element = [r for r in found if re.search(r"spmm_rows.*Lb0E", r.kernel)]
+    assert by_element
+    assert not any("LDG.E.128" in r.code for r in by_element)
+
+
+def test_only_flags_are_written_atomically(found):
+    """Results must not depend on the order of atomic additions: there are none in floats."""
+    graph = [r for r in found if r.source in ("add", "normalized_adjacency", "spmm")]
+    assert [r.kernel for r in graph if re.search(r"\b(RED|ATOM)\S*\.F(16|32|64)", r.code)] == []
+
+
+def test_report_is_read_right():
+    report = (
+        "ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'\n"
+        "ptxas info    : Function properties for _Z1kv\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 256 bytes smem, 8 bytes cmem[0]\n"
+    )
+    assert list(resources._parse(report)) == [("_Z1kv", 40, 256, 8, 16)]
