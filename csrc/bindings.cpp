@@ -19,7 +19,7 @@ PYBIND11_MODULE(_C, m) {
     info["isa"] = isa_name(best_isa());
 #if defined(NEFKERN_CUDA_VERSION)
     info["cuda"] = NEFKERN_TEXT(NEFKERN_CUDA_VERSION);
-    info["cuda_architectures"] = NEFKERN_TEXT((NEFKERN_CUDA_ARCHITECTURES));
+    info["cuda_architectures"] = NEFKERN_CUDA_ARCHITECTURES;
 #else
     info["cuda"] = false;
     info["why_no_cuda"] = NEFKERN_WHY_NO_CUDA;

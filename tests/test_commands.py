@@ -415,3 +415,10 @@ def test_operators_do_not_import_the_pipeline():
     process = python("-c", code)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback():
+    shell = f"{sys.executable} -m nefkern.info | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.stdout == "versions\n"
+    assert done.stderr == ""
