@@ -63,7 +63,9 @@ def process_group(device: str, *, patience: datetime.timedelta | None = None) ->
     try:
         yield
     finally:
-        # Before the interpreter ends: the threads of gloo and NCCL must not outlive it.
+        # This joins gloo's threads, as long as nothing else holds the group. Where something does,
+        # as a DistributedDataParallel would, they meet the end of the interpreter, and one that
+        # then lets go of a tensor ends the process by std::terminate.
         dist.destroy_process_group()
 
 
@@ -72,17 +74,20 @@ def process_group(device: str, *, patience: datetime.timedelta | None = None) ->
 _FINE, _OUT_OF_MEMORY, _FAILED = range(3)
 
 
+class SharedOutOfMemory(torch.OutOfMemoryError):
+    """Memory ran out in one process or more, and all know of it."""
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """A block that succeeds in every process or fails in every process.
 
     Nothing inside may communicate. If one process fails, none waits for it in vain: the first that
-    did raises its own error, and the others leave quietly with the exit code of a mistake. Where
-    memory ran out, and nothing else went wrong, all raise :class:`torch.OutOfMemoryError`.
+    did raises its own error, and the others leave quietly with the exit code of a mistake.
 
     Raises:
         SystemExit: code 2: another process has failed, and says why.
-        torch.OutOfMemoryError: it ran out in another process.
+        SharedOutOfMemory: in all processes, where memory ran out and nothing else went wrong.
     """
     if ranks() == 1:
         yield
@@ -98,10 +103,10 @@ def together() -> Iterator[None]:
     if worst == _FINE:
         return
     first = codes.index(worst)
+    if worst == _OUT_OF_MEMORY:
+        raise SharedOutOfMemory(f"out of memory in process {first}") from error
     if first == rank():
         raise error
-    if worst == _OUT_OF_MEMORY:
-        raise error or torch.OutOfMemoryError(f"out of memory in process {first}")
     raise SystemExit(2)
 
 
@@ -173,7 +178,7 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     x = x.detach().contiguous()
     out = x.new_empty(ranks() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x)
+    dist.all_gather(list(out.chunk(ranks())), x)
     return out
 
 

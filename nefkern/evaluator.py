@@ -124,7 +124,7 @@ class Evaluator:
             self.comparison.fit(self._training_images(self._open(split)))
         except ValueError as error:
             raise UserError(f"--fit-split {split}: cannot fit K-means, {error}") from None
-        return self.comparison.clusterers
+        return {name: c.to("cpu") for name, c in self.comparison.clusterers.items()}
 
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""

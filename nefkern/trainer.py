@@ -21,7 +21,14 @@ from tqdm import tqdm
 
 from nefkern import distributed
 from nefkern.data import TrainLoader, TrainTransform, open_dataset, train_loader
-from nefkern.distributed import agreed, from_main, is_main, is_out_of_memory, together
+from nefkern.distributed import (
+    SharedOutOfMemory,
+    agreed,
+    from_main,
+    is_main,
+    is_out_of_memory,
+    together,
+)
 from nefkern.eigenfunction import (
     Eigenfunction,
     EigenfunctionConfig,
@@ -204,9 +211,7 @@ class Trainer:
                     f"--resume: the run has batches of {self.position.batch_size} images, which "
                     f"{distributed.ranks()} processes cannot share evenly"
                 )
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            self._set_generators(state)
 
     def _open_run(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Begin the run's files, or read and check its checkpoint: weights and state."""
@@ -235,19 +240,27 @@ class Trainer:
         log.info("resumed %s after step %d", self.run.folder, total)
         return weights, state
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment; it is that of the main process, and all go on from it.
+    def _generators(self) -> dict[str, Tensor | None]:
+        """The generators' states: those of all processes, which draw the same noise."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
 
-        The generators' states are those of all: every process draws the noise of the whole batch.
-        """
+    def _set_generators(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment: that of the main process, from which all go on."""
         if not is_main():
             return
-        on_gpu = self.device.type == "cuda"
         state = {
             "optimizer": self.optimizer.state_dict(),
             "position": vars(self.position).copy(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            **self._generators(),
         }
         self.run.save(self.psi.state_dict(), state, self.position.total)
         self.saved_at = time.monotonic()
@@ -329,10 +342,12 @@ class Trainer:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.shared:  # the others may be waiting for what this process cannot send
+                agreed_on = isinstance(error, SharedOutOfMemory) and not self.shared
+                if distributed.ranks() > 1 and not agreed_on:
+                    # The others may be waiting for what this process cannot send.
                     raise UserError(
-                        "out of memory: with --graph-scope global the batch is not halved; lower "
-                        "--batch-size, or take --graph-scope rank"
+                        "out of memory: with several processes the batch is not halved, but for a "
+                        "graph of a process's own; lower --batch-size, or take --graph-scope rank"
                     ) from error
                 if self.position.batch_size < 2 * distributed.ranks():
                     raise UserError(
@@ -349,6 +364,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        # Memory ran out before or after the step's noise was drawn, here and there.
+        self._set_generators(from_main(self._generators))
         size = old.batch_size // (2 * ranks) * ranks
         self.position = Position(old.epoch, seen // (size * accumulate), old.total, size)
         if is_main():
@@ -435,7 +452,8 @@ class Trainer:
                     "a lower --lr may help"
                 )
         distributed.total_gradients(self.psi.parameters())
-        self.optimizer.step()
+        with together():
+            self.optimizer.step()
         return {**figures, "temperature": temperature, "lr": lr}
 
     def _fit_scale(self, images: Tensor) -> None:
