@@ -135,10 +135,11 @@ class Evaluator:
             )
         counts, self.shown = _summed(counts), distributed.collected(self.shown)
         pixels = next(iter(counts.values()))["none"].sum(0)
-        if not pixels.any():
-            raise UserError(
-                f"--split {self.options.split}: every annotated pixel is void, nothing to score"
-            )
+        with distributed.together():
+            if not pixels.any():
+                raise UserError(
+                    f"--split {self.options.split}: every annotated pixel is void, nothing to score"
+                )
         stages: dict[str, dict[str, Matched]] = {
             name: {stage: match(table) for stage, table in tables.items()}
             for name, tables in counts.items()

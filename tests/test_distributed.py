@@ -387,7 +387,10 @@ def test_the_main_process_alone_writes_and_shows(folder):
 def test_evaluation_counts_exactly_what_one_process_counts(folder, capsys):
     (path,) = (folder / "rank-2").glob("evaluation-*.json")
     found = json.loads(path.read_text())
+    drawn = {file.name: file.read_bytes() for file in path.with_suffix("").iterdir()}
     assert evaluate(scoring(folder)) == 0
+    assert drawn == {file.name: file.read_bytes() for file in path.with_suffix("").iterdir()}
+    assert len([name for name in drawn if name.endswith(".png")]) == 7
     assert said(folder, "evaluation") == [capsys.readouterr().out, ""]
     again = json.loads(path.read_text())
     del found["seconds"], again["seconds"]
