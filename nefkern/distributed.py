@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -73,6 +74,9 @@ def process_group(device: str, *, patience: datetime.timedelta | None = None) ->
 
 _FINE, _OUT_OF_MEMORY, _FAILED = range(3)
 
+#: torchrun ends all processes when one has failed: the others give it time to say why.
+_LAST_WORDS_SECONDS = 1.0
+
 
 class SharedOutOfMemory(torch.OutOfMemoryError):
     """Memory ran out in one process or more, and all know of it."""
@@ -107,6 +111,7 @@ def together() -> Iterator[None]:
         raise SharedOutOfMemory(f"out of memory in process {first}") from error
     if first == rank():
         raise error
+    time.sleep(_LAST_WORDS_SECONDS)
     raise SystemExit(2)
 
 
