@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from nefkern import distributed
 from nefkern.errors import UserError
 from nefkern.ops import linear_attention
 
@@ -152,10 +152,18 @@ class Eigenfunction(nn.Module):
         return self.head(self.hidden(x))
 
     def quantize(self, logits: Tensor, temperature: float) -> Tensor:
-        """Training outputs: soft Gumbel-Softmax over the K channels, or the logits as they are."""
+        """Training outputs: soft Gumbel-Softmax over the K channels, or the logits as they are.
+
+        The same as ``F.gumbel_softmax``, but every process draws the noise of all and takes that of
+        its own rows: as one process with all rows would, and their generators stay alike.
+        """
         if not self.config.quantize:
             return logits
-        return F.gumbel_softmax(logits.float(), tau=temperature, hard=False, dim=-1)
+        logits = logits.float()
+        count = len(logits) * distributed.ranks()
+        noise = logits.new_empty(count, *logits.shape[1:]).exponential_()
+        noise = -noise[distributed.own_rows(count)].log()
+        return ((logits + noise) / temperature).softmax(-1)
 
 
 def cosine_schedule(progress: float, start: float, end: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import logging
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
   python -m nefkern.evaluate runs/cityscapes --data cityscapes --data-root DIR
+  torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
 the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.png (class indices,
 255 = void), classes.txt (one name a line)
@@ -181,10 +183,15 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     check_environment()
+    from nefkern import distributed
     from nefkern.evaluator import Evaluator
     from nefkern.segmentation.tables import describe
 
-    print(f"\n{describe(Evaluator(options, methods).run())}")
+    # K-means is fitted by one process, and the others wait.
+    with distributed.process_group(options.device, patience=datetime.timedelta(days=1)):
+        result = Evaluator(options, methods).run()
+        if distributed.is_main():
+            print(f"\n{describe(result)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nefkern import distributed
+from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.comparison import Comparison, Windows
 from nefkern.baselines.methods import Method
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
@@ -40,6 +42,10 @@ log = logging.getLogger(__name__)
 class Evaluator:
     """One evaluation: a run, the methods to compare, a data set and a protocol.
 
+    Several processes (:mod:`nefkern.distributed`) share the images to score; counts are whole
+    numbers, so their sums are those of one process. K-means depends on the order of the images: the
+    main process fits it alone, and the others take its centres.
+
     Args:
         options: what :func:`nefkern.evaluate.parser` parses.
         methods: which methods to score, in this order.
@@ -50,6 +56,11 @@ class Evaluator:
 
     def __init__(self, options: argparse.Namespace, methods: list[Method]) -> None:
         self.options, self.methods = options, methods
+        with distributed.together():
+            self._build()
+
+    def _build(self) -> None:
+        options, methods = self.options, self.methods
         if options.crf:
             require_pydensecrf()
         self.segmenter = Segmenter.load(options.run, options.device, cache=options.feature_cache)
@@ -90,32 +101,45 @@ class Evaluator:
             "device": str(self.segmenter.device),
             "versions": versions(),
         }
+        if distributed.is_main():
+            self._write(result)
+        return result
+
+    def _write(self, result: dict[str, Any]) -> None:
         path = free_name(self.options.run, result["settings"])
         replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
         self.draw(result, path.with_suffix(""))
         write_report(Run(self.options.run))
         log.info("written: %s", path)
-        return result
 
     def fit(self) -> None:
         """Fit every K-means on the training split."""
+        device = self.segmenter.device
+        fitted = distributed.from_main(self._fitted)
+        self.comparison.clusterers = {name: c.to(device) for name, c in fitted.items()}
+
+    def _fitted(self) -> dict[str, Clusterer]:
         split = self.options.fit_split
         try:
             self.comparison.fit(self._training_images(self._open(split)))
         except ValueError as error:
             raise UserError(f"--fit-split {split}: cannot fit K-means, {error}") from None
+        return {name: c.to("cpu") for name, c in self.comparison.clusterers.items()}
 
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
         crf, count = self.options.crf, len(self.kept)
-        counts = self.comparison.count(
-            self._pairs("scoring"), count, refine=crf == "clusters", watch=self._show
-        )
-        pixels = next(iter(counts.values()))["none"].sum(0)
-        if not pixels.any():
-            raise UserError(
-                f"--split {self.options.split}: every annotated pixel is void, nothing to score"
+        with distributed.together():
+            counts = self.comparison.count(
+                self._pairs("scoring"), count, refine=crf == "clusters", watch=self._show
             )
+        counts, self.shown = _summed(counts), distributed.collected(self.shown)
+        pixels = next(iter(counts.values()))["none"].sum(0)
+        with distributed.together():
+            if not pixels.any():
+                raise UserError(
+                    f"--split {self.options.split}: every annotated pixel is void, nothing to score"
+                )
         stages: dict[str, dict[str, Matched]] = {
             name: {stage: match(table) for stage, table in tables.items()}
             for name, tables in counts.items()
@@ -123,10 +147,11 @@ class Evaluator:
         self.matched = {name: matched["none"] for name, matched in stages.items()}
         if crf == "classes":
             assignments = {name: matched.assignments for name, matched in self.matched.items()}
-            confusions = self.comparison.count_refined_classes(
-                self._pairs("CRF"), assignments, count
-            )
-            for name, by_matching in confusions.items():
+            with distributed.together():
+                confusions = self.comparison.count_refined_classes(
+                    self._pairs("CRF"), assignments, count
+                )
+            for name, by_matching in _summed(confusions).items():
                 stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
         return {
             "classes": self.classes,
@@ -159,8 +184,8 @@ class Evaluator:
             write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
 
     def _show(self, image: Tensor, labels: Tensor, clusters: dict[str, Tensor]) -> None:
-        """Keep the first images for :meth:`draw`."""
-        if len(self.shown) < self.options.pictures:
+        """Keep this process's share of the first images for :meth:`draw`."""
+        if len(self.shown) < len(distributed.dealt(range(self.options.pictures))):
             self.shown.append((image, labels, {n: c.cpu() for n, c in clusters.items()}))
 
     def settings(self) -> dict[str, Any]:
@@ -236,7 +261,9 @@ class Evaluator:
         ahead: deque[Future[Sample]] = deque()
         with (
             ThreadPoolExecutor(1) as pool,
-            tqdm(total=len(indices), desc=title, unit="image") as bar,
+            tqdm(
+                total=len(indices), desc=title, unit="image", disable=not distributed.is_main()
+            ) as bar,
         ):
             for index in indices:
                 ahead.append(pool.submit(lambda i=index: transform(read(i))))
@@ -265,11 +292,15 @@ class Evaluator:
             yield sample.image
 
     def _pairs(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, and labels numbered without the ignored classes; an unusable one is an error."""
+        """This process's share of the images, and labels numbered without the ignored classes.
+
+        An unusable image is an error.
+        """
         dataset = self.dataset
+        share = distributed.dealt(self._indices(dataset))
         renumbered = torch.full((256,), VOID, dtype=torch.uint8)
         renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
-        for future in self._samples(dataset.__getitem__, self._indices(dataset), title):
+        for future in self._samples(dataset.__getitem__, share, title):
             sample = future.result()
             self.segmenter.check_size(sample.image, sample.name)
             yield sample.image, renumbered[sample.annotation.int()]
@@ -278,6 +309,14 @@ class Evaluator:
 def _plain(name: str) -> str:
     """A name that every file system takes."""
     return re.sub(r"[^\w.-]", "_", name)
+
+
+def _summed(counts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Counts of all processes together."""
+    return {
+        name: {key: distributed.total(table) for key, table in tables.items()}
+        for name, tables in counts.items()
+    }
 
 
 def free_name(folder: Path, settings: dict[str, Any]) -> Path:

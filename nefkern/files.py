@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 
@@ -15,8 +16,9 @@ def replace_file(path: Path, content: bytes | str) -> None:
             errors of their own.
     """
     data = content.encode() if isinstance(content, str) else content
-    # Another process that writes the same file (a shared feature cache) has a part of its own.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Another process that writes the same file (a shared feature cache) has a part of its own;
+    # its number would not tell it from one on another machine.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)

@@ -139,6 +139,13 @@ class TrainOptions:
         "graph",
         choices=("high", "all"),
     )
+    graph_scope: str = _option(
+        "rank",
+        "with several processes (torchrun), the patches that a graph joins: rank, those of one "
+        "process's share of the batch; global, those of the whole batch",
+        "graph",
+        choices=("rank", "global"),
+    )
 
     # eigenfunctions
     num_eigenfunctions: int = _option(
@@ -173,10 +180,20 @@ class TrainOptions:
 
     # optimisation
     epochs: int = _option(40, "passes over the images", "optimisation")
-    batch_size: int = _option(16, "images of a step; halved when memory runs out", "optimisation")
+    batch_size: int = _option(
+        16,
+        "images of a batch, over all processes together; halved when memory runs out",
+        "optimisation",
+    )
+    accumulate: int = _option(
+        1, "batches, each with a graph of its own, whose gradients make a step", "optimisation"
+    )
     lr: float = _option(1e-3, "learning rate of Adam", "optimisation")
     final_lr: float = _option(1e-5, "where its cosine decay ends", "optimisation")
     amp: bool = _option(False, "bfloat16 autocast for the backbone and ψ", "optimisation")
+    compile: bool = _option(
+        False, "torch.compile ψ: a first step of a minute, then faster ones", "optimisation"
+    )
     device: str = _option(
         "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one", "optimisation"
     )
@@ -242,8 +259,8 @@ class TrainOptions:
 
 _LEAST = {
     "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
-    "head_dim": 1, "beta": 0, "epochs": 1, "batch_size": 1, "final_lr": 0, "pictures": 0,
-    "checkpoint_seconds": 0, "seed": 0,
+    "head_dim": 1, "beta": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "final_lr": 0,
+    "pictures": 0, "checkpoint_seconds": 0, "seed": 0,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ examples:
   python -m nefkern.train --data folder --data-root voc --backbone vit_small_patch14_dinov2 \\
       --crop 336 -K 64 --k 2% --epochs 20 --amp --out runs/voc
   python -m nefkern.train --data cityscapes --data-root DIR    one of the paper's data sets
+  torchrun --standalone --nproc_per_node=2 -m nefkern.train --data folder --data-root voc ...
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
   python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume
 
@@ -49,6 +50,7 @@ def train(options: TrainOptions) -> Path:
     Raises:
         UserError: an option, an image or a weights file that cannot be used.
     """
+    from nefkern import distributed
     from nefkern.backends import check_environment
     from nefkern.report import write_eigenfunctions, write_overlays, write_report
     from nefkern.runs import Run
@@ -56,16 +58,20 @@ def train(options: TrainOptions) -> Path:
     from nefkern.trainer import Trainer
 
     check_environment()
-    run = Run.create(options)
-    trainer = Trainer(options, run)
-    if trainer.finished:
-        logging.info("%s: training is complete", run.folder)
-    trainer.train()
-    segmenter = Segmenter(trainer.backbone, trainer.psi, options)
-    write_overlays(run, segmenter, trainer.dataset, options.pictures)
-    write_eigenfunctions(run, segmenter, trainer.dataset)
-    page = write_report(run)
-    logging.info("report: %s", page)
+    with distributed.process_group(options.device):
+        if not distributed.is_main():
+            logging.getLogger().setLevel(logging.WARNING)
+        run = distributed.from_main(lambda: Run.create(options))
+        trainer = Trainer(options, run)
+        if trainer.finished:
+            logging.info("%s: training is complete", run.folder)
+        trainer.train()
+    if distributed.is_main():
+        segmenter = Segmenter(trainer.backbone, trainer.psi, options)
+        write_overlays(run, segmenter, trainer.dataset, options.pictures)
+        write_eigenfunctions(run, segmenter, trainer.dataset)
+        page = write_report(run)
+        logging.info("report: %s", page)
     return run.folder
 
 

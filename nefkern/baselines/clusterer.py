@@ -56,6 +56,14 @@ class Clusterer:
             self._fit(device)
         return self
 
+    def to(self, device: torch.device | str) -> Clusterer:
+        """Move what was fitted to a device, in place."""
+        if self.kmeans is not None:
+            self.kmeans.to(device)
+        if self._mean is not None:
+            self._std, self._mean = self._std.to(device), self._mean.to(device)
+        return self
+
     def logits(self, maps: dict[str, Tensor]) -> Tensor:
         """Cluster logits ``[B, K, h, w]`` of a batch's maps; their argmax is the cluster."""
         features = maps[self.method.map_name]
@@ -78,9 +86,8 @@ class Clusterer:
         self._sample.clear()
         if self.method.normalize:
             self._std, self._mean = torch.std_mean(sample, dim=0)
-        self.kmeans.fit(self._prepared(sample)).to(device)
-        if self.method.normalize:
-            self._std, self._mean = self._std.to(device), self._mean.to(device)
+        self.kmeans.fit(self._prepared(sample))
+        self.to(device)
 
     def _prepared(self, rows: Tensor) -> Tensor:
         if not self.method.normalize:

@@ -115,6 +115,7 @@ def train_loader(
     seed: int = 0,
     views: int = 0,
     pin_memory: bool = False,
+    shard: tuple[int, int] = (0, 1),
 ) -> TrainLoader:
     """Batches of augmented images, see :class:`TrainLoader`; ``views`` as ``Views.distinct``."""
     return TrainLoader(
@@ -122,6 +123,7 @@ def train_loader(
         batch_size=batch_size,
         workers=workers,
         pin_memory=pin_memory,
+        shard=shard,
     )
 
 
@@ -141,6 +143,8 @@ class TrainLoader:
         batch_size: B.
         workers: processes that read ahead; with 0 the caller's own thread does the work.
         pin_memory: whether batches come in page-locked memory, for copies to a GPU.
+        shard: (r, n): of every batch only the r-th of n equal slices, one a process; together
+            they are the batch that one process would get.
 
     Attributes:
         views, batch_size: as given.
@@ -150,17 +154,24 @@ class TrainLoader:
     Raises:
         UserError: ``batch_size`` below 1 or ``workers`` below 0. In iteration: an unreadable
             image in a strict data set, or no readable image at all.
+        ValueError: a shard that is none of its n, or a batch that has no n equal slices.
     """
 
     def __init__(
-        self, views: Views, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+        self,
+        views: Views,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        pin_memory: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size: expected at least 1, got {batch_size}")
         if workers < 0:
             raise UserError(f"workers: expected 0 or more, got {workers}")
         self.views, self.batch_size = views, batch_size
-        self._steps = _Steps(len(views), batch_size, views.seed)
+        self._steps = _Steps(len(views), batch_size, views.seed, shard)
         self._reported: set[str] = set()
         self._workers, self._pin_memory = workers, pin_memory
         self._loader: DataLoader | None = None
@@ -231,8 +242,20 @@ class _Steps:
     Workers outlive an epoch, so every key says which epoch it means.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
+    ) -> None:
+        part, parts = shard
+        if not 0 <= part < parts:
+            raise ValueError(f"shard: expected (r, n) with 0 <= r < n, got {shard}")
+        if parts > 1 and (batch_size % parts or batch_size > num_images):
+            raise ValueError(
+                f"shard: expected a batch of at most {num_images} images and a multiple of "
+                f"{parts}, got {batch_size}"
+            )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self._begin = part * (batch_size // parts)
+        self._end = self._begin + batch_size // parts
         self.per_epoch = max(1, num_images // batch_size)
         self.epoch, self.start_step = 0, 0
 
@@ -240,7 +263,8 @@ class _Steps:
         generator = _generator(self.seed, self.epoch)
         order = torch.randperm(self.num_images, generator=generator).tolist()
         for step in range(self.start_step, self.per_epoch):
-            yield self.epoch, order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self.epoch, batch[self._begin : self._end]
 
 
 class _Batches(Dataset):
