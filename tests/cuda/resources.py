@@ -47,7 +47,8 @@ def nvcc() -> str | None:
 def architectures() -> tuple[str, ...]:
     """Those of :data:`ARCHITECTURES` that this nvcc knows."""
     done = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True)
-    return tuple(arch for arch in ARCHITECTURES if f"sm_{arch}" in done.stdout.split())
+    known = done.stdout.split()  # without 90a, which comes with 90
+    return tuple(arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known)
 
 
 def examine(source: Path, arch: str) -> list[Resources]:

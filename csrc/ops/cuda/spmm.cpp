@@ -1,5 +1,5 @@
-// torch.ops.nefkern_native.spmm on CUDA tensors: arguments come checked from nefkern.ops; shapes are
-// checked again because a wrong one would be read out of bounds.
+// torch.ops.nefkern_native.spmm on CUDA tensors: arguments come checked from nefkern.ops; shapes
+// are checked again because a wrong one would be read out of bounds.
 #include "cuda/spmm.h"
 
 #include <torch/csrc/stable/library.h>

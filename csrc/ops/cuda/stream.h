@@ -17,8 +17,8 @@ class OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor& tensor)
       : guard_(static_cast<int32_t>(tensor.get_device())) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(
-        static_cast<int32_t>(tensor.get_device()), &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(static_cast<int32_t>(tensor.get_device()), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
