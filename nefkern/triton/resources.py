@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -116,6 +117,12 @@ def examine(kernel, arch: str) -> Resources:
     )
 
 
+def _examine(job: tuple[int, str]) -> Resources:
+    """Kernels themselves cannot be sent to another process; their places can."""
+    place, arch = job
+    return examine(list(shipped())[place], arch)
+
+
 def occupancy(limits: Limits, registers: int, shared: int, threads: int) -> float:
     """The share of an SM's threads that blocks of these needs can fill."""
     # Registers are given to warps in units of 256, and a block keeps 1 KiB of shared memory more.
@@ -167,8 +174,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     if interpreting():
         raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
-    kernels = [kernel for kernel in shipped() if options.only in kernel.name]
-    found = [examine(kernel, arch) for kernel in kernels for arch in options.arch]
+    wanted = [place for place, kernel in enumerate(shipped()) if options.only in kernel.name]
+    jobs = [(place, arch) for place in wanted for arch in options.arch]
+    with ProcessPoolExecutor() as pool:
+        found = list(pool.map(_examine, jobs))
     print(json.dumps([asdict(r) for r in found]) if options.json else table(found))
 
 
