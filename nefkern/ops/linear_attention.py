@@ -34,6 +34,11 @@ def linear_attention(
     adjacent channels, such as q, k and v permuted out of one `[B, N, 3, H, D]` projection, are
     read in place.
 
+    Half precisions are read as they are, summed in float32, and rounded once, in the result. On the
+    "triton" backend products of bfloat16 inputs run in TF32 (11 significant bits), whose rounding
+    of what is computed on the way adds about a quarter to that of the result. Its kernels take
+    heads of at most 128 channels and leave wider ones to the next backend.
+
     Args:
         q: `[B, H, N, D]` queries.
         k: `[B, H, M, D]` keys.
@@ -44,14 +49,15 @@ def linear_attention(
         eps: ≥ 0, added to the divisor of "elu".
 
     Returns:
-        `[B, H, N, E]` in the inputs' dtype: float32, float16, bfloat16 (both with float32 sums) or
-        float64 (reference backend). Stored as `[B, N, H, E]`, so that
+        `[B, H, N, E]` in the inputs' dtype: float32, float16, bfloat16 or float64
+        (reference backend). Stored as `[B, N, H, E]`, so that
         `out.transpose(1, 2).reshape(B, N, H * E)` costs nothing; the gradients are stored likewise.
 
     Raises:
         ValueError: shapes that do not fit together, different devices, an unknown feature map, or a
             negative eps.
         TypeError: an argument that is not a tensor, or has another dtype than said.
+        RuntimeError: a backend was forced that cannot take this call.
     """
     _check(q, k, v, mask, feature_map, eps)
     return torch.ops.nefkern.linear_attention(q, k, v, mask, feature_map, float(eps))[0]

@@ -481,7 +481,7 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _constants(d: int, e: int, feature_map: str, dtype: torch.dtype) -> dict[str, Any]:
     """The constexprs and options of all kernels."""
     block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
-    step = WIDE_STEP if max(block_d, block_e) >= 64 else STEP
+    step = WIDE_STEP if max(block_d, block_e) > 16 else STEP
     return {
         "SOFTMAX": feature_map == "softmax",
         "PRECISION": "tf32" if dtype == torch.bfloat16 else "tf32x3",
@@ -502,14 +502,14 @@ def _of(kernel: Any, its: dict[str, Any]) -> dict[str, Any]:
 
 
 def shipped() -> list[Shipped]:
-    """Every kernel for heads of 16 to 128 channels, both maps, every dtype."""
+    """Every kernel for heads of 16 to 128 channels, both maps (float16 multiplies as float32)."""
     products = (_sum_keys, _answer_queries, _query_gradients, _key_gradients)
     found = []
     for width in (16, 32, 64, 128):
+        dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if width == 64 else ()))
         for feature_map in ("elu", "softmax"):
             for kernel in products:
-                for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                    found.append(_ship(kernel, width, feature_map, dtype))
+                found += [_ship(kernel, width, feature_map, dtype) for dtype in dtypes]
             for kernel in (_join_keys, _join_gradients):  # they see float32 only
                 found.append(_ship(kernel, width, feature_map, torch.float32))
     return found
