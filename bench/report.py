@@ -88,13 +88,15 @@ def _opponent(entry: dict) -> str:
     return f"{entry['contestant']} {times(entry['ratio'])} ({memory(entry['peak_bytes'])})"
 
 
-def with_table(readme: str, text: str) -> str:
-    """The README with ``text`` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{README}: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+def with_table(
+    page: str, text: str, *, path: Path = README, begin: str = BEGIN, end: str = END
+) -> str:
+    """The page, by default the README, with ``text`` between its markers."""
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path}: expected the lines {begin} and {end}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def draw_scaling(document: dict, path: Path) -> bool:

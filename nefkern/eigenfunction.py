@@ -181,4 +181,5 @@ def annealed_temperature(progress: float, start: float = 1.0, end: float = 0.3) 
 def live_clusters(logits: Tensor) -> Tensor:
     """Which of the K clusters win the argmax somewhere: bool ``[K]`` for logits ``[..., K]``."""
     winners = logits.flatten(0, -2).argmax(-1)
-    return torch.bincount(winners, minlength=logits.shape[-1]) > 0
+    live = winners.new_zeros(logits.shape[-1], dtype=torch.bool)
+    return live.index_fill(0, winners, True)  # a bincount would wait for the device

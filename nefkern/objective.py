@@ -82,17 +82,32 @@ class Objective:
 
     Attributes:
         loss: −(t/K) Σ R_jj + (β t²/K) Σ_{i<j} R̂_ij², a scalar to back-propagate.
-        trace: Σ R_jj / K: the mean Rayleigh quotient, what the loss raises.
-        penalty: (β t²/K) Σ_{i<j} R_ij², what keeps the eigenfunctions apart.
-        off_diagonal: mean |R_ij| for i ≠ j.
-        dead: number of columns whose norm lay under the clamp.
+        figures: ``[4]``, the properties below in their order, on the loss's device and in its
+            dtype: reading one waits for the device, so a loop should read all at once.
     """
 
     loss: Tensor
-    trace: float
-    penalty: float
-    off_diagonal: float
-    dead: int
+    figures: Tensor
+
+    @property
+    def trace(self) -> float:
+        """Σ R_jj / K: the mean Rayleigh quotient, what the loss raises."""
+        return self.figures[0].item()
+
+    @property
+    def penalty(self) -> float:
+        """(β t²/K) Σ_{i<j} R_ij², what keeps the eigenfunctions apart."""
+        return self.figures[1].item()
+
+    @property
+    def off_diagonal(self) -> float:
+        """Mean |R_ij| for i ≠ j."""
+        return self.figures[2].item()
+
+    @property
+    def dead(self) -> int:
+        """The number of columns whose norm lay under the clamp."""
+        return int(self.figures[3])
 
 
 def objective(
@@ -125,10 +140,6 @@ def objective(
     diagonal = r.diagonal()
     off_diagonal = (r.abs().sum() - diagonal.abs().sum()) / max(count * (count - 1), 1)
     # Eigenvalues of κ reach 1 + α, so a constant direction is not dead: norms tell, not the trace.
-    return Objective(
-        loss=loss,
-        trace=diagonal.mean().item(),
-        penalty=(beta * t**2 / count * r.triu(1).square().sum()).item(),
-        off_diagonal=off_diagonal.item(),
-        dead=int((norms < minimum).sum()),
-    )
+    dead = (norms < minimum).sum().to(r.dtype)
+    penalty = beta * t**2 / count * r.triu(1).square().sum()
+    return Objective(loss, torch.stack([diagonal.mean(), penalty, off_diagonal, dead]))

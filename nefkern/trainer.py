@@ -39,7 +39,7 @@ from nefkern.eigenfunction import (
 from nefkern.errors import UserError, first_line
 from nefkern.features import Backbone, FeatureCache, Features, load_backbone
 from nefkern.graph import kappa, resolve_neighbours, standardized
-from nefkern.objective import Objective, objective, scaled_beta
+from nefkern.objective import objective, scaled_beta
 from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
 from nefkern.runs import METRICS, Run
@@ -482,8 +482,9 @@ class Trainer:
         graphs = self.options.accumulate * (1 if self.shared else distributed.ranks())
         (parts.loss / graphs).backward()
         flat = logits.detach().float().flatten(0, 1)
-        confidence = (flat / temperature).softmax(-1).amax(-1).mean().item()
-        return _Graph(parts, live_clusters(flat).cpu(), confidence)
+        confidence = (flat / temperature).softmax(-1).amax(-1).mean()
+        figures = torch.stack([parts.loss.detach(), confidence, *parts.figures])
+        return _Graph(figures, live_clusters(flat))
 
     def _kappa(self, images: Tensor, maps: Features) -> CSRGraph:
         """κ of this process's images, or of those of all."""
@@ -530,11 +531,15 @@ _ECHO_SECONDS = 5.0
 
 
 class _Graph(NamedTuple):
-    """What is recorded of one graph: the objective, live clusters bool ``[K]``, confidence."""
+    """What is recorded of one graph, still on the device.
 
-    parts: Objective
+    Attributes:
+        figures: ``[6]``: loss, confidence, trace, penalty, off_diagonal, dead.
+        live: bool ``[K]``: the clusters that win somewhere.
+    """
+
+    figures: Tensor
     live: Tensor
-    confidence: float
 
 
 def _figures(graphs: list[_Graph]) -> dict[str, float]:
@@ -542,15 +547,12 @@ def _figures(graphs: list[_Graph]) -> dict[str, float]:
 
     Means; but clusters are live if they win anywhere, and ``dead`` is the largest number.
     """
-    values = [
-        (g.parts.loss.item(), g.parts.trace, g.parts.penalty, g.parts.off_diagonal, g.confidence)
-        for g in graphs
-    ]
-    means = distributed.mean(torch.tensor(values, dtype=torch.float64).mean(0)).tolist()
-    loss, trace, penalty, off_diagonal, confidence = means
-    dead = torch.tensor([max(g.parts.dead for g in graphs)])
-    live = torch.stack([g.live for g in graphs]).any(0)
-    dead, *live = distributed.largest(torch.cat([dead, live.long()])).tolist()
+    # One message from the device a step: each would wait for all work before it.
+    rows = torch.stack([torch.cat([figures, live.to(figures.dtype)]) for figures, live in graphs])
+    rows = rows.cpu()
+    means = distributed.mean(rows[:, :5].double().mean(0)).tolist()
+    loss, confidence, trace, penalty, off_diagonal = means
+    dead, *live = distributed.largest(rows[:, 5:].amax(0).long()).tolist()
     return {
         "loss": loss,
         "trace": trace,

@@ -421,7 +421,7 @@ def test_accumulated_graphs_have_objectives_of_their_own(folder):
     losses, gradients = [], []
     for batch in images.chunk(2):
         trainer.psi.zero_grad()
-        losses.append(trainer._accumulate(batch, 1.0).parts.loss.item())
+        losses.append(trainer._accumulate(batch, 1.0).figures[0].item())
         gradients.append([p.grad.clone() for p in trainer.psi.parameters()])
     row = trainer._step(images, 0.0)
     assert losses[0] != losses[1]

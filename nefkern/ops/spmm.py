@@ -26,7 +26,8 @@ def spmm(graph: CSRGraph, x: Tensor) -> Tensor:
 
     Returns:
         [N, K] in the dtype of ``x``. Sums run in float32 (float64 if ``x`` or the graph is) and in
-        a fixed order: the result does not depend on the number of threads.
+        a fixed order: the result does not depend on the number of threads. An entry of ``x`` that
+        is not finite reaches its neighbours' rows; in bfloat16 on a GPU it may reach every row.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

@@ -1,4 +1,8 @@
-"""Triton kernel of ``spmm``: gathered rows of x, weighted and summed in float32."""
+"""Triton kernels of ``spmm``: gathered rows of x, weighted and summed in float32.
+
+Of a graph as dense as :mod:`nefkern.triton.crossover` asks for, rows are written out and multiplied
+by the library instead, a bounded number of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from torch import Tensor
 from nefkern.backends import interpreting
 from nefkern.ops.csr import check_content
 from nefkern.triton.configs import Shipped, autotune, device_of
+from nefkern.triton.crossover import dense_rows, prefers_dense
+from nefkern.triton.rates import rates_of
 
 # Entries of a row taken at a time, and columns of x: as many bytes in flight as hide the latency of
 # rows that come from the L2 cache.
@@ -45,6 +51,33 @@ def _spmm_kernel(
 
 _tuned = autotune(CONFIGS, key=["width"])(_spmm_kernel)
 
+EXPAND_BLOCK = 256  # entries of a row written at a time
+
+
+@triton.jit
+def _bfloat16_part(x):
+    """The nearest bfloat16, still as float32: the conversion is exact in the interpreter too."""
+    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # the sum could undo a NaN
+
+
+@triton.jit
+def _expand_kernel(row_offsets, columns, values, dense, first_row, num_nodes, BLOCK: tl.constexpr):
+    """Row ``first_row + program_id(0)`` as hi | lo into ``dense`` [rows, 2 num_nodes] of zeros."""
+    local = tl.program_id(0).to(tl.int64)
+    row = first_row + local
+    out = dense + local * 2 * num_nodes
+    begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    for first in range(begin, end, BLOCK):
+        e = first + tl.arange(0, BLOCK)
+        node = tl.load(columns + e, mask=e < end, other=-1)
+        there = (node >= 0) & (node < num_nodes)
+        value = tl.load(values + e, mask=there, other=0.0)
+        high = _bfloat16_part(value)
+        low = _bfloat16_part(value - high)
+        tl.store(out + node, high.to(tl.bfloat16), mask=there)
+        tl.store(out + num_nodes + node, low.to(tl.bfloat16), mask=there)
+
 
 def spmm(
     row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor, dtype: torch.dtype
@@ -56,8 +89,10 @@ def spmm(
     """
     if x.device.type == "cpu":
         check_content(row_offsets, columns)
-    x = x if x.stride(-1) == 1 else x.contiguous()
     n, width = x.shape
+    if prefers_dense(n, columns.shape[0], width, x.dtype, rates_of(x.device)):
+        return _dense_spmm(row_offsets, columns, values, x).to(dtype)
+    x = x if x.stride(-1) == 1 else x.contiguous()
     # The interpreter would cut, not round, to bfloat16.
     y = torch.empty(n, width, dtype=torch.float32 if interpreting() else dtype, device=x.device)
     if y.numel():
@@ -68,9 +103,31 @@ def spmm(
     return y.to(dtype)
 
 
+def _dense_spmm(row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """kappa x in float32 of a bfloat16 x, by products with [hi | lo] of some rows at a time."""
+    n, width = x.shape
+    y = torch.empty(n, width, dtype=torch.float32, device=x.device)
+    twice = torch.cat([x, x])
+    step = dense_rows(n)
+    dense = torch.empty(step, 2 * n, dtype=torch.bfloat16, device=x.device)
+    for first in range(0, n, step):
+        rows = dense[: n - first].zero_()
+        with device_of(x):
+            _expand_kernel[(len(rows),)](
+                row_offsets, columns, values, rows, first, n, BLOCK=EXPAND_BLOCK
+            )
+        y[first : first + step] = _product(rows, twice)
+    return y
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of bfloat16 in float32, also where partial sums meet; the CPU has no such product."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 def shipped() -> list[Shipped]:
     types = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-    return [
+    gathers = [
         Shipped(
             f"spmm {name}, {config.kwargs['BLOCK_E']} x {config.kwargs['BLOCK_K']}",
             _spmm_kernel,
@@ -86,3 +143,8 @@ def shipped() -> list[Shipped]:
         for name, kind in types.items()
         for config in CONFIGS
     ]  # fmt: skip
+    expand = {
+        "row_offsets": "*i64", "columns": "*i32", "values": "*fp32", "dense": "*bf16",
+        "first_row": "i32", "num_nodes": "i32",
+    }  # fmt: skip
+    return [*gathers, Shipped("spmm expand", _expand_kernel, expand, {"BLOCK": EXPAND_BLOCK})]

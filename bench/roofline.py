@@ -1,0 +1,351 @@
+"""``python -m bench.roofline``: what the kernels should take on a GPU, into docs/gpu.md.
+
+Everything is computed from the paper's size and the rates of data sheets: an estimate, to be held
+against what ``pytest bench/ --benchmark`` measures where there is a GPU. ``--resources`` compiles
+every Triton kernel ahead of time, which takes minutes, and writes what each needs.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.graph_inputs import SIZES
+from bench.harness import Rates, Work
+from bench.report import with_table
+from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.files import replace_file
+from nefkern.triton.rates import GPUS, Gpu
+
+PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+
+# The paper's size. κ's entries: counted on clustered features.
+B, PATCHES, C, NEIGHBOURS, K = SIZES["paper"]
+N = B * PATCHES
+ENTRIES = 5_200_000
+WIDTH, HIDDEN, HEADS, HEAD_DIM, BLOCKS = 3 * C, 576, 18, 64, 2  # ψ
+VIT_TOKENS, VIT_BLOCKS = B * (PATCHES + 1), 12  # ViT-S/16 at 480 x 480, with its class token
+# Training in the paper (section 4.1): half a day on one RTX 3090.
+STEPS = 40 * (4998 // B)
+THEN = 12 * 3600 / STEPS
+
+#: The share of a peak rate of arithmetic that a kernel of each kind is expected to reach.
+ARITHMETIC = {
+    "library product": 0.65,
+    "tile product": 0.45,
+    "thin product": 0.25,
+    "register product": 0.25,
+    "selection": 0.5,
+    "gather": 0.5,
+    "stream": 0.5,
+    "sort": 0.5,
+    "factorisation": 0.3,
+}
+MEMORY, CACHE = 0.8, 0.6  # the same of device memory and of the L2 cache
+LAUNCH = 3e-6  # seconds from the end of one kernel to the start of the next
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, or several of one kind, with what it does at the paper's size.
+
+    Attributes:
+        part: the part of a training step that it belongs to.
+        kind: a key of ARITHMETIC.
+        flops: by the precision of :class:`Gpu` that they run in.
+        moved: bytes read from and written to device memory.
+        cached: bytes read through the L2 cache again and again.
+        resident: bytes that must stay in it for that; what exceeds it comes from device memory.
+        launches: how many kernels it is.
+    """
+
+    part: str
+    name: str
+    kind: str
+    flops: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.0
+    cached: float = 0.0
+    resident: float = 0.0
+    launches: int = 1
+
+    def floor(self, gpu: Gpu) -> float:
+        """Seconds at the peak rates, the caches free: no kernel of these operations is faster."""
+        flops = {name: getattr(gpu, name) for name in self.flops}
+        return Work(self.moved, self.flops).floor(Rates(flops, gpu.memory))
+
+    def expected(self, gpu: Gpu) -> float:
+        """Seconds: the slowest of arithmetic, cache and memory, at the shares they may reach."""
+        arithmetic = sum(count / getattr(gpu, name) for name, count in self.flops.items())
+        missed = self.cached * max(0.0, 1 - gpu.cache_bytes / self.resident) if self.cached else 0
+        slowest = max(
+            arithmetic / ARITHMETIC[self.kind],
+            self.cached / (gpu.cache * CACHE),
+            (self.moved + missed) / (gpu.memory * MEMORY),
+        )
+        return slowest + self.launches * LAUNCH
+
+
+def graph_kernels() -> Iterator[Kernel]:
+    """κ: both neighbour searches, both graphs, their sum."""
+    scores, candidates, capacity = 4.0 * N * N, N * 300, N * (NEIGHBOURS + NEIGHBOURS // 2)
+    yield Kernel("κ", "knn: rows rounded", "stream", moved=N * C * (4 * 5 + 2), launches=12)
+    yield Kernel("κ", "knn: scores", "tile product", {"half": 2.0 * N * N * C},
+                 N * C * 2, scores, 32 << 20, 26)  # fmt: skip
+    # Extremes, about ten halvings of the interval, and the collection.
+    yield Kernel("κ", "knn: selection", "selection", cached=12 * scores, resident=32 << 20,
+                 launches=26)  # fmt: skip
+    yield Kernel("κ", "knn: re-rank", "gather", {"float32": 2.0 * candidates * C},
+                 N * C * 4, candidates * C * 4.0, N * C * 4, 26)  # fmt: skip
+    yield Kernel("κ", "knn: sort, results", "sort", moved=capacity * 8 * 8 + N * NEIGHBOURS * 8,
+                 launches=78)  # fmt: skip
+    # 5 channels: all values in float32, then the same selection, twice (k̃ = 10 and 5).
+    near = 2 * 4.0 * N * PATCHES
+    yield Kernel("κ", "knn of pixels", "selection", {"float32": 2 * 10.0 * N * PATCHES},
+                 near, 12 * near, 32 << 20, 40)  # fmt: skip
+    yield Kernel("κ", "normalized_adjacency", "sort", moved=1.1e9 * (1 + 15 / NEIGHBOURS),
+                 launches=40)  # fmt: skip
+    yield Kernel("κ", "add", "stream", moved=2 * 8.0 * ENTRIES + 8 * 2 * ENTRIES, launches=6)
+
+
+def sparse(dtype: str, bytes_: int) -> Kernel:
+    """κU by gathered rows."""
+    return Kernel(
+        "objective",
+        f"spmm, {dtype}",
+        "gather",
+        {"float32": 2.0 * ENTRIES * K},
+        8.0 * ENTRIES + 2 * N * K * bytes_,
+        float(ENTRIES * K * bytes_),
+        N * K * bytes_,
+    )
+
+
+def objective_kernels() -> Iterator[Kernel]:
+    """Gumbel-Softmax, L2 batch norm, the loss and its gradient, what is logged."""
+    yield sparse("float32", 4)
+    for name in ("R = UᵀY", "dL/dU = Y M"):
+        yield Kernel("objective", name, "thin product", {"float32": 2.0 * N * K * K}, 8.0 * N * K)
+    yield Kernel("objective", "Gumbel-Softmax, norms, logging", "stream", moved=27 * 4.0 * N * K,
+                 launches=60)  # fmt: skip
+
+
+def attention(amp: bool) -> Kernel:
+    """Linear attention, both blocks of ψ, forward and backward: 2 and 4 products of D x D states.
+
+    Arrays of [B, H, N, D]: q, k, v, out; then q, k, v, gradient in, dq, dk, dv.
+    """
+    product = 2.0 * B * HEADS * PATCHES * HEAD_DIM**2
+    array = (2.0 if amp else 4.0) * B * HEADS * PATCHES * HEAD_DIM
+    return Kernel(
+        "ψ",
+        f"linear_attention, {'bfloat16' if amp else 'float32'}",
+        "register product",
+        {"tf32": BLOCKS * 6 * product * (1 if amp else 3)},
+        BLOCKS * 11 * array,
+        launches=BLOCKS * 6,
+    )
+
+
+def psi_flops() -> float:
+    """Products of ψ's forward pass: qkv, projection and MLP of each block, and the head."""
+    block = 2 * WIDTH * (3 * WIDTH + WIDTH + 2 * HIDDEN)
+    return float(N * (BLOCKS * block + 2 * WIDTH * K))
+
+
+def psi_parameters() -> int:
+    """Weights and biases of ψ."""
+    linear = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    block = sum(i * o + o for i, o in linear) + 4 * WIDTH
+    return BLOCKS * block + 2 * WIDTH + WIDTH * K + K
+
+
+def psi_kernels(amp: bool) -> Iterator[Kernel]:
+    """ψ forward and backward, and Adam."""
+    precision = "half" if amp else "float32"
+    yield Kernel("ψ", "products", "library product", {precision: 3 * psi_flops()}, launches=30)
+    yield attention(amp)
+    # LayerNorm, residuals, GELU, bias gradients: about 30 arrays [N, width] a block, both ways.
+    yield Kernel("ψ", "LayerNorm, GELU, residuals", "stream",
+                 moved=BLOCKS * 30 * 4.0 * N * WIDTH, launches=BLOCKS * 40)  # fmt: skip
+    # Gram matrix, Cholesky, triangular solve and their gradients, in float64.
+    yield Kernel("ψ", "orthogonal head", "factorisation", {"float64": 6 * 2.0 * K * K * WIDTH},
+                 8.0 * 8 * K * WIDTH, launches=100)  # fmt: skip
+    yield Kernel("Adam", "Adam, fused", "stream", moved=28.0 * psi_parameters())
+
+
+def backbone_flops() -> float:
+    """A forward pass of ViT-S/16: qkv, projection, MLP of 4C, softmax attention, patches."""
+    block = 2 * C * (3 * C + C + 8 * C) + 4 * (PATCHES + 1) * C
+    return float(VIT_TOKENS * (VIT_BLOCKS * block + 2 * 768 * C))
+
+
+def backbone_kernels(amp: bool) -> Iterator[Kernel]:
+    """The frozen backbone, forward."""
+    precision, bytes_ = ("half", 2) if amp else ("float32", 4)
+    yield Kernel("backbone", "ViT-S/16, forward", "library product", {precision: backbone_flops()},
+                 launches=VIT_BLOCKS * 15)  # fmt: skip
+    # LayerNorm, residuals, GELU: about 20 arrays [tokens, C] a block.
+    yield Kernel("backbone", "LayerNorm, GELU, residuals", "stream",
+                 moved=VIT_BLOCKS * 20.0 * bytes_ * VIT_TOKENS * C)  # fmt: skip
+
+
+def step(amp: bool) -> list[Kernel]:
+    """A training step, in order."""
+    return [
+        *backbone_kernels(amp),
+        *graph_kernels(),
+        *psi_kernels(amp),
+        *objective_kernels(),
+    ]
+
+
+# ---- the page ----
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def rates_table() -> str:
+    """The data sheets' figures that everything else is computed from."""
+    lines = [
+        _row("", *(f"{gpu.name} ({arch})" for arch, gpu in GPUS.items())),
+        "|---|" + "---|" * len(GPUS),
+    ]
+    kinds = [("bfloat16, float16, TFLOP/s", "half", 1e12), ("TF32, TFLOP/s", "tf32", 1e12),
+             ("float32, TFLOP/s", "float32", 1e12), ("float64, TFLOP/s", "float64", 1e12),
+             ("memory, GB/s", "memory", 1e9), ("L2, GB/s (see below)", "cache", 1e9),
+             ("L2, MiB", "cache_bytes", 2**20)]  # fmt: skip
+    for title, name, unit in kinds:
+        lines.append(_row(title, *(f"{getattr(gpu, name) / unit:.4g}" for gpu in GPUS.values())))
+    return "\n".join(lines)
+
+
+def kernel_table(kernels: Sequence[Kernel]) -> str:
+    """One row a kernel: its work, and floor → expected time on each GPU."""
+    names = [f"{gpu.name}, ms" for gpu in GPUS.values()]
+    lines = [_row("kernel", "kind", "GFLOP", "memory, MB", "L2, MB", *names)]
+    lines.append("|---|---|" + "---:|" * (3 + len(names)))
+    for kernel in kernels:
+        work = (sum(kernel.flops.values()) / 1e9, kernel.moved / 1e6, kernel.cached / 1e6)
+        times = [f"{milliseconds(kernel.floor(g))} → {milliseconds(kernel.expected(g))}"
+                 for g in GPUS.values()]  # fmt: skip
+        shown = [f"{amount:,.0f}" if amount >= 0.5 else "" for amount in work]
+        lines.append(_row(kernel.name, kernel.kind, *shown, *times))
+    return "\n".join(lines)
+
+
+def step_table() -> str:
+    """A step by parts, with --amp and in float32, and how often it fits into the paper's."""
+    lines = [_row("part, expected ms", *(f"{gpu.name}, {how}" for gpu in GPUS.values()
+                                         for how in ("amp", "float32")))]  # fmt: skip
+    lines.append("|---|" + "---:|" * (2 * len(GPUS)))
+    columns = [(gpu, step(amp)) for gpu in GPUS.values() for amp in (True, False)]
+    for part in dict.fromkeys(kernel.part for kernel in step(True)):
+        times = (sum(k.expected(g) for k in kernels if k.part == part) for g, kernels in columns)
+        lines.append(_row(part, *map(milliseconds, times)))
+    totals = [sum(k.expected(g) for k in kernels) for g, kernels in columns]
+    floors = [sum(k.floor(g) for k in kernels) for g, kernels in columns]
+    lines.append(_row("**step**", *(f"**{milliseconds(t)}**" for t in totals)))
+    lines.append(_row("its floor", *map(milliseconds, floors)))
+    lines.append(_row("images a second", *(f"{B / t:,.0f}" for t in totals)))
+    minutes = (f"{STEPS * t / 60:.0f} min" for t in totals)
+    lines.append(_row(f"{STEPS:,} steps", *minutes))
+    return "\n".join(lines)
+
+
+def yardstick() -> str:
+    """A step on the RTX 3090 beside a step of the paper's training."""
+    amp, plain = (sum(k.expected(GPUS["sm_86"]) for k in step(how)) for how in (True, False))
+    return (
+        f"Half a day for {STEPS:,} steps is {THEN:.2f} s a step on an RTX 3090. Expected on the "
+        f"same card: {plain * 1e3:.0f} ms in float32 ({THEN / plain:.0f} times as fast), "
+        f"{amp * 1e3:.0f} ms with --amp ({THEN / amp:.0f} times)."
+    )
+
+
+def estimates() -> str:
+    """The generated part of the page."""
+    mixed = [attention(True), sparse("bfloat16", 2)]
+    return "\n\n".join(
+        [
+            "**Estimates, computed from data sheets. None of these times was measured.**",
+            "### Rates", rates_table(),
+            "### Kernels: floor → expected", kernel_table([*step(False), *mixed]),
+            "### A training step", step_table(), yardstick(),
+        ]
+    )  # fmt: skip
+
+
+# ---- resources ----
+
+
+def condensed(found: Sequence) -> str:
+    """One row a kernel and architecture: the worst of its configurations.
+
+    Args:
+        found: :class:`nefkern.triton.resources.Resources` of every kernel that ships.
+    """
+    groups: dict[tuple[str, str], list] = {}
+    for row in found:
+        groups.setdefault((_kernel_of(row.name), row.arch), []).append(row)
+    lines = [
+        "| kernel | arch | variants | registers | shared | occupancy | spilled | tensor cores |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for (name, arch), rows in sorted(groups.items()):
+        lines.append(
+            _row(
+                name, arch, str(len(rows)),
+                str(max(r.registers for r in rows)),
+                f"{max(r.shared for r in rows) / 1024:.1f} KiB",
+                f"{min(r.occupancy for r in rows):.0%}",
+                f"{max(r.spilled for r in rows)} B",
+                ", ".join(sorted({r.instruction or "**none**" for r in rows if r.product})),
+            )
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _kernel_of(name: str) -> str:
+    """Operator and kernel without the variant: no word with a digit or a comma is a kernel."""
+    return re.match(r"\w+( [a-z_]+\b(?!,))?", name)[0]
+
+
+def resources() -> str:
+    from nefkern.backends import interpreting
+    from nefkern.triton.resources import examine, shipped
+
+    if interpreting():
+        raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
+    return condensed([examine(kernel, arch) for kernel in shipped() for arch in GPUS])
+
+
+def written(page: str, name: str, text: str) -> str:
+    """The page with ``text`` between the markers of its generated part ``name``."""
+    begin = f"<!-- {name}: written by python -m bench.roofline -->"
+    return with_table(page, text, path=PAGE, begin=begin, end=f"<!-- end of {name} -->")
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n\n")[1])
+    parser.add_argument(
+        "--resources", action="store_true", help="compile the kernels: write that part instead"
+    )
+    options = parser.parse_args(arguments)
+    name = "resources" if options.resources else "estimates"
+    text = resources() if options.resources else estimates()
+    replace_file(PAGE, written(PAGE.read_text(), name, text))
+    print(f"{PAGE}: {name} written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The estimates of docs/gpu.md: their arithmetic, and that the page holds what the script says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import roofline
+from bench.roofline import Kernel, condensed, written
+from nefkern.eigenfunction import Eigenfunction, EigenfunctionConfig
+from nefkern.errors import UserError
+from nefkern.triton.rates import GPUS, Gpu, rates_of
+from nefkern.triton.resources import LIMITS, Resources
+
+#: 100 flop/s in half precision, 10 in float32; 10 bytes/s from memory, 100 from a cache of 50.
+SLOW = Gpu("slow", 100.0, 50.0, 10.0, 5.0, 10.0, 100.0, 50.0)
+
+
+def test_floor_is_the_longer_of_arithmetic_and_memory():
+    kernel = Kernel("ψ", "x", "stream", {"half": 200.0, "float32": 10.0}, moved=20.0)
+    assert kernel.floor(SLOW) == pytest.approx(3.0)  # 2 s and 1 s, one after the other
+    assert dataclasses.replace(kernel, moved=50.0).floor(SLOW) == pytest.approx(5.0)
+
+
+def test_expected_is_the_slowest_of_three_and_the_launches():
+    kernel = Kernel("ψ", "x", "library product", {"half": 65.0}, launches=2)
+    assert kernel.expected(SLOW) == pytest.approx(1.0 + 2 * roofline.LAUNCH)
+    moved = dataclasses.replace(kernel, moved=16.0)
+    assert moved.expected(SLOW) == pytest.approx(2.0 + 2 * roofline.LAUNCH)
+    cached = dataclasses.replace(moved, cached=180.0, resident=50.0)
+    assert cached.expected(SLOW) == pytest.approx(3.0 + 2 * roofline.LAUNCH)
+    # Half of it no longer fits: 90 bytes more come from memory.
+    missed = dataclasses.replace(cached, resident=100.0)
+    assert missed.expected(SLOW) == pytest.approx((16 + 90) / 8 + 2 * roofline.LAUNCH)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_no_kernel_is_expected_below_its_floor(amp):
+    for kernel in roofline.step(amp):
+        for gpu in GPUS.values():
+            assert kernel.expected(gpu) > kernel.floor(gpu), (kernel.name, gpu.name)
+
+
+def test_psi_is_counted_as_it_is_built():
+    with torch.device("meta"):
+        psi = Eigenfunction(roofline.WIDTH, roofline.C, EigenfunctionConfig(orthogonal=False))
+    assert roofline.psi_parameters() == sum(p.numel() for p in psi.parameters())
+    products = sum(m.weight.numel() for m in psi.modules() if isinstance(m, torch.nn.Linear))
+    assert roofline.psi_flops() == 2 * roofline.N * products
+    assert psi.blocks[0].attention.heads == roofline.HEADS
+
+
+def test_the_backbone_is_counted_as_timm_builds_it():
+    timm = pytest.importorskip("timm")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        vit = timm.create_model("vit_small_patch16_384", img_size=480, num_classes=0)
+        for block in vit.blocks:
+            block.attn.fused_attn = False
+        with FlopCounterMode(display=False) as counter:
+            vit(torch.empty(roofline.B, 3, 480, 480))
+    assert roofline.backbone_flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_rates_have_the_architectures_that_kernels_are_compiled_for():
+    assert set(GPUS) <= set(LIMITS)
+    assert rates_of(torch.device("cpu")) is GPUS["sm_80"]
+
+
+def row(name, arch="sm_80", **changes):
+    usual = Resources(name, arch, 32, 0, 2048, 0.5, "HMMA", True)
+    return dataclasses.replace(usual, **changes)
+
+
+def test_condensed_keeps_the_worst_of_each_kernel():
+    found = [
+        row("knn score 128 x 128, 8 warps", registers=100, occupancy=0.25),
+        row("knn score 64 x 128, 4 warps", shared=4096, spilled=8),
+        row("knn score 64 x 128, 4 warps", "sm_90", instruction="HGMMA"),
+        row("knn select", instruction="", product=False),
+        row("spmm float32, 16 x 256", instruction="", product=False),
+        row("spmm bfloat16, 16 x 256", instruction="", product=False, registers=40),
+    ]
+    assert condensed(found).splitlines()[2:] == [
+        "| knn score | sm_80 | 2 | 100 | 4.0 KiB | 25% | 8 B | HMMA |",
+        "| knn score | sm_90 | 1 | 32 | 2.0 KiB | 50% | 0 B | HGMMA |",
+        "| knn select | sm_80 | 1 | 32 | 2.0 KiB | 50% | 0 B |  |",
+        "| spmm | sm_80 | 2 | 40 | 2.0 KiB | 50% | 0 B |  |",
+    ]
+    assert "**none**" in condensed([row("knn score", instruction="")])
+
+
+def test_the_page_is_what_the_script_writes():
+    page = roofline.PAGE.read_text()
+    assert written(page, "estimates", roofline.estimates()) == page
+    changed = written(page, "resources", "a table")
+    assert "a table" in changed
+    assert written(changed, "estimates", roofline.estimates()) == changed
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(UserError, match=r"gpu\.md: expected the lines <!-- estimates"):
+        written("no markers", "estimates", "table")
+
+
+def test_the_resources_are_refused_in_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert roofline.main(["--resources"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
