@@ -1,0 +1,36 @@
+// csrc/cuda/knn.cu on the processor: the launcher and all of its kernels.
+#include "cuda/knn.cu"
+
+#include "driver.h"
+
+namespace {
+
+using nefkern::emulator::Case;
+using namespace nefkern::cuda;
+
+void run_knn(Case& one) {
+  const int64_t* offsets = one.input<int64_t>("offsets");
+  KnnArgs args{};
+  args.n = one.number("n");
+  args.channels = one.number("channels");
+  args.features = one.input<float>("features");
+  args.offsets = args.device_offsets = offsets;
+  args.segments = one.number("segments");
+  args.k = one.number("k");
+  args.euclidean = one.number("euclidean");
+  args.include_self = one.number("include_self");
+  args.method = static_cast<KnnMethod>(one.number("method"));
+  args.values = one.output<float>("values", args.n * args.k);
+  args.indices = one.output<int32_t>("indices", args.n * args.k);
+  args.tuning.score_bytes = one.number("score_bytes");
+  args.tuning.chunk_rows = one.number("chunk_rows");
+  args.tuning.sample_share = one.number("sample_share");
+  const cudaError_t error = knn(args, one.workspace<char>(knn_workspace(args)), nullptr);
+  if (error != cudaSuccess) throw nefkern::emulator::Failure("knn returned an error");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return nefkern::emulator::run_cases(argc, argv, {{"knn", &run_knn}});
+}
