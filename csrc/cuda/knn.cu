@@ -78,7 +78,7 @@ Workspace carve(const KnnArgs& args, void* memory) {
   space.rows = {carver.take<float>(n * depth), carver.take<unsigned char>(n), carver.take<int>(n),
                 carver.take<int>(n),           carver.take<unsigned>(1),      n,
                 depth};
-  int64_t longest = 0, fused_rows = 0, capacity = 0;
+  int64_t longest = 1, fused_rows = 0, capacity = 0;
   for (int64_t s = 0; s < args.segments; ++s) {
     const int64_t length = args.offsets[s + 1] - args.offsets[s];
     longest = std::max(longest, length);
@@ -89,7 +89,7 @@ Workspace carve(const KnnArgs& args, void* memory) {
   if (!direct(args)) {
     space.width = round_up(longest, 4);
     const int64_t fitting = args.tuning.score_bytes / (4 * space.width) / kTile * kTile;
-    space.score_rows = std::clamp<int64_t>(fitting, kTile, round_up(n, kTile));
+    space.score_rows = std::clamp<int64_t>(fitting, kTile, round_up(std::max<int64_t>(n, 1), kTile));
     space.scores = carver.take<float>(space.score_rows * space.width);
   }
   if (fused_rows > 0) {
@@ -139,8 +139,8 @@ class Knn {
   Knn(const KnnArgs& args, void* workspace, cudaStream_t stream)
       : args_(args),
         space_(carve(args, workspace)),
-        out_{args.values, args.indices, args.k, space_.rows.largest},
-        select_size_(selection_size(std::min<int64_t>(args.k, kMaxKeep))),
+        out_{args.values, args.indices, args.k, args.tuning.keep, space_.rows.largest},
+        select_size_(selection_size(std::min(args.k, args.tuning.keep))),
         launch_(stream) {}
 
   cudaError_t run() {
@@ -269,7 +269,7 @@ class Knn {
 }  // namespace
 
 bool knn_fuses(const KnnArgs& args, int64_t length) {
-  const bool possible = !direct(args) && args.k <= kMaxKeep && length > 0 &&
+  const bool possible = !direct(args) && args.k <= args.tuning.keep && length > 0 &&
                         args.k <= length / args.tuning.fused_share;
   if (args.method != KnnMethod::kAuto) return possible && args.method == KnnMethod::kFused;
   return possible && length >= args.tuning.fused_rows;

@@ -24,6 +24,8 @@ struct KnnTuning {
   int64_t fused_share = 8;                  // if k is at most this part of them
   int64_t chunk_rows = 16384;               // rows whose candidates are held at a time
   int64_t sample_share = 16;                // a threshold comes from this part of a segment
+  int64_t keep = 2048;  // neighbours sorted at a time in shared memory; a larger k takes several
+                        // passes over a row's values, ceil(k / keep), and is never fused
 };
 
 struct KnnArgs {
@@ -31,7 +33,7 @@ struct KnnArgs {
   int64_t n;              // below 2^31
   int64_t channels;
   const int64_t* offsets;         // host, [segments + 1], from 0 to n, never falling
-  const int64_t* device_offsets;  // the same on the device
+  const int64_t* device_offsets;  // the same on the device; null if there is one segment
   int64_t segments;
   int64_t k;
   bool euclidean;

@@ -130,6 +130,11 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   if (lane != 0) return;
   rows.present[i] = finite;
+  if (!offsets) {  // one segment
+    rows.begin[i] = 0;
+    rows.end[i] = static_cast<int>(rows.n);
+    return;
+  }
   int64_t low = 0, high = segments;  // the last s with offsets[s] <= i: empty ones are passed over
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;

@@ -8,7 +8,6 @@ namespace nefkern::cuda {
 constexpr int kSelectThreads = 128;
 constexpr int kSelectEach = 4;  // keys a thread looks at between barriers
 constexpr int kSelectChunk = kSelectThreads * kSelectEach;
-constexpr int kMaxKeep = 2048;  // at a time; more take several passes over the stream
 constexpr uint64_t kNoKey = ~uint64_t{0};
 
 // Ascending keys: value descending, then index ascending. -0 counts as 0.
@@ -101,6 +100,7 @@ struct Output {
   float* values;           // [n, k]
   int* indices;            // [n, k]
   int64_t k;
+  int64_t keep;             // places found in one pass
   const unsigned* largest;  // of Rows
 };
 
@@ -119,14 +119,14 @@ __device__ __forceinline__ void write_places(const Output& out, int64_t i, int64
   }
 }
 
-// All k places of row i from a stream of its candidates' keys: kMaxKeep at a time, each time those
-// after the last. So any k works, and k > kMaxKeep costs ceil(k / kMaxKeep) passes.
+// All k places of row i from a stream of its candidates' keys: `keep` at a time, each time those
+// after the last. So any k works, at the cost of ceil(k / keep) passes.
 template <bool kEuclidean, class KeyOf>
 __device__ __forceinline__ void write_lowest(const Output& out, int64_t i, uint64_t* keys, int size,
                                              int64_t total, const KeyOf& key_of) {
   uint64_t floor = 0;  // the key of a NaN: below all
-  for (int64_t first = 0; first < out.k; first += kMaxKeep) {
-    const int keep = static_cast<int>(min(out.k - first, int64_t{kMaxKeep}));
+  for (int64_t first = 0; first < out.k; first += out.keep) {
+    const int keep = static_cast<int>(min(out.k - first, out.keep));
     const int found = select_lowest(keys, size, keep, floor, total, key_of);
     // Once the candidates are exhausted only marks are left to write.
     const int64_t last = found < keep ? out.k : first + keep;

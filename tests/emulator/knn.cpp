@@ -13,9 +13,10 @@ void run_knn(Case& one) {
   KnnArgs args{};
   args.n = one.number("n");
   args.channels = one.number("channels");
-  args.features = one.input<float>("features");
-  args.offsets = args.device_offsets = offsets;
+  if (args.n * args.channels > 0) args.features = one.input<float>("features");
   args.segments = one.number("segments");
+  args.offsets = offsets;
+  if (args.segments > 1) args.device_offsets = offsets;
   args.k = one.number("k");
   args.euclidean = one.number("euclidean");
   args.include_self = one.number("include_self");
@@ -25,8 +26,13 @@ void run_knn(Case& one) {
   args.tuning.score_bytes = one.number("score_bytes");
   args.tuning.chunk_rows = one.number("chunk_rows");
   args.tuning.sample_share = one.number("sample_share");
-  const cudaError_t error = knn(args, one.workspace<char>(knn_workspace(args)), nullptr);
+  args.tuning.keep = one.number("keep");
+  char* workspace = one.workspace<char>(knn_workspace(args));
+  const cudaError_t error = knn(args, workspace, nullptr);
   if (error != cudaSuccess) throw nefkern::emulator::Failure("knn returned an error");
+  // Of the last chunk: whether estimates were enough. -1: there were none.
+  const int* redone = carve(args, workspace).candidates.redo_count;
+  *one.output<int>("redone", 1) = redone ? *redone : -1;
 }
 
 }  // namespace
