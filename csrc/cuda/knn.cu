@@ -1,9 +1,9 @@
-#include "cuda/knn.h"
-
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/knn.h"
 #include "cuda/knn_fused.cuh"
+#include "cuda/workspace.h"
 
 namespace nefkern::cuda {
 namespace {
@@ -39,24 +39,7 @@ int rerank_size(int64_t k) {
   return size;
 }
 
-// Hands out pieces of the workspace; from null, only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 256));
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-struct Workspace {
+struct Memory {
   Rows rows{};
   Estimates estimates{};
   Candidates candidates{};
@@ -69,14 +52,17 @@ struct Workspace {
 
 bool direct(const KnnArgs& args) { return args.channels <= kDirectChannels; }
 
-Workspace carve(const KnnArgs& args, void* memory) {
-  Carver carver(memory);
-  Workspace space;
-  const int64_t n = args.n, depth = direct(args)
-                                        ? round_up(std::max<int64_t>(args.channels, 1), 4)
-                                        : round_up(args.channels, kStageDepth);
-  space.rows = {carver.take<float>(n * depth), carver.take<unsigned char>(n), carver.take<int>(n),
-                carver.take<int>(n),           carver.take<unsigned>(1),      n,
+Memory cut(const KnnArgs& args, void* memory) {
+  Workspace workspace(memory);
+  Memory space;
+  const int64_t n = args.n, depth = direct(args) ? round_up(std::max<int64_t>(args.channels, 1), 4)
+                                                 : round_up(args.channels, kStageDepth);
+  space.rows = {workspace.take<float>(n * depth),
+                workspace.take<unsigned char>(n),
+                workspace.take<int>(n),
+                workspace.take<int>(n),
+                workspace.take<unsigned>(1),
+                n,
                 depth};
   int64_t longest = 1, fused_rows = 0, capacity = 0;
   for (int64_t s = 0; s < args.segments; ++s) {
@@ -89,24 +75,25 @@ Workspace carve(const KnnArgs& args, void* memory) {
   if (!direct(args)) {
     space.width = round_up(longest, 4);
     const int64_t fitting = args.tuning.score_bytes / (4 * space.width) / kTile * kTile;
-    space.score_rows = std::clamp<int64_t>(fitting, kTile, round_up(std::max<int64_t>(n, 1), kTile));
-    space.scores = carver.take<float>(space.score_rows * space.width);
+    space.score_rows =
+        std::clamp<int64_t>(fitting, kTile, round_up(std::max<int64_t>(n, 1), kTile));
+    space.scores = workspace.take<float>(space.score_rows * space.width);
   }
   if (fused_rows > 0) {
-    space.estimates = {carver.take<__half>(n * depth), carver.take<float>(depth),
-                       carver.take<float>(n),          carver.take<float>(n),
-                       carver.take<float>(n),          carver.take<Maxima>(1)};
+    space.estimates = {workspace.take<__half>(n * depth), workspace.take<float>(depth),
+                       workspace.take<float>(n),          workspace.take<float>(n),
+                       workspace.take<float>(n),          workspace.take<Maxima>(1)};
     space.candidate_floats = 2 * fused_rows * capacity;
-    float* both = carver.take<float>(space.candidate_floats);
-    space.candidates = {carver.take<float>(fused_rows),
-                        carver.take<int>(fused_rows),
+    float* both = workspace.take<float>(space.candidate_floats);
+    space.candidates = {workspace.take<float>(fused_rows),
+                        workspace.take<int>(fused_rows),
                         both,
                         both ? reinterpret_cast<int*>(both + fused_rows * capacity) : nullptr,
                         capacity,
-                        carver.take<int>(fused_rows),
-                        carver.take<int>(1)};
+                        workspace.take<int>(fused_rows),
+                        workspace.take<int>(1)};
   }
-  space.bytes = carver.used();
+  space.bytes = workspace.bytes();
   return space;
 }
 
@@ -138,7 +125,7 @@ class Knn {
  public:
   Knn(const KnnArgs& args, void* workspace, cudaStream_t stream)
       : args_(args),
-        space_(carve(args, workspace)),
+        space_(cut(args, workspace)),
         out_{args.values, args.indices, args.k, args.tuning.keep, space_.rows.largest},
         select_size_(selection_size(std::min(args.k, args.tuning.keep))),
         launch_(stream) {}
@@ -260,7 +247,7 @@ class Knn {
   }
 
   const KnnArgs& args_;
-  Workspace space_;
+  Memory space_;
   Output out_;
   int select_size_;
   Launches launch_;
@@ -275,7 +262,7 @@ bool knn_fuses(const KnnArgs& args, int64_t length) {
   return possible && length >= args.tuning.fused_rows;
 }
 
-size_t knn_workspace(const KnnArgs& args) { return carve(args, nullptr).bytes; }
+size_t knn_workspace(const KnnArgs& args) { return cut(args, nullptr).bytes; }
 
 cudaError_t knn(const KnnArgs& args, void* workspace, cudaStream_t stream) {
   if (args.n == 0) return cudaSuccess;

@@ -1,4 +1,5 @@
-// All values of a row, in float32: the baseline, and what redoes the rows that estimates leave open.
+// All values of a row, in float32: the baseline, and what redoes the rows that estimates leave
+// open.
 #pragma once
 
 #include "cuda/knn_select.cuh"
@@ -51,15 +52,15 @@ struct ExactTiles {
   alignas(16) float b[kTileDepth][kTile + 4];
 };
 
-// Brings kTileDepth channels of a tile's rows to shared memory. Each thread has four of two rows, 64
-// apart: row threadIdx.x / 4 is the first; null: zeros.
+// Brings kTileDepth channels of a tile's rows to shared memory. Each thread has four of two rows,
+// 64 apart: row threadIdx.x / 4 is the first; null: zeros.
 __device__ __forceinline__ void load_tile(float (&tile)[kTileDepth][kTile + 4],
                                           const float* const (&rows)[2], int64_t c) {
   const int row = threadIdx.x / 4, piece = threadIdx.x % 4 * 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float4 part = rows[h] ? *reinterpret_cast<const float4*>(rows[h] + c + piece)
-                                : make_float4(0, 0, 0, 0);
+    const float4 part =
+        rows[h] ? *reinterpret_cast<const float4*>(rows[h] + c + piece) : make_float4(0, 0, 0, 0);
     tile[piece][row + 64 * h] = part.x;
     tile[piece + 1][row + 64 * h] = part.y;
     tile[piece + 2][row + 64 * h] = part.z;

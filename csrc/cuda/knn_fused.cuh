@@ -92,7 +92,7 @@ struct Products {
   float sum[kRowFragments][kColumnFragments][4];
 
   __device__ __forceinline__ void multiply(const Stage& stage, int warp_row, int warp_column) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int k = 0; k < kStageDepth / 16; ++k) {
       uint32_t a[kRowFragments][4], b[kColumnFragments / 2][4];
@@ -116,7 +116,7 @@ struct Products {
 
 // Where the p-th of a thread's rows, the q-th of its columns is in its warp's part.
 __device__ __forceinline__ int fragment_row(int p) {
-  return p / 2 * 16 + p % 2 * 8 + threadIdx.x % 32 / 4;
+  return p / 2 * 16 + p % 2 * 8 + threadIdx.x % kWarp / 4;
 }
 __device__ __forceinline__ int fragment_column(int q) {
   return q / 2 * 8 + threadIdx.x % 4 * 2 + q % 2;
@@ -213,7 +213,7 @@ __device__ __forceinline__ int64_t column_row(const TileTask& task, int64_t colu
 __device__ __forceinline__ void write_sample(const TileScores& scores, int64_t first_column,
                                              float* sample_scores) {
   const TileTask& task = scores.task;
-  scores.for_each_row([&](int p, const float(&score)[kThreadColumns]) {
+  scores.for_each_row([&](int p, const float (&score)[kThreadColumns]) {
     const int64_t i = scores.row(p);
     if (i >= task.chunk.last) return;
 #pragma unroll
@@ -244,7 +244,7 @@ __device__ __forceinline__ void collect(const TileScores& scores, int64_t i0, in
   const int self = i0 == j0 && !scores.task.include_self ? warp_row - warp_column : kTile;
   // f(p, q, score, whether it is a candidate of the row, of the column)
   const auto for_each = [&](const auto& f) {
-    scores.for_each_row([&](int p, const float(&score)[kThreadColumns]) {
+    scores.for_each_row([&](int p, const float (&score)[kThreadColumns]) {
       const int64_t i = scores.row(p);
       const float for_row = i < chunk.last ? candidates.threshold[i - chunk.first] : kNothing;
 #pragma unroll
@@ -258,14 +258,14 @@ __device__ __forceinline__ void collect(const TileScores& scores, int64_t i0, in
   int mine = 0;
   for_each([&](int, int, float, bool row, bool column) { mine += row + column; });
   int place = mine;  // inclusive sums over the warp
-  const int lane = threadIdx.x % 32;
-  for (int d = 1; d < 32; d *= 2) {
+  const int lane = threadIdx.x % kWarp;
+  for (int d = 1; d < kWarp; d *= 2) {
     const int before = __shfl_up_sync(kAllLanes, place, d);
     if (lane >= d) place += before;
   }
   int base = 0;
-  if (lane == 31) base = atomicAdd(&found, place);
-  place += __shfl_sync(kAllLanes, base, 31) - mine;
+  if (lane == kWarp - 1) base = atomicAdd(&found, place);
+  place += __shfl_sync(kAllLanes, base, kWarp - 1) - mine;
 
   const auto offer = [&](const Found& one) {
     const int64_t i = i0 + (one.pair >> 8 & 0xff), j = j0 + (one.pair & 0xff);
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   Stage* stages = dynamic_shared<Stage>();
   int& found = block_shared<FoundCount>().found;
   if (threadIdx.x == 0) found = 0;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / kWarp;
   const int warp_row = warp % 2 * kWarpRows, warp_column = warp / 2 * kWarpColumns;
   Products products = {};
   multiply_tile(products, stages, loads, task.depth, warp_row, warp_column);
@@ -360,8 +360,8 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
 // ---- re-rank ----
 
 struct RerankSums {
-  float least[kSelectThreads / 32], largest[kSelectThreads / 32];
-  int reached[kSelectThreads / 32];
+  float least[kSelectThreads / kWarp], largest[kSelectThreads / kWarp];
+  int reached[kSelectThreads / kWarp];
   int kept;
 };
 
@@ -372,10 +372,10 @@ __device__ __forceinline__ int count_reached(const float* scores, int count, flo
   int reached = 0;
   for (int c = threadIdx.x; c < count; c += kSelectThreads) reached += scores[c] >= bound;
   reached = __reduce_add_sync(kAllLanes, reached);
-  if (threadIdx.x % 32 == 0) sums.reached[threadIdx.x / 32] = reached;
+  if (threadIdx.x % kWarp == 0) sums.reached[threadIdx.x / kWarp] = reached;
   __syncthreads();
   reached = 0;
-  for (int w = 0; w < kSelectThreads / 32; ++w) reached += sums.reached[w];
+  for (int w = 0; w < kSelectThreads / kWarp; ++w) reached += sums.reached[w];
   return reached;
 }
 
@@ -390,12 +390,12 @@ __device__ __forceinline__ float about_kth(const float* scores, int count, int k
   }
   low = -warp_max(-low);
   high = warp_max(high);
-  if (threadIdx.x % 32 == 0) {
-    sums.least[threadIdx.x / 32] = low;
-    sums.largest[threadIdx.x / 32] = high;
+  if (threadIdx.x % kWarp == 0) {
+    sums.least[threadIdx.x / kWarp] = low;
+    sums.largest[threadIdx.x / kWarp] = high;
   }
   __syncthreads();
-  for (int w = 0; w < kSelectThreads / 32; ++w) {
+  for (int w = 0; w < kSelectThreads / kWarp; ++w) {
     low = fminf(low, sums.least[w]);
     high = fmaxf(high, sums.largest[w]);
   }
@@ -425,7 +425,8 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   const float threshold = candidates.threshold[r];
   if (!rows.present[i]) return write_places<kEuclidean>(out, i, 0, out.k, nullptr, 0);
   const auto redo = [&] {
-    if (threadIdx.x == 0) candidates.redo[atomicAdd(candidates.redo_count, 1)] = static_cast<int>(i);
+    if (threadIdx.x == 0)
+      candidates.redo[atomicAdd(candidates.redo_count, 1)] = static_cast<int>(i);
   };
   if (count < k || count > candidates.capacity) return redo();
 

@@ -31,23 +31,17 @@
 #include <cstdint>
 #include <limits>
 
-#include "cuda/device.cuh"
+#include "cuda/warp.cuh"
 
 namespace nefkern::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold of a row left out
 constexpr float kAnything = -FLT_MAX;
 constexpr int kRowThreads = 256;
-constexpr int kRowWarps = kRowThreads / 32;
-
-__device__ __forceinline__ double warp_sum(double x) {
-  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-  return x;
-}
+constexpr int kRowWarps = kRowThreads / kWarp;
 
 __device__ __forceinline__ float warp_max(float x) {
-  for (int d = 16; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  for (int d = kWarp / 2; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
   return x;
 }
 
@@ -78,7 +72,7 @@ __global__ void __launch_bounds__(kRowThreads)
     if (entry <= FLT_MAX) found = fmaxf(found, entry);
   }
   found = warp_max(found);
-  if (threadIdx.x % 32 == 0) atomic_max(largest, found);
+  if (lane_id() == 0) atomic_max(largest, found);
 }
 
 // The power of two that brings `largest` into [1, 2): squares neither overflow nor vanish, and
@@ -94,14 +88,14 @@ template <bool kEuclidean>
 __global__ void __launch_bounds__(kRowThreads)
     prepare_rows(const float* features, int64_t channels, const int64_t* offsets, int64_t segments,
                  Rows rows) {
-  const int64_t i = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
+  const int64_t i = global_warp();
   if (i >= rows.n) return;
-  const int lane = threadIdx.x % 32;
+  const int lane = lane_id();
   const float* x = features + i * channels;
   float* y = rows.values + i * rows.depth;
   float largest = 0;
   bool finite = true;
-  for (int64_t c = lane; c < channels; c += 32) {
+  for (int64_t c = lane; c < channels; c += kWarp) {
     const float entry = fabsf(x[c]);
     finite = finite && entry <= FLT_MAX;
     largest = fmaxf(largest, entry);
@@ -114,7 +108,7 @@ __global__ void __launch_bounds__(kRowThreads)
     largest = warp_max(largest);
     double total = 0;
     if (finite && largest > 0) {
-      for (int64_t c = lane; c < channels; c += 32) {
+      for (int64_t c = lane; c < channels; c += kWarp) {
         const float entry = x[c] / largest;
         total += static_cast<double>(entry) * entry;
       }
@@ -124,7 +118,7 @@ __global__ void __launch_bounds__(kRowThreads)
     total = warp_sum(total);
     if (total > 0) norm = static_cast<float>(sqrt(total));
   }
-  for (int64_t c = lane; c < rows.depth; c += 32) {
+  for (int64_t c = lane; c < rows.depth; c += kWarp) {
     const float entry = finite && c < channels ? x[c] : 0.0f;
     y[c] = kEuclidean ? entry * scale : entry / largest / norm;
   }
@@ -164,14 +158,14 @@ struct Estimates {
   Maxima* maxima;
 };
 
-// Any vector will do: the mean of some thousand rows. A block has 32 channels.
+// Any vector will do: the mean of some thousand rows. A block has kWarp channels.
 __global__ void __launch_bounds__(kRowThreads) find_centre(Rows rows, float* centre) {
   struct Sums {
-    float part[kRowWarps][32];
+    float part[kRowWarps][kWarp];
   };
   Sums& sums = block_shared<Sums>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t c = int64_t{blockIdx.x} * 32 + lane;
+  const int lane = lane_id(), warp = threadIdx.x / kWarp;
+  const int64_t c = int64_t{blockIdx.x} * kWarp + lane;
   const int64_t stride = max(int64_t{1}, rows.n / 1024);
   const int64_t count = (rows.n + stride - 1) / stride;
   float sum = 0;
@@ -186,12 +180,12 @@ __global__ void __launch_bounds__(kRowThreads) find_centre(Rows rows, float* cen
 // One warp a row: p, u, |d| and r.
 template <bool kEuclidean>
 __global__ void __launch_bounds__(kRowThreads) pack_rows(Rows rows, Estimates estimates) {
-  const int64_t i = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
+  const int64_t i = global_warp();
   if (i >= rows.n) return;
-  const int lane = threadIdx.x % 32;
+  const int lane = lane_id();
   const float* y = rows.values + i * rows.depth;
   double length = 0, residual = 0, along = 0, middle = 0;
-  for (int64_t c = lane; c < rows.depth; c += 32) {
+  for (int64_t c = lane; c < rows.depth; c += kWarp) {
     const double entry = y[c], centre = estimates.centre[c], d = entry - centre;
     const __half p = __float2half_rn(static_cast<float>(d));
     const double rest = d - static_cast<double>(__half2float(p));
@@ -225,7 +219,8 @@ struct Margin {
 
   // The threshold once k candidates reach `score`.
   __device__ float threshold_from(float score) const {
-    const double bound = score - 2 * absolute - relative * (fabs(static_cast<double>(score)) + absolute);
+    const double bound =
+        score - 2 * absolute - relative * (fabs(static_cast<double>(score)) + absolute);
     return fmaxf(kAnything, nextafterf(static_cast<float>(bound), -kNothing));
   }
 };

@@ -97,8 +97,8 @@ __device__ __forceinline__ int select_lowest(uint64_t* keys, int size, int keep,
 // ---- results ----
 
 struct Output {
-  float* values;           // [n, k]
-  int* indices;            // [n, k]
+  float* values;  // [n, k]
+  int* indices;   // [n, k]
   int64_t k;
   int64_t keep;             // places found in one pass
   const unsigned* largest;  // of Rows

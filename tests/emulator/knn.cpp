@@ -31,7 +31,7 @@ void run_knn(Case& one) {
   const cudaError_t error = knn(args, workspace, nullptr);
   if (error != cudaSuccess) throw nefkern::emulator::Failure("knn returned an error");
   // Of the last chunk: whether estimates were enough. -1: there were none.
-  const int* redone = carve(args, workspace).candidates.redo_count;
+  const int* redone = cut(args, workspace).candidates.redo_count;
   *one.output<int>("redone", 1) = redone ? *redone : -1;
 }
 

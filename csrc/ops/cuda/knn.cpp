@@ -14,15 +14,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// features [N, C] float32 on the GPU, offsets [S + 1] int64 on the host (which plans by them) and on
-// the GPU (none: one segment) -> values [N, k] float32, indices [N, k] int32. `method`: KnnMethod.
+// features [N, C] float32 on the GPU, offsets [S + 1] int64 on the host (which plans by them) and
+// on the GPU (none: one segment) -> values [N, k] float32, indices [N, k] int32. `method`:
+// KnnMethod.
 std::tuple<Tensor, Tensor> knn(const Tensor& features, const Tensor& offsets,
                                const std::optional<Tensor>& device_offsets, int64_t k,
                                bool euclidean, bool include_self, int64_t method) {
   STD_TORCH_CHECK(features.dim() == 2 && features.scalar_type() == ScalarType::Float,
                   "knn: expected float32 features [N, C]");
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long &&
-                      offsets.is_cpu() && offsets.numel() > 0 && k > 0 && 0 <= method && method <= 2,
+                      offsets.is_cpu() && offsets.numel() > 0 && k > 0 && 0 <= method &&
+                      method <= 2,
                   "knn: expected int64 offsets [S + 1] on the host, a positive k and a method");
   const Tensor x = torch::stable::contiguous(features);
   const Tensor bounds = torch::stable::contiguous(offsets);
@@ -54,8 +56,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& features, const Tensor& offsets,
   args.values = values.mutable_data_ptr<float>();
   args.indices = indices.mutable_data_ptr<int32_t>();
   const Tensor workspace = nefkern::bytes_like(x, nefkern::cuda::knn_workspace(args));
-  nefkern::check_cuda("knn",
-                      nefkern::cuda::knn(args, workspace.mutable_data_ptr(), on.stream()));
+  nefkern::check_cuda("knn", nefkern::cuda::knn(args, workspace.mutable_data_ptr(), on.stream()));
   return {values, indices};
 }
 
