@@ -117,9 +117,10 @@ def test_shapes(knn, n, channels, k, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_several_tiles(knn, metric):
-    """Two chunks of rows and three tiles of columns, the last ones ragged: mirrored tiles and not."""
+    """Two chunks of rows, three tiles of columns, the last ragged; mirrored tiles and not."""
     x = normal(260, 33)
-    fused = knn(x, 12, metric, method="fused", order="random" if metric == "cosine" else "forward")
+    order = "random" if metric == "cosine" else "forward"
+    fused = knn(x, 12, metric, method="fused", order=order)
     assert 0 <= fused[2] < 10, "estimates decided hardly any row"
     assert_best(fused, x, 12, metric)
     assert_same(fused, knn(x, 12, metric, method="baseline", order="forward"))
