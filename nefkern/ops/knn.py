@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,31 @@ def _triton(features, k, metric, segments, include_self, check_finite):
 
     bounds = _check_values(features, segments, check_finite)
     return knn(features, k, metric, segments, bounds, include_self)
+
+
+#: How the CUDA kernels find neighbours, by NEFKERN_KNN_CUDA: "baseline" computes all values in
+#: float32; "fused" lets tensor cores choose the candidates whose values are then computed, where k
+#: allows (csrc/cuda/knn.h); "auto", the default, does that for long segments only. Results are the
+#: same to the last bit: the choice is open until both have been measured on a GPU.
+CUDA_METHODS = ("auto", "baseline", "fused")
+
+
+def _cuda_method() -> int:
+    name = os.environ.get("NEFKERN_KNN_CUDA") or CUDA_METHODS[0]
+    if name not in CUDA_METHODS:
+        expected = ", ".join(CUDA_METHODS)
+        raise ValueError(f"NEFKERN_KNN_CUDA={name}: expected one of {expected}")
+    return CUDA_METHODS.index(name)
+
+
+@registry.kernel("knn", "cuda", accepts=lambda features, *_: features.dtype != torch.float64)
+def _cuda(features, k, metric, segments, include_self, check_finite):
+    bounds = torch.tensor(_check_values(features, segments, check_finite))
+    if segments is not None:
+        segments = segments.to(features.device, torch.int64).contiguous()
+    return torch.ops.nefkern_native.knn_cuda(
+        features.float(), bounds, segments, k, metric == "euclidean", include_self, _cuda_method()
+    )
 
 
 def _setup_context(ctx, inputs, output):

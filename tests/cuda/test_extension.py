@@ -11,8 +11,8 @@ from nefkern import backends, ops
 from nefkern.ops import registry
 
 #: Operators with a CUDA kernel of their own; the others are made of these and of dense products.
-KERNELS = ("normalized_adjacency", "add", "spmm")
-SERVED = (*KERNELS, "kappa", "quadratic_form", "neuralef_loss")
+KERNELS = ("knn_cuda", "normalized_adjacency", "add", "spmm")
+SERVED = ("knn", *KERNELS[1:], "kappa", "quadratic_form", "neuralef_loss")
 
 
 @pytest.fixture
@@ -58,6 +58,7 @@ def test_cuda_kernels_are_the_first_choice_on_a_gpu(monkeypatch, name):
         indices = torch.empty(4, 2, dtype=torch.int32, device="cuda")
         graph = (offsets, columns, values)
         arguments = {
+            "knn": (x, 2, "cosine", None, False, False),
             "normalized_adjacency": (indices, None, 4, "mean", 0.0),
             "add": (*graph, *graph, 1.0),
             "spmm": (*graph, x, True),
@@ -68,7 +69,7 @@ def test_cuda_kernels_are_the_first_choice_on_a_gpu(monkeypatch, name):
         chosen = registry.select(name, *arguments)
         assert chosen is registry._kernels[name]["cuda"][0]
         wide = [a.double() if a is x or a is values else a for a in arguments]
-        if name in ("add", "spmm", "quadratic_form", "neuralef_loss"):
+        if name in ("knn", "add", "spmm", "quadratic_form", "neuralef_loss"):
             assert registry.select(name, *wide) is registry._kernels[name]["reference"][0]
 
 

@@ -46,6 +46,19 @@ def test_spmm_loads_16_bytes(found):
     assert not any("LDG.E.128" in r.code for r in by_element)
 
 
+def test_knn_estimates_on_tensor_cores(found):
+    tiles = [r for r in found if "estimate_tiles" in r.kernel]
+    assert len(tiles) == 2 * len(resources.architectures())
+    for needed in (r"HMMA\.16816\.F32 ", r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\S*\.128"):
+        assert [(r.kernel, r.arch) for r in tiles if not re.search(needed, r.code)] == []
+
+
+def test_knn_loads_16_bytes(found):
+    exact = [r for r in found if re.search("exact_tile|rerank_rows|direct_rows", r.kernel)]
+    assert len(exact) == 6 * len(resources.architectures())
+    assert [(r.kernel, r.arch) for r in exact if not re.search(r"LDG\.E\.128", r.code)] == []
+
+
 def test_only_flags_are_written_atomically(found):
     """Results must not depend on the order of atomic additions: there are none in floats."""
     graph = [r for r in found if r.source in ("add", "normalized_adjacency", "spmm")]

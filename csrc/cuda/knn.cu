@@ -1,0 +1,273 @@
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/knn.h"
+#include "cuda/knn_fused.cuh"
+#include "cuda/workspace.h"
+
+namespace nefkern::cuda {
+namespace {
+
+int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+int64_t round_up(int64_t size, int64_t multiple) { return tiles(size, multiple) * multiple; }
+
+// How candidates of a segment are found: see knn_fused.cuh.
+struct FusedSizes {
+  int64_t sample;    // rows
+  int rank;          // in the sample's scores, of the threshold
+  int64_t capacity;  // candidates a row
+};
+
+// `rank`: by the sample, k rows reach the threshold but once in ten thousand; `capacity`: and they
+// don't fit even less often. (Of the k best, a Poisson number of about `share` is in the sample.)
+FusedSizes fused_sizes(const KnnArgs& args, int64_t length) {
+  FusedSizes sizes{};
+  sizes.sample = std::min(round_up(tiles(length, args.tuning.sample_share), kTile), length);
+  const double part = static_cast<double>(length) / static_cast<double>(sizes.sample);
+  const double share = static_cast<double>(args.k) / part;
+  const double rank = std::ceil(share + 4 * std::sqrt(share) + 4);
+  sizes.rank = static_cast<int>(std::min(rank, static_cast<double>(sizes.sample)));
+  const double most = (rank + 5 * std::sqrt(rank) + 5) * part;
+  sizes.capacity = std::min(round_up(static_cast<int64_t>(most), 32), length);
+  return sizes;
+}
+
+// Room for the candidates that the margin leaves, to sort them.
+int rerank_size(int64_t k) {
+  int size = 1;
+  while (size < k + std::max<int64_t>(k / 4, 64)) size *= 2;
+  return size;
+}
+
+struct Memory {
+  Rows rows{};
+  Estimates estimates{};
+  Candidates candidates{};
+  float* scores = nullptr;
+  int64_t width = 0;             // of a row of scores, at most
+  int64_t score_rows = 0;        // rows of them
+  int64_t candidate_floats = 0;  // the candidates' memory, as floats for scores
+  size_t bytes = 0;
+};
+
+bool direct(const KnnArgs& args) { return args.channels <= kDirectChannels; }
+
+Memory cut(const KnnArgs& args, void* memory) {
+  Workspace workspace(memory);
+  Memory space;
+  const int64_t n = args.n, depth = direct(args) ? round_up(std::max<int64_t>(args.channels, 1), 4)
+                                                 : round_up(args.channels, kStageDepth);
+  space.rows = {workspace.take<float>(n * depth),
+                workspace.take<unsigned char>(n),
+                workspace.take<int>(n),
+                workspace.take<int>(n),
+                workspace.take<unsigned>(1),
+                n,
+                depth};
+  int64_t longest = 1, fused_rows = 0, capacity = 0;
+  for (int64_t s = 0; s < args.segments; ++s) {
+    const int64_t length = args.offsets[s + 1] - args.offsets[s];
+    longest = std::max(longest, length);
+    if (!knn_fuses(args, length)) continue;
+    fused_rows = std::max(fused_rows, std::min(length, args.tuning.chunk_rows));
+    capacity = std::max(capacity, fused_sizes(args, length).capacity);
+  }
+  if (!direct(args)) {
+    space.width = round_up(longest, 4);
+    const int64_t fitting = args.tuning.score_bytes / (4 * space.width) / kTile * kTile;
+    space.score_rows =
+        std::clamp<int64_t>(fitting, kTile, round_up(std::max<int64_t>(n, 1), kTile));
+    space.scores = workspace.take<float>(space.score_rows * space.width);
+  }
+  if (fused_rows > 0) {
+    space.estimates = {workspace.take<__half>(n * depth), workspace.take<float>(depth),
+                       workspace.take<float>(n),          workspace.take<float>(n),
+                       workspace.take<float>(n),          workspace.take<Maxima>(1)};
+    space.candidate_floats = 2 * fused_rows * capacity;
+    float* both = workspace.take<float>(space.candidate_floats);
+    space.candidates = {workspace.take<float>(fused_rows),
+                        workspace.take<int>(fused_rows),
+                        both,
+                        both ? reinterpret_cast<int*>(both + fused_rows * capacity) : nullptr,
+                        capacity,
+                        workspace.take<int>(fused_rows),
+                        workspace.take<int>(1)};
+  }
+  space.bytes = workspace.bytes();
+  return space;
+}
+
+// Launches one kernel after another on a stream, up to the first error.
+class Launches {
+ public:
+  explicit Launches(cudaStream_t stream) : stream_(stream) {}
+
+  template <class... Params, class... Args>
+  void operator()(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
+                  Args... args) {
+    if (error_ != cudaSuccess) return;
+    // A grid of more than 2^31 - 1 blocks is an error of the launch, not another grid.
+    const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks, 0xffffffff));
+    error_ = launch(kernel, dim3(grid), dim3(threads), shared_bytes, stream_, args...);
+  }
+  void zero(void* memory, size_t bytes) {
+    if (error_ == cudaSuccess) error_ = cudaMemsetAsync(memory, 0, bytes, stream_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+template <bool kEuclidean>
+class Knn {
+ public:
+  Knn(const KnnArgs& args, void* workspace, cudaStream_t stream)
+      : args_(args),
+        space_(cut(args, workspace)),
+        out_{args.values, args.indices, args.k, args.tuning.keep, space_.rows.largest},
+        select_size_(selection_size(std::min(args.k, args.tuning.keep))),
+        launch_(stream) {}
+
+  cudaError_t run() {
+    prepare();
+    if (direct(args_)) {
+      launch_(direct_rows<kEuclidean>, args_.n, kSelectThreads, select_bytes(), space_.rows,
+              args_.include_self, select_size_, out_);
+      return launch_.error();
+    }
+    if (space_.candidate_floats > 0) estimate();
+    int64_t waiting = 0;  // rows from here on are the baseline's
+    for (int64_t s = 0; s < args_.segments; ++s) {
+      const int64_t begin = args_.offsets[s], end = args_.offsets[s + 1];
+      if (!knn_fuses(args_, end - begin)) continue;
+      baseline(waiting, begin);
+      for (int64_t first = begin; first < end; first += args_.tuning.chunk_rows)
+        fused({begin, end, first, std::min(first + args_.tuning.chunk_rows, end)});
+      waiting = end;
+    }
+    baseline(waiting, args_.n);
+    return launch_.error();
+  }
+
+ private:
+  size_t select_bytes() const { return select_size_ * sizeof(uint64_t); }
+
+  void prepare() {
+    const int64_t size = args_.n * args_.channels;
+    if constexpr (kEuclidean) {
+      launch_.zero(space_.rows.largest, sizeof(unsigned));
+      launch_(find_largest, std::min<int64_t>(tiles(size, 4 * kRowThreads), 2048), kRowThreads, 0,
+              args_.features, size, space_.rows.largest);
+    }
+    launch_(prepare_rows<kEuclidean>, tiles(args_.n, kRowWarps), kRowThreads, 0, args_.features,
+            args_.channels, args_.device_offsets, args_.segments, space_.rows);
+  }
+
+  void estimate() {
+    launch_.zero(space_.estimates.maxima, sizeof(Maxima));
+    launch_(find_centre, space_.rows.depth / 32, kRowThreads, 0, space_.rows,
+            space_.estimates.centre);
+    launch_(pack_rows<kEuclidean>, tiles(args_.n, kRowWarps), kRowThreads, 0, space_.rows,
+            space_.estimates);
+  }
+
+  void baseline(int64_t first, int64_t last) {
+    int64_t longest = 0;
+    for (int64_t s = 0; s < args_.segments; ++s)
+      if (args_.offsets[s] >= first && args_.offsets[s + 1] <= last)
+        longest = std::max(longest, args_.offsets[s + 1] - args_.offsets[s]);
+    // A tile's rows reach into the segments on both of its sides.
+    const int64_t columns = std::min(last - first, kTile + 2 * longest);
+    for (int64_t row = first; row < last; row += space_.score_rows)
+      exact({nullptr, nullptr, row, std::min(row + space_.score_rows, last)}, columns,
+            space_.scores);
+  }
+
+  void exact(const RowBlock& block, int64_t columns, float* scores) {
+    const int64_t rows = block.last - block.first, column_tiles = tiles(columns, kTile);
+    launch_(exact_tile<kEuclidean>, tiles(rows, kTile) * column_tiles, kTileThreads, 0, space_.rows,
+            block, column_tiles, args_.include_self, scores, space_.width);
+    launch_(select_rows<kEuclidean>, rows, kSelectThreads, select_bytes(), space_.rows, block,
+            static_cast<const float*>(scores), space_.width, select_size_, out_);
+  }
+
+  void fused(const Chunk& chunk) {
+    const int64_t rows = chunk.last - chunk.first, length = chunk.end - chunk.begin;
+    const FusedSizes sizes = fused_sizes(args_, length);
+    Candidates& candidates = space_.candidates;
+    candidates.capacity = sizes.capacity;
+    threshold(chunk, sizes);
+    launch_.zero(candidates.redo_count, sizeof(int));
+    const int64_t column_tiles = tiles(length, kTile);
+    launch_(estimate_tiles<false>, tiles(rows, kTile) * column_tiles, kTileThreads, kTileBytes,
+            TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, chunk,
+                     args_.include_self, Sample{}, column_tiles},
+            static_cast<float*>(nullptr), candidates);
+    const int size = rerank_size(args_.k);
+    const size_t bytes = size * sizeof(uint64_t) + sizes.capacity * sizeof(float);
+    launch_(rerank_rows<kEuclidean>, rows, kSelectThreads, bytes, space_.rows, space_.estimates,
+            chunk, candidates, size, out_);
+    redo(rows, length);
+  }
+
+  // Thresholds of a chunk, as many rows at a time as their scores with the sample have room for.
+  void threshold(const Chunk& chunk, const FusedSizes& sizes) {
+    const Sample sample{chunk.begin, chunk.end - chunk.begin, sizes.sample};
+    const int64_t column_tiles = tiles(sizes.sample, kTile);
+    const int64_t step = space_.score_rows * space_.width / sizes.sample / kTile * kTile;
+    const int size = selection_size(sizes.rank);
+    for (int64_t first = chunk.first; first < chunk.last; first += step) {
+      const Chunk part{chunk.begin, chunk.end, first, std::min(first + step, chunk.last)};
+      Candidates candidates = space_.candidates;
+      candidates.threshold += first - chunk.first;
+      candidates.count += first - chunk.first;
+      launch_(estimate_tiles<true>, tiles(part.last - first, kTile) * column_tiles, kTileThreads,
+              kTileBytes,
+              TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, part,
+                       args_.include_self, sample, column_tiles},
+              space_.scores, candidates);
+      launch_(set_thresholds<kEuclidean>, part.last - first, kSelectThreads,
+              size * sizeof(uint64_t), space_.rows, space_.estimates, part,
+              static_cast<const float*>(space_.scores), sizes.sample, sizes.rank, size, candidates);
+    }
+  }
+
+  // The rows on the list. How many they are the host doesn't know: launches for all, most of which
+  // find nothing to do. The candidates are done with, so their memory makes these launches few.
+  void redo(int64_t rows, int64_t length) {
+    const Candidates& candidates = space_.candidates;
+    const int64_t reused = space_.candidate_floats / space_.width / kTile * kTile;
+    const bool reuse = reused >= space_.score_rows;
+    const int64_t step = reuse ? reused : space_.score_rows;
+    for (int64_t first = 0; first < rows; first += step)
+      exact({candidates.redo, candidates.redo_count, first, std::min(first + step, rows)}, length,
+            reuse ? candidates.score : space_.scores);
+  }
+
+  const KnnArgs& args_;
+  Memory space_;
+  Output out_;
+  int select_size_;
+  Launches launch_;
+};
+
+}  // namespace
+
+bool knn_fuses(const KnnArgs& args, int64_t length) {
+  const bool possible = !direct(args) && args.k <= args.tuning.keep && length > 0 &&
+                        args.k <= length / args.tuning.fused_share;
+  if (args.method != KnnMethod::kAuto) return possible && args.method == KnnMethod::kFused;
+  return possible && length >= args.tuning.fused_rows;
+}
+
+size_t knn_workspace(const KnnArgs& args) { return cut(args, nullptr).bytes; }
+
+cudaError_t knn(const KnnArgs& args, void* workspace, cudaStream_t stream) {
+  if (args.n == 0) return cudaSuccess;
+  return args.euclidean ? Knn<true>(args, workspace, stream).run()
+                        : Knn<false>(args, workspace, stream).run();
+}
+
+}  // namespace nefkern::cuda

@@ -1,0 +1,284 @@
+// The rows that decide, and what estimates of their values are made of.
+//
+// Scores. Let y_i be the rows that decide: unit rows (cosine) or the features times a power of two
+// (euclidean). For any vector c, with d_i = y_i - c,
+//     <y_i, y_j>         = <d_i, d_j> + u_i + u_j,   u_i = <c, y_i> - |c|²/2
+//     -|y_i - y_j|² / 2  = <d_i, d_j> + u_i + u_j,   u_i = -|d_i|²/2
+// so one product of tiles serves both metrics. c is (about) the mean row: the d_i are short, and so
+// is the error.
+//
+// Margin. Only p_i, d_i rounded to float16, is multiplied: entries are below 4 whatever the input,
+// so its range suffices, and it has three bits more than bfloat16 at the same speed. With u = 2^-24
+// and the residual r_i = |d_i - p_i|, computed in double from what p_i is, by Cauchy-Schwarz
+//     |<d_i, d_j> - <p_i, p_j>| = |<d_i - p_i, d_j> + <p_i, d_j - p_j>| <= r_i |d_j| + |p_i| r_j.
+// Products of two float16 are exact in float32. A tensor core adds T of them and the accumulator
+// after aligning all to the largest and cutting, which errs by at most T + 2 times 2u of the
+// largest (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; T >= 4 since the first
+// generation): C/T such steps err by at most 3 C u |p_i| |p_j|, and 4 C + 8 is taken. Rounding the
+// u_i and adding them errs by 4u (|u_i| + |u_j|). The value that decides is a chain of C fused
+// multiply-adds in float32: with h = (C + 8) u, within h |y_i| |y_j| for cosine, and, for
+// euclidean, its square within a relative h of the squared distance. Replacing row j's lengths by
+// their maxima gives the margin m_i for all j. Numbers below float32's normal range count as lost:
+// C 2^-120 is far more than they can add up to.
+//
+// Selection. Let s be a score that at least k candidates reach. Their values are at least s - m, so
+// the k-th best is, and whoever is among the k best has a score of at least s - 2m; for euclidean
+// the relative error of a squared value takes off 2.1 h (|s| + m) more.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cuda/warp.cuh"
+
+namespace nefkern::cuda {
+
+constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold of a row left out
+constexpr float kAnything = -FLT_MAX;
+constexpr int kRowThreads = 256;
+constexpr int kRowWarps = kRowThreads / kWarp;
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int d = kWarp / 2; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  return x;
+}
+
+// The order of floats that are not negative is that of their bits.
+__device__ __forceinline__ void atomic_max(unsigned* target, float x) {
+  if (x > 0) atomicMax(target, __float_as_uint(x));
+}
+
+// ---- the rows that decide ----
+
+struct Rows {
+  float* values;           // y: [n, depth], padded with zeros; zeros where not finite
+  unsigned char* present;  // [n]: whether all entries are finite
+  int* begin;              // [n]: the row's segment
+  int* end;
+  unsigned* largest;  // [1]: bits of the largest finite entry (euclidean)
+  int64_t n;
+  int64_t depth;
+};
+
+// The largest finite entry of `size`, in absolute value, into *largest, which is 0 before.
+__global__ void __launch_bounds__(kRowThreads)
+    find_largest(const float* features, int64_t size, unsigned* largest) {
+  float found = 0;
+  const int64_t stride = int64_t{gridDim.x} * kRowThreads;
+  for (int64_t e = int64_t{blockIdx.x} * kRowThreads + threadIdx.x; e < size; e += stride) {
+    const float entry = fabsf(features[e]);
+    if (entry <= FLT_MAX) found = fmaxf(found, entry);
+  }
+  found = warp_max(found);
+  if (lane_id() == 0) atomic_max(largest, found);
+}
+
+// The power of two that brings `largest` into [1, 2): squares neither overflow nor vanish, and
+// scaling by it is exact.
+__device__ __forceinline__ float power_of_two(float largest) {
+  if (largest == 0) return 1;
+  return ldexpf(1.0f, min(max(-ilogbf(largest), -126), 126));
+}
+
+// One warp a row: y_i, and its segment. A row of unit length has its largest entry divided out
+// first: no square overflows or vanishes.
+template <bool kEuclidean>
+__global__ void __launch_bounds__(kRowThreads)
+    prepare_rows(const float* features, int64_t channels, const int64_t* offsets, int64_t segments,
+                 Rows rows) {
+  const int64_t i = global_warp();
+  if (i >= rows.n) return;
+  const int lane = lane_id();
+  const float* x = features + i * channels;
+  float* y = rows.values + i * rows.depth;
+  float largest = 0;
+  bool finite = true;
+  for (int64_t c = lane; c < channels; c += kWarp) {
+    const float entry = fabsf(x[c]);
+    finite = finite && entry <= FLT_MAX;
+    largest = fmaxf(largest, entry);
+  }
+  finite = __all_sync(kAllLanes, finite);
+  float scale = 1, norm = 1;
+  if constexpr (kEuclidean) {
+    scale = power_of_two(__uint_as_float(*rows.largest));
+  } else {
+    largest = warp_max(largest);
+    double total = 0;
+    if (finite && largest > 0) {
+      for (int64_t c = lane; c < channels; c += kWarp) {
+        const float entry = x[c] / largest;
+        total += static_cast<double>(entry) * entry;
+      }
+    } else {
+      largest = 1;
+    }
+    total = warp_sum(total);
+    if (total > 0) norm = static_cast<float>(sqrt(total));
+  }
+  for (int64_t c = lane; c < rows.depth; c += kWarp) {
+    const float entry = finite && c < channels ? x[c] : 0.0f;
+    y[c] = kEuclidean ? entry * scale : entry / largest / norm;
+  }
+  if (lane != 0) return;
+  rows.present[i] = finite;
+  if (!offsets) {  // one segment
+    rows.begin[i] = 0;
+    rows.end[i] = static_cast<int>(rows.n);
+    return;
+  }
+  int64_t low = 0, high = segments;  // the last s with offsets[s] <= i: empty ones are passed over
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (offsets[middle] <= i) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  rows.begin[i] = static_cast<int>(offsets[low]);
+  rows.end[i] = static_cast<int>(offsets[low + 1]);
+}
+
+// ---- estimates ----
+
+// Bits of the largest |u|, |d|, r of all rows.
+struct Maxima {
+  unsigned offset, length, residual;
+};
+
+struct Estimates {
+  __half* packed;   // p: [n, depth]
+  float* centre;    // c: [depth]
+  float* offset;    // u; -inf where there is no (finite) row
+  float* length;    // |d|
+  float* residual;  // r = |d - p|
+  Maxima* maxima;
+};
+
+// Any vector will do: the mean of some thousand rows. A block has kWarp channels.
+__global__ void __launch_bounds__(kRowThreads) find_centre(Rows rows, float* centre) {
+  struct Sums {
+    float part[kRowWarps][kWarp];
+  };
+  Sums& sums = block_shared<Sums>();
+  const int lane = lane_id(), warp = threadIdx.x / kWarp;
+  const int64_t c = int64_t{blockIdx.x} * kWarp + lane;
+  const int64_t stride = max(int64_t{1}, rows.n / 1024);
+  const int64_t count = (rows.n + stride - 1) / stride;
+  float sum = 0;
+  for (int64_t s = warp; s < count; s += kRowWarps) sum += rows.values[s * stride * rows.depth + c];
+  sums.part[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0) return;
+  for (int w = 1; w < kRowWarps; ++w) sum += sums.part[w][lane];
+  centre[c] = sum / static_cast<float>(count);
+}
+
+// One warp a row: p, u, |d| and r.
+template <bool kEuclidean>
+__global__ void __launch_bounds__(kRowThreads) pack_rows(Rows rows, Estimates estimates) {
+  const int64_t i = global_warp();
+  if (i >= rows.n) return;
+  const int lane = lane_id();
+  const float* y = rows.values + i * rows.depth;
+  double length = 0, residual = 0, along = 0, middle = 0;
+  for (int64_t c = lane; c < rows.depth; c += kWarp) {
+    const double entry = y[c], centre = estimates.centre[c], d = entry - centre;
+    const __half p = __float2half_rn(static_cast<float>(d));
+    const double rest = d - static_cast<double>(__half2float(p));
+    estimates.packed[i * rows.depth + c] = p;
+    length += d * d;
+    residual += rest * rest;
+    along += entry * centre;
+    middle += centre * centre;
+  }
+  length = warp_sum(length);
+  residual = warp_sum(residual);
+  along = warp_sum(along);
+  middle = warp_sum(middle);
+  if (lane != 0) return;
+  constexpr double kUp = 1 + 1e-6;  // covers the rounding of these sums and of the casts
+  const bool there = rows.present[i];
+  const float u = static_cast<float>(kEuclidean ? -0.5 * length : along - 0.5 * middle);
+  estimates.offset[i] = there ? u : -kNothing;
+  estimates.length[i] = there ? static_cast<float>(sqrt(length) * kUp) : 0.0f;
+  estimates.residual[i] = there ? static_cast<float>(sqrt(residual) * kUp) : 0.0f;
+  if (!there) return;
+  atomic_max(&estimates.maxima->offset, fabsf(u));
+  atomic_max(&estimates.maxima->length, estimates.length[i]);
+  atomic_max(&estimates.maxima->residual, estimates.residual[i]);
+}
+
+// Bounds the difference between an estimate and its value, as derived above.
+struct Margin {
+  double absolute;
+  double relative;
+
+  // The threshold once k candidates reach `score`.
+  __device__ float threshold_from(float score) const {
+    const double bound =
+        score - 2 * absolute - relative * (fabs(static_cast<double>(score)) + absolute);
+    return fmaxf(kAnything, nextafterf(static_cast<float>(bound), -kNothing));
+  }
+};
+
+template <bool kEuclidean>
+__device__ Margin margin_of(const Estimates& estimates, int64_t i, int64_t depth) {
+  constexpr double kUnit = 1.0 / (1 << 24);
+  const double max_offset = __uint_as_float(estimates.maxima->offset);
+  const double max_length = __uint_as_float(estimates.maxima->length);
+  const double max_residual = __uint_as_float(estimates.maxima->residual);
+  const double length = estimates.length[i], residual = estimates.residual[i];
+  const double packed = length + residual, max_packed = max_length + max_residual;
+  const double value = 1.01 * static_cast<double>(depth + 8) * kUnit;  // h
+  double gamma = static_cast<double>(4 * depth + 8) * kUnit;
+  gamma = gamma < 0.04 ? gamma / (1 - gamma) : 1e30;  // beyond, nothing is known: all are redone
+  const double rounding = residual * max_length + packed * max_residual;
+  const double summing = gamma * packed * max_packed +
+                         4 * kUnit * (fabs(static_cast<double>(estimates.offset[i])) + max_offset) +
+                         (kEuclidean ? 0 : 1.01 * value);
+  const double lost = static_cast<double>(depth) * (1.0 / (1ll << 60)) * (1.0 / (1ll << 60));
+  return {(rounding + summing + lost) * (1 + 1e-6), kEuclidean ? 2.1 * value : 0};
+}
+
+// ---- values ----
+
+// One more channel of a pair's sum. Symmetric in x and y, and every sum is one chain in the order
+// of the channels: copies of a row tie exactly, and no tile or thread changes a value.
+template <bool kEuclidean>
+__device__ __forceinline__ float add_channel(float total, float x, float y) {
+  if constexpr (kEuclidean) {
+    const float difference = __fsub_rn(x, y);
+    return __fmaf_rn(difference, difference, total);
+  } else {
+    return __fmaf_rn(x, y, total);
+  }
+}
+
+// What decides, greater is better: the cosine, or minus the distance.
+template <bool kEuclidean>
+__device__ __forceinline__ float value_of(float total) {
+  return kEuclidean ? -__fsqrt_rn(total) : total;
+}
+
+// The value of two rows, aligned to 16 bytes.
+template <bool kEuclidean>
+__device__ __forceinline__ float pair_value(const float* x, const float* y, int64_t depth) {
+  const float4* a = reinterpret_cast<const float4*>(x);
+  const float4* b = reinterpret_cast<const float4*>(y);
+  float total = 0;
+#pragma unroll 4
+  for (int64_t c = 0; c < depth / 4; ++c) {
+    const float4 p = __ldg(a + c), q = __ldg(b + c);
+    total = add_channel<kEuclidean>(total, p.x, q.x);
+    total = add_channel<kEuclidean>(total, p.y, q.y);
+    total = add_channel<kEuclidean>(total, p.z, q.z);
+    total = add_channel<kEuclidean>(total, p.w, q.w);
+  }
+  return value_of<kEuclidean>(total);
+}
+
+}  // namespace nefkern::cuda

@@ -1,0 +1,223 @@
+"""csrc/cuda/knn.cu on the processor: launcher and kernels against the float64 reference."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from nefkern import reference
+from tests.emulator import emulated
+
+METRICS = ("cosine", "euclidean")
+METHODS = ("auto", "baseline", "fused")  # the order of KnnMethod
+# Small enough that blocks of rows, chunks and passes have several of them in a small input.
+TUNING = {"score_bytes": 1 << 16, "chunk_rows": 128, "sample_share": 2, "keep": 2048}
+
+
+@pytest.fixture
+def knn(tmp_path):
+    return functools.partial(run_knn, tmp_path)
+
+
+def run_knn(
+    folder, x, k, metric="cosine", *, method="auto", segments=None, include_self=False,
+    order=None, **tuning,
+):  # fmt: skip
+    """Values, indices [n, k], and how many rows of the last chunk estimates left open.
+
+    All thread orders (or one) under the sanitizers; one under the race check, which sees what is
+    not ordered in any of them.
+    """
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    n, channels = x.shape
+    offsets = np.array([0, n] if segments is None else segments, dtype=np.int64)
+    arguments = {
+        "inputs": {"features": x, "offsets": offsets},
+        "outputs": {"values": np.float32, "indices": np.int32, "redone": np.int32},
+        "n": n, "channels": channels, "segments": len(offsets) - 1, "k": k,
+        "euclidean": int(metric == "euclidean"), "include_self": int(include_self),
+        "method": METHODS.index(method), **TUNING, **tuning,
+    }  # fmt: skip
+    chosen = {"order": order} if order else {}
+    got = emulated.run("knn", "knn", folder, **arguments, **chosen, variants=("checked",))
+    same = emulated.run("knn", "knn", folder, **arguments, variants=("races",), order="reverse")
+    for name, array in got.items():
+        assert array.tobytes() == same[name].tobytes(), name
+    return got["values"].reshape(n, k), got["indices"].reshape(n, k), int(got["redone"][0])
+
+
+def expected(x, k, metric="cosine", segments=None, include_self=False):
+    x = torch.from_numpy(np.asarray(x, dtype=np.float64))
+    values, indices = reference.knn(x, k, metric, segments, include_self)
+    return values.numpy(), indices.numpy()
+
+
+def assert_best(got, x, k, metric="cosine", *, segments=None, include_self=False, tolerance=2e-6):
+    """Values near the k best in float64; the neighbours' own values, in order, ties by index."""
+    values, indices, _ = got
+    best, _ = expected(x, k, metric, segments, include_self)
+    np.testing.assert_allclose(values, best, atol=tolerance, rtol=2e-6)
+    missing = np.isinf(best)
+    np.testing.assert_array_equal(indices == -1, missing)
+    own, where = expected(x, len(x), metric, segments, include_self)
+    for i in range(len(x)):
+        by_index = dict(zip(where[i], own[i], strict=True))
+        neighbours = indices[i][~missing[i]]
+        assert len(set(neighbours)) == len(neighbours)
+        np.testing.assert_allclose(
+            [by_index[j] for j in neighbours], best[i][~missing[i]], atol=tolerance, rtol=2e-6
+        )
+    tied = (np.diff(values) == 0) & ~missing[:, 1:]
+    assert (np.diff(indices)[tied] > 0).all()
+
+
+def assert_identical(got, x, k, metric, **options):
+    """Inputs whose values are exact in float32."""
+    values, indices = expected(x, k, metric, **options)
+    np.testing.assert_array_equal(got[1], indices)
+    np.testing.assert_array_equal(got[0], values.astype(np.float32))
+
+
+def assert_same(got, other):
+    np.testing.assert_array_equal(got[0], other[0])
+    np.testing.assert_array_equal(got[1], other[1])
+
+
+def normal(n, channels, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, channels), dtype=np.float32)
+
+
+def exact_rows(n, channels, seed=0):
+    """Four entries of ±1 a row: every cosine is a multiple of 1/4 and every distance has ties."""
+    random = np.random.default_rng(seed)
+    x = np.zeros((n, channels), dtype=np.float32)
+    for row in x:
+        row[random.permutation(channels)[:4]] = random.choice([-1, 1], 4)
+    return x
+
+
+# ---- every kernel, ragged sizes ----
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("n", "channels", "k"),
+    [(0, 3, 2), (1, 5, 1), (1, 40, 2), (2, 1, 1), (3, 0, 2), (37, 5, 4), (37, 16, 40), (37, 33, 4),
+     (33, 70, 40)],
+)  # fmt: skip
+def test_shapes(knn, n, channels, k, metric):
+    x = normal(n, channels, seed=n)
+    for include_self in (False, True):
+        got = knn(x, k, metric, include_self=include_self)
+        assert_best(got, x, k, metric, include_self=include_self)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_several_tiles(knn, metric):
+    """Two chunks of rows, three tiles of columns, the last ragged; mirrored tiles and not."""
+    x = normal(260, 33)
+    order = "random" if metric == "cosine" else "forward"
+    fused = knn(x, 12, metric, method="fused", order=order)
+    assert 0 <= fused[2] < 10, "estimates decided hardly any row"
+    assert_best(fused, x, 12, metric)
+    assert_same(fused, knn(x, 12, metric, method="baseline", order="forward"))
+
+
+@pytest.mark.parametrize("method", ["baseline", "fused"])
+@pytest.mark.parametrize("channels", [5, 33])
+def test_segments(knn, channels, method):
+    segments = [0, 0, 1, 50, 50, 52, 140]
+    x = normal(140, channels)
+    got = knn(x, 4, "euclidean", segments=segments, method=method)
+    assert_best(got, x, 4, "euclidean", segments=segments)
+
+
+# ---- ties, and rows that estimates cannot decide ----
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("channels", "method"), [(8, "auto"), (40, "baseline"), (40, "fused")])
+def test_ties_go_to_the_lower_index(knn, channels, method, metric):
+    x = exact_rows(70, channels)
+    x[20:25] = x[3]
+    x[::17] = 0
+    include_self = metric == "cosine"
+    got = knn(x, 8, metric, method=method, include_self=include_self, order="random")
+    assert_identical(got, x, 8, metric, include_self=include_self)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_rows_overflow_and_are_redone(knn, metric):
+    x = np.full((140, 33), 0.5, dtype=np.float32)
+    got = knn(x, 8, metric, method="fused", order="forward")
+    assert got[2] == 140 - 128, "the last chunk has all of its rows on the list"
+    places = np.arange(9) + np.zeros((140, 1), dtype=int)
+    rows = np.arange(140)[:, None]
+    np.testing.assert_array_equal(got[1], places[places != np.minimum(rows, 8)].reshape(140, 8))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_estimates_cannot_tell_near_copies_apart(knn, metric):
+    """Differences below float16's: only the margin keeps the candidates that decide."""
+    x = normal(10, 40).repeat(10, axis=0)
+    x *= 1 + 1e-4 * normal(100, 40, seed=1)
+    fused = knn(x, 7, metric, method="fused", order="reverse")
+    assert fused[2] < 100
+    assert_same(fused, knn(x, 7, metric, method="baseline", order="reverse"))
+    assert_best(fused, x, 7, metric, tolerance=1e-6)
+
+
+def test_a_full_list_of_a_tile(knn):
+    """More candidates in one tile than its list in shared memory has room for."""
+    x = np.ones((128, 17), dtype=np.float32)
+    got = knn(x, 16, "cosine", method="fused", include_self=True)
+    np.testing.assert_array_equal(got[1], np.arange(16) + np.zeros((128, 1), dtype=int))
+
+
+# ---- values that are not ordinary ----
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("channels", "method"), [(5, "auto"), (33, "baseline"), (33, "fused")])
+def test_not_finite_and_zero_rows(knn, channels, method, metric):
+    x = normal(60, channels)
+    x[7, 0], x[30, 4], x[31, 1] = np.nan, np.inf, -np.inf
+    x[[2, 40]] = 0
+    values, indices, _ = knn(x, 7, metric, method=method)
+    bad = [7, 30, 31]
+    kept = np.setdiff1d(np.arange(60), bad)
+    assert (indices[bad] == -1).all()
+    assert (values[bad] == (-np.inf if metric == "cosine" else np.inf)).all()
+    assert not np.isin(indices, bad).any()
+    renumbered = np.full(60, -1)
+    renumbered[kept] = np.arange(57)
+    assert_best((values[kept], renumbered[indices[kept]], 0), x[kept], 7, metric)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("metric", METRICS)
+def test_scales(knn, metric, scale):
+    x = normal(40, 33)
+    values, indices, _ = knn(x * np.float32(scale), 4, metric, method="fused", order="forward")
+    if metric == "euclidean":
+        values = (values / np.float64(scale)).astype(np.float32)
+    assert_best((values, indices, 0), x, 4, metric)
+
+
+def test_far_from_the_origin(knn):
+    x = 1000 + normal(60, 33)
+    assert_best(knn(x, 6, "euclidean", method="fused"), x, 6, "euclidean")
+
+
+# ---- any k ----
+
+
+@pytest.mark.parametrize("channels", [6, 33])
+def test_many_neighbours_take_several_passes(knn, channels):
+    x = exact_rows(50, channels)
+    for k in (23, 24, 60):
+        got = knn(x, k, "cosine", keep=8)
+        assert_identical(got, x, k, "cosine")
