@@ -489,6 +489,8 @@ def markdown(
             f"Measured on {options.data_root} in place of the paper's data sets: what can be held "
             "against the paper is the order of the rows, not the numbers."
         )
+    if options.scale_K != 1:
+        notes.append(f"K: the paper's times {options.scale_K:g}.")
     if options.seeds > 1:
         notes.append("Measured: mean ± sample standard deviation over the seeds.")
     if not any(e["settings"]["crf"] for result in measured for e in result.evaluations):
