@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ on a machine with several GPUs, rows side by side; the last line collects the ta
   CUDA_VISIBLE_DEVICES=0 python -m nefkern.reproduce 1 vit-s --data-root DIR &
   CUDA_VISIBLE_DEVICES=1 python -m nefkern.reproduce 1 vit-b vit-l --data-root DIR &
   wait; python -m nefkern.reproduce 1 --data-root DIR
+one row on several GPUs: its lines of --dry-run, by torchrun (python -m nefkern.train --help)
 
 It writes OUT/table-N.md, OUT/table-N.json, and a run folder with report.html for every run.
 """
@@ -400,6 +402,8 @@ def reproduce(options: argparse.Namespace, line: str) -> int:
     from nefkern.files import replace_file
 
     check_environment()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun: expected for the lines of --dry-run, not for this command")
     planner, code = Planner(options), 0
     options.out.mkdir(parents=True, exist_ok=True)
     for number, rows in chosen(options).items():

@@ -291,6 +291,13 @@ def test_mistakes_are_told_in_one_line(line, message, capsys):
     assert err.count("\n") == 1
 
 
+def test_under_torchrun(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["5", "--data-root", "D", "--out", str(tmp_path / "out")]) == 2
+    assert "torchrun: expected for the lines of --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_list_and_help(capsys):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
