@@ -94,6 +94,7 @@ class Evaluator:
         scored = self.score()
         result = {
             "settings": self.settings(),
+            "asked": asked(self.options),
             "num_clusters": self.segmenter.num_clusters,
             "images": len(self._indices(self.dataset)),
             **scored,
@@ -316,6 +317,21 @@ def _summed(counts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
     return {
         name: {key: distributed.total(table) for key, table in tables.items()}
         for name, tables in counts.items()
+    }
+
+
+#: What ``python -m nefkern.evaluate`` can be asked for beside the figures of one method; methods
+#: are recorded by their results.
+_FREE = ("run", "methods", "baseline", "features", "untrained", "pictures", "device")
+_FREE += ("feature_cache", "batch_size")
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide a method's figures, as they were given; JSON-ready."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in _FREE
     }
 
 

@@ -25,6 +25,8 @@ from nefkern.spectrum import describe as describe_spectrum
 
 log = logging.getLogger(__name__)
 
+REPORT = "report.html"
+
 #: Panels of the page: title, the record's keys, and what to read off them.
 PANELS = (
     ("Objective", ("loss",), "should fall"),
@@ -139,7 +141,7 @@ def write_report(run: Run) -> Path:
         for k, v in {**options, **config["versions"]}.items()
     )
     parts += ["<h2>Configuration</h2>", f"<table>{cells}</table>"]
-    page = run.path("report.html")
+    page = run.path(REPORT)
     replace_file(page, "\n".join(parts))
     return page
 

@@ -160,6 +160,11 @@ class Run:
         except Exception as error:  # torch.load has no exception of its own for a damaged file
             raise UserError(f"--resume: {path} is damaged ({first_line(error)})") from error
 
+    def epochs_done(self) -> int:
+        """Whole epochs behind the checkpoint; 0 where there is none yet."""
+        found = self.load()
+        return self.load_state(found[1]["state"])["position"]["epoch"] if found else 0
+
     # ---- the record ----
 
     def truncate_metrics(self, step: int) -> None:

@@ -1,0 +1,307 @@
+"""The reproduce command: the paper's numbers, the commands it makes of them, and what it runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nefkern import evaluate, train
+from nefkern.baselines.methods import METHODS
+from nefkern.evaluator import Evaluator
+from nefkern.options import CLASSES, resolve
+from nefkern.paper import TABLES
+from nefkern.reproduce import Planner, main, parser
+from nefkern.runs import CHECKPOINT, Run
+from nefkern.trainer import Trainer
+
+TINY = (
+    '--train="--backbone test_vit --weights random --crop 64 --k 8 --epochs 1 --batch-size 2 '
+    '--workers 0 --pictures 0" --evaluate="--size 48 --pictures 0" --scale-K 0.125'
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(photograph, tmp_path_factory):
+    """An annotated data set of three classes, 4 training and 2 validation images."""
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    for split, count in (("train", 4), ("val", 2)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for n in range(count):
+            photograph(70, 80, n).save(root / "images" / split / f"{n}.png")
+            mask = np.arange(80)[:, None] // 30 * np.ones((1, 70), int)
+            Image.fromarray(mask.astype(np.uint8)).save(root / "annotations" / split / f"{n}.png")
+    (root / "classes.txt").write_text("top\nmiddle\nbottom\n")
+    return root
+
+
+@pytest.fixture
+def reproduce(scenes, tmp_path):
+    """reproduce("5 K64", ...): the exit code of a tiny run on the scenes."""
+
+    def run(*texts: str) -> int:
+        arguments = shlex.split(" ".join([*texts, TINY]))
+        where = ["--data", "folder", "--data-root", str(scenes), "--out", str(tmp_path / "out")]
+        return main([*arguments, *where])
+
+    return run
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What was really done: "step" and "evaluation" in order."""
+    done = []
+    step, run = Trainer._step, Evaluator.run
+    monkeypatch.setattr(Trainer, "_step", lambda *a: done.append("step") or step(*a))
+    monkeypatch.setattr(Evaluator, "run", lambda *a: done.append("evaluation") or run(*a))
+    return done
+
+
+def planned(line: str):
+    return Planner(parser().parse_args(shlex.split(line)))
+
+
+def commands(output: str) -> list[tuple[str, list[str]]]:
+    """(command, its arguments) of every line of a dry run."""
+    parts = [shlex.split(line) for line in output.splitlines()]
+    assert all(part[:2] == ["python", "-m"] for part in parts)
+    return [(part[2], part[3:]) for part in parts]
+
+
+# ---- the paper ----
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "method", "accuracy", "mean_iou"),
+    [
+        ("1", "vit-s", "ours", 70.4, 38.8),
+        ("1", "vit-l", "kmeans", 45.3, 19.3),
+        ("2", "vit-b", "ours*", 84.2, 30.7),
+        ("3", "cityscapes", "ours*", 88.3, 52.8),
+        ("4", "ade20k", "kmeans", 50.7, 19.2),
+        ("5", "K128", "ours", 71.6, 33.2),
+        ("6", "cityscapes-alpha0.7", "ours", None, 27.9),
+        ("7", "beta0.16", "ours*", None, 39.3),
+        ("8", "cityscapes", "ours", 81.2, 18.5),
+        ("9", "clip-l-336", "ours", None, 44.0),
+    ],
+)
+def test_numbers_of_the_paper(table, row, method, accuracy, mean_iou):
+    assert dict(TABLES[table].rows[row].numbers)[method][:2] == (accuracy, mean_iou)
+
+
+def test_hungarian_beside_the_majority():
+    numbers = TABLES["4.4"].rows["classes"].numbers
+    assert [(n.matching, n.mean_iou) for _, n in numbers] == [("hungarian", 23.5), ("iou", 27.7)]
+
+
+def test_settings_that_tables_share_have_the_same_numbers():
+    ours = dict(TABLES["1"].rows["vit-s"].numbers)["ours"]
+    assert dict(TABLES["5"].rows["K256"].numbers)["ours"] == ours
+    for table, row in (("6", "pascal_context-alpha0.3"), ("7", "beta0.08")):
+        assert dict(TABLES[table].rows[row].numbers)["ours"].mean_iou == ours.mean_iou
+
+
+def test_every_method_is_one_of_evaluate():
+    assert {m for t in TABLES.values() for r in t.rows.values() for m in r.methods} <= set(METHODS)
+
+
+# ---- the commands ----
+
+
+def test_dry_run_lines_are_commands(capsys):
+    assert main(["all", "--data-root", "DIR", "--dry-run", "--seeds", "2"]) == 0
+    lines = commands(capsys.readouterr().out)
+    trained, scored = [], []
+    for command, arguments in lines:
+        if command == "nefkern.train":
+            flags = vars(train.parser().parse_args(arguments))
+            trained.append(resolve(flags, flags.pop("config")))
+            assert trained[-1].resume
+        else:
+            scored.append(evaluate.parser().parse_args(arguments))
+            evaluate.check(scored[-1])
+            assert evaluate.chosen_methods(scored[-1])
+    assert len({options.out for options in trained}) == len(trained)
+    assert {str(options.run) for options in scored} == {options.out for options in trained}
+    # Of 32 rows 6 repeat the training of table 1 or 2's ViT-S (3, 5, 6, 7), one that of table 8.
+    assert len(trained) == 2 * (sum(len(t.rows) for t in TABLES.values()) - 7)
+    # Only table 3's two rows and table 8's second score a run anew.
+    assert len(scored) == len(trained) + 2 * 3
+
+
+def test_rows_become_the_papers_settings():
+    planner = planned("all --data-root DIR")
+
+    def options(table, row):
+        job = planner.job(TABLES[table], TABLES[table].rows[row], [], 1)
+        return job.train_options(), job.evaluate_options()
+
+    trained, scored = options("4", "ade20k")
+    assert (trained.num_eigenfunctions, trained.epochs, trained.crop) == (512, 20, 512)
+    assert (trained.data_root, scored.protocol, scored.seed) == ("DIR/ade20k", "sliding", 1)
+    trained, scored = options("8", "cityscapes")
+    assert (trained.data, trained.epochs, scored.data) == ("imagenet", 5, "cityscapes")
+    assert str(scored.data_root) == "DIR/cityscapes"
+    trained, _ = options("6", "cityscapes-alpha0")
+    assert (trained.alpha, trained.beta, trained.crop, trained.seed) == (0, 0.08, 768, 1)
+    trained, _ = options("4.4", "classes")
+    assert trained.num_eigenfunctions == CLASSES["pascal_context"]["crop320"]
+
+
+def test_given_options_win_and_what_rows_compare_takes_one_row(capsys):
+    line = "--data-root DIR --dry-run --train"
+    assert main(["1", "vit-b", *line.split(), "--backbone test_vit --amp"]) == 0
+    (_, arguments), (_, _) = commands(capsys.readouterr().out)
+    assert arguments.count("--backbone") == 1
+    assert train.parser().parse_args(arguments).backbone == "test_vit"
+    assert main(["1", *line.split(), "--backbone test_vit --amp"]) == 2
+    message = "--train: --backbone is what these rows compare; name a single row, such as 1 vit-s"
+    assert message in capsys.readouterr().err
+    assert main(["5", *line.split(), "--backbone test_vit --amp"]) == 0
+
+
+def test_transfer_between_two_folders(capsys):
+    line = ["8", "pascal_context", "--data", "folder", "--data-root", "photos", "--dry-run"]
+    assert main(line) == 2
+    assert "--transfer-root: table 8 trains on --data-root" in capsys.readouterr().err
+    assert main([*line, "--transfer-root", "voc"]) == 0
+    trained, scored = commands(capsys.readouterr().out)
+    assert train.parser().parse_args(trained[1]).data_root == "photos"
+    assert str(evaluate.parser().parse_args(scored[1]).data_root) == "voc"
+
+
+def test_as_many_clusters_as_the_folder_has_classes(scenes):
+    line = f"4.4 --data folder --data-root {shlex.quote(str(scenes))} --scale-K 0.5"
+    row = TABLES["4.4"].rows["classes"]
+    job = planned(line).job(TABLES["4.4"], row, [row], 0)
+    assert job.train_options().num_eigenfunctions == 3
+    job = planned(f"{line} --evaluate='--ignore-class top'").job(TABLES["4.4"], row, [row], 0)
+    assert job.train_options().num_eigenfunctions == 2
+
+
+# ---- running ----
+
+
+def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
+    assert reproduce("5 K64 K128 --seeds 2") == 0
+    assert counted == ["step", "step", "evaluation"] * 4
+    text = (tmp_path / "out" / "table-5.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "table-5.json").read_text())["rows"]
+    assert [row["paper"]["mean_iou"] for row in rows] == [27.8, 33.2]
+    for row, k in zip(rows, (8, 16), strict=True):
+        assert [Run(run).options().num_eigenfunctions for run in row["runs"]] == [k, k]
+        assert [Run(run).options().seed for run in row["runs"]] == [0, 1]
+        found = [
+            json.loads(next(Run(r).folder.glob("eval*.json")).read_text()) for r in row["runs"]
+        ]
+        scores = [f["methods"]["ours"]["stages"]["none"]["matchings"]["iou"] for f in found]
+        assert row["measured"]["mean_iou"] == [100 * s["mean_iou"] for s in scores]
+        assert row["measured"]["accuracy"] == [100 * s["accuracy"] for s in scores]
+    a, b = rows[0]["measured"]["mean_iou"]
+    assert f"| 27.8 | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} | 2 |" in text
+    assert "in place of the paper's data sets" in text
+    assert "K: the paper's times 0.125." in text
+
+    counted.clear()
+    assert reproduce("5 K64 K128 --seeds 2") == 0
+    assert counted == []
+    assert (tmp_path / "out" / "table-5.md").read_text() == text
+
+    checkpoint = Run(rows[0]["runs"][0]).path(CHECKPOINT)  # a score of an older one doesn't count
+    checkpoint.write_bytes(checkpoint.read_bytes())
+    assert reproduce("5 K64 K128 --seeds 2") == 0
+    assert counted == ["evaluation"]
+
+
+def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch):
+    """Another table scores the run anew, with a method more; a half-trained run goes on."""
+    assert reproduce("5 K256") == 0
+    counted.clear()
+    assert reproduce("7 beta0.08") == 0
+    assert counted == ["evaluation"]
+    assert len(list((tmp_path / "out").glob("scenes-*"))) == 1
+    counted.clear()
+    assert reproduce("5 K256") == 0
+    assert counted == []
+
+    def interrupted(trainer):
+        trainer.interrupted = True
+        return epoch(trainer)
+
+    epoch = Trainer._epoch
+    monkeypatch.setattr(Trainer, "_epoch", interrupted)
+    assert reproduce("6 pascal_context-alpha0.5") == 130
+    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    assert counted == ["step"]
+    assert reproduce("6 pascal_context-alpha0.5") == 0
+    assert counted == ["step", "step", "evaluation"]
+
+
+def test_a_failing_row_does_not_stop_the_others(reproduce, tmp_path, capsys):
+    assert reproduce("5 K512 K64") == 2  # K = 64 of 32 patches, then K = 8
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: table 5, K512, seed 0: --num-eigenfunctions 64: expected")
+    first, second = json.loads((tmp_path / "out" / "table-5.json").read_text())["rows"]
+    assert first["measured"]["mean_iou"] == []
+    assert first["error"] in out
+    assert len(second["measured"]["mean_iou"]) == 1
+
+
+def test_missing_data_is_told_once_a_row(tmp_path, capsys):
+    line = ["3", "--data-root", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    assert main([*line, "--seeds", "2"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert [error.split(": ")[1].split(", ")[1] for error in errors] == [
+        "pascal_context", "cityscapes",
+    ]  # fmt: skip
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "TABLE: expected one of 1, 2,"),
+        ("10 --data-root D", "got 10"),
+        ("5 K65 --data-root D", "ROW: table 5 has K64, K128, K256, K512; got K65"),
+        ("all K64 --data-root D", "expected a single TABLE"),
+        ("5", "--data-root: expected the folder"),
+        ("5 --data-root D --seeds 0", "--seeds 0: expected at least 1"),
+        ("5 --data-root D --scale-K 0", "--scale-K 0.0: expected more than 0"),
+        ("5 --data-root D --train='--lr fast'", "--lr: invalid float value: 'fast'"),
+        ("5 --data-root D --train='--seed 3'", "--train: --seed is for this command to set"),
+        ("5 --data-root D --evaluate='--limt 3'", "unrecognized arguments: --limt"),
+        ("5 --data-root D --evaluate=--untrained", "--evaluate: --untrained is for this command"),
+        ("""5 --data-root D --train="--out 'x" """, "No closing quotation"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(line, message, capsys):
+    assert main([*shlex.split(line), "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_under_torchrun(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["5", "--data-root", "D", "--out", str(tmp_path / "out")]) == 2
+    assert "torchrun: expected for the lines of --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_and_help(capsys):
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for table in TABLES.values() for name in table.rows)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--scale-K" in capsys.readouterr().out
