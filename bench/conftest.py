@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from bench import harness
+from nefkern.files import replace_file
 
 SIZES = ("small", "paper", "large")
 _entries = pytest.StashKey[list]()
+_results = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser):
@@ -30,6 +32,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[_entries] = []
+    name = f"{config.getoption('--benchmark-size')}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    config.stash[_results] = config.getoption("--benchmark-out") / name
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,11 +61,22 @@ def race(request, benchmark):
         options.setdefault("rounds", request.config.getoption("--benchmark-rounds"))
         found = harness.race(case, contestants, **options)
         request.config.stash[_entries] += found
+        _save(request.config)
         benchmark.extra_info.update({entry.contestant: entry.ratio for entry in found[1:]})
         benchmark.pedantic(next(iter(contestants.values())), rounds=options["rounds"])
         return found
 
     return run
+
+
+def _save(config) -> None:
+    """Write what has been measured so far: a run that is cut short keeps it."""
+    document = {
+        "environment": harness.environment(),
+        "entries": [dataclasses.asdict(entry) for entry in config.stash[_entries]],
+    }
+    config.stash[_results].parent.mkdir(parents=True, exist_ok=True)
+    replace_file(config.stash[_results], json.dumps(document, indent=1))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -81,12 +96,4 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{entry.case:42} {entry.contestant:26} {entry.seconds * 1e3:8.2f} ms {ratio:>9} "
             f"{peak:>9} {floor:>9}"
         )
-    folder = config.getoption("--benchmark-out")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{config.getoption('--benchmark-size')}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    document = {
-        "environment": harness.environment(),
-        "entries": [dataclasses.asdict(entry) for entry in entries],
-    }
-    (folder / name).write_text(json.dumps(document, indent=1))
-    write(f"\nresults: {folder / name}")
+    write(f"\nresults: {config.stash[_results]}")

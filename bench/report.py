@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     scaled = draw_scaling(document, PLOTS / "scaling.svg")
     print(f"{README}: table of {len(by_case(document))} cases; plots in {PLOTS}")
     if not scaled:
-        print("no scaling cases among the results: scaling.svg is left as it was")
+        print("no scaling cases among the results: no scaling.svg")
 
 
 if __name__ == "__main__":
