@@ -275,22 +275,25 @@ __device__ __forceinline__ void collect(const TileScores& scores, int64_t i0, in
       add_candidate(candidates, i - chunk.first, j, one.score);
     }
   };
-  const auto put = [&](const Found& one) {
-    if (place < kListed) {
-      list[place] = one;
-    } else {
-      offer(one);
-    }
-    ++place;
-  };
-  if (mine > 0)
-    for_each([&](int p, int q, float score, bool row, bool column) {
-      const unsigned pair = (warp_row + fragment_row(p)) << 8 | (warp_column + fragment_column(q));
-      if (row) put({score, pair});
-      if (column) put({score, 1u << 16 | pair});
-    });
-  __syncthreads();
-  for (int l = threadIdx.x; l < min(found, kListed); l += kTileThreads) offer(list[l]);
+  __syncthreads();  // all warps have their places
+  const int total = found;
+  for (int first = 0; first < total; first += kListed) {  // once, but for tiles of near copies
+    int at = place - first;
+    const auto put = [&](const Found& one) {
+      if (at >= 0 && at < kListed) list[at] = one;
+      ++at;
+    };
+    if (mine > 0)
+      for_each([&](int p, int q, float score, bool row, bool column) {
+        const unsigned pair =
+            (warp_row + fragment_row(p)) << 8 | (warp_column + fragment_column(q));
+        if (row) put({score, pair});
+        if (column) put({score, 1u << 16 | pair});
+      });
+    __syncthreads();
+    for (int l = threadIdx.x; l < min(total - first, kListed); l += kTileThreads) offer(list[l]);
+    __syncthreads();
+  }
 }
 
 // One tile of estimates: rows of the chunk with the segment's rows, or with its sample.
