@@ -271,8 +271,9 @@ def test_no_run(tmp_path):
 # ---- kills and full disks
 
 
-def save_forever(folder: str) -> None:
+def save_forever(folder: str, begun) -> None:
     run, step = Run(folder), 0
+    begun.set()
     while True:
         step += 1
         tensors = {name: torch.full((300, 300), float(step)) for name in "ab"}
@@ -284,8 +285,10 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     context = multiprocessing.get_context("fork")
     run, steps = Run(tmp_path), []
     for _ in range(25):
-        saver = context.Process(target=save_forever, args=(str(tmp_path),))
+        begun = context.Event()
+        saver = context.Process(target=save_forever, args=(str(tmp_path), begun))
         saver.start()
+        begun.wait()  # however long a busy machine takes to start it
         time.sleep(dice.uniform(0.005, 0.08))
         os.kill(saver.pid, signal.SIGKILL)
         saver.join()
