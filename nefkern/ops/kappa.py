@@ -10,7 +10,7 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import registry
 from nefkern.ops.csr import CSRGraph
-from nefkern.ops.normalized_adjacency import check_indices, check_lists, triton_accepts
+from nefkern.ops.normalized_adjacency import check_indices, check_lists, fake_graph, triton_accepts
 
 
 def kappa(
@@ -56,20 +56,10 @@ def kappa(
     return CSRGraph(*tensors, num_nodes, True)
 
 
-def _fake(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    wide = weights is not None and weights.dtype == torch.float64
-    return (
-        indices.new_empty(num_nodes + 1, dtype=torch.int64),
-        indices.new_empty(nnz, dtype=torch.int32),
-        indices.new_empty(nnz, dtype=torch.float64 if wide else torch.float32),
-    )
-
-
 registry.define(
     "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, int num_nodes, float alpha, "
     "float clamp_min) -> (Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=lambda indices, weights, _, num_nodes, *__: fake_graph(indices, weights, num_nodes),
 )
 
 

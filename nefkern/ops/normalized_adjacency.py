@@ -99,7 +99,8 @@ def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> 
             )
 
 
-def _fake(indices, weights, num_nodes, symmetrize, clamp_min):
+def fake_graph(indices: Tensor, weights: Tensor | None, num_nodes: int) -> tuple[Tensor, ...]:
+    """A graph of an unknown number of entries, from lists of such dtypes, for fake kernels."""
     nnz = torch.library.get_ctx().new_dynamic_size()
     wide = weights is not None and weights.dtype == torch.float64
     return (
@@ -112,7 +113,7 @@ def _fake(indices, weights, num_nodes, symmetrize, clamp_min):
 registry.define(
     "normalized_adjacency(Tensor indices, Tensor? weights, int num_nodes, str symmetrize, "
     "float clamp_min) -> (Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=lambda indices, weights, num_nodes, *_: fake_graph(indices, weights, num_nodes),
 )
 
 
