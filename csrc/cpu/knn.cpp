@@ -186,8 +186,8 @@ void direct_knn(const KnnArgs& args, float scale) {
       const Row row = candidates.row(0);
       scan(planes.data(), plane, args.channels, i, args.offsets[s], args.offsets[s + 1],
            args.include_self, args.k, candidates.limit(), exact, row);
-      settle(row, args.k, exact.relative);
-      for (int32_t c = 0; c < *row.count; ++c) row.score[c] = exact.value(0, 0, row.score[c]);
+      if (!settle(row, static_cast<int32_t>(i), args.k, exact))
+        for (int32_t c = 0; c < *row.count; ++c) row.score[c] = exact.value(0, 0, row.score[c]);
       writer.row(i, row, exact);
     }
   });

@@ -26,9 +26,10 @@ class Rerank {
   // Replaces the scores of all candidates of at most block() rows by their values.
   void values(int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      settle(candidates_.row(i), candidates_.k(), exact_.relative);
-      order(candidates_.row(i));
-      next_[i - first] = 0;
+      const Row row = candidates_.row(i);
+      const bool known = settle(row, static_cast<int32_t>(i), candidates_.k(), exact_);
+      next_[i - first] = known ? *row.count : 0;
+      if (!known) order(row);
     }
     for (int64_t end = step_; end < exact_.panels.n + step_; end += step_) {
       for (int64_t i = first; i < last; ++i) {

@@ -23,14 +23,20 @@ namespace nefkern::cpu::NEFKERN_ISA {
 
 constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold of a row left out
 constexpr float kAnything = -FLT_MAX;
+constexpr uint64_t kNobody = ~uint64_t{0};  // a key that every candidate's comes before
+constexpr int32_t kValued = INT32_MIN;      // bit of a position: the score is the value itself
 
-// One row's buffer: scores and positions of its candidates, in no order.
+// One row's buffer: scores and positions of its candidates, in no order; and, once the row is
+// crowded, the key of its last: see keep_best.
 struct Row {
   float* score;
   int32_t* position;
   int32_t* count;
   float* threshold;
+  uint64_t* last;
   float margin;
+
+  bool crowded() const { return *last != kNobody; }
 };
 
 inline void append(const Row& row, float score, int32_t position) {
@@ -72,12 +78,14 @@ class Candidates {
         position_(rows * capacity_),
         count_(rows),
         threshold_(rows),
-        margin_(rows) {}
+        margin_(rows),
+        last_(rows) {}
 
   void reset(int64_t row, float threshold, float margin) {
     count_[row] = 0;
     threshold_[row] = threshold;
     margin_[row] = margin;
+    last_[row] = kNobody;
   }
 
   int64_t k() const { return k_; }
@@ -85,8 +93,20 @@ class Candidates {
   int64_t limit() const { return capacity_ - kLanes; }  // room for one more vector of candidates
   const float* threshold() const { return threshold_.data(); }
   Row row(int64_t i) {
-    return {score_.data() + i * capacity_, position_.data() + i * capacity_, &count_[i],
-            &threshold_[i], margin_[i]};
+    return {score_.data() + i * capacity_,
+            position_.data() + i * capacity_,
+            &count_[i],
+            &threshold_[i],
+            &last_[i],
+            margin_[i]};
+  }
+
+  uint64_t last(int64_t i) const { return last_[i]; }
+  bool crowded(int64_t i) const { return last_[i] != kNobody; }
+  bool any_crowded(int64_t begin, int64_t end) const {
+    uint64_t all = kNobody;
+    for (int64_t i = begin; i < end; ++i) all &= last_[i];
+    return all != kNobody;
   }
 
   // Append to a row; true when that fills its buffer.
@@ -109,6 +129,7 @@ class Candidates {
   Array<int32_t> position_;
   Array<int32_t> count_;
   Array<float> threshold_, margin_;
+  Array<uint64_t> last_;
 };
 
 inline int32_t count_at_least(const float* score, int32_t count, float bound) {
@@ -171,8 +192,10 @@ inline float threshold_from(float score, float margin, double relative) {
   return std::max(kAnything, std::nextafterf(static_cast<float>(bound), -kNothing));
 }
 
-// Keeps the k best candidates by their values: where too many estimates lie near the k-th.
-// `Exact` knows the values:
+// Keeps the k best candidates by their values: where too many estimates lie near the k-th. From
+// then on the row is *crowded*: it holds values instead of scores where the position says so, and
+// who comes later must come before the last of these k by value, lest the row be full again at
+// once. `Exact` knows the values:
 //   float value(int32_t row, int32_t position, float score)   what decides, greater is better
 //   float score(float value)                                  the same as a score
 //   int32_t index(int32_t position)                           breaks ties, lower first
@@ -185,34 +208,48 @@ __attribute__((noinline)) void keep_best(const Row& row, int32_t i, int64_t k, c
   };
   const int32_t count = *row.count;
   Array<Entry> entries(count);
-  for (int32_t c = 0; c < count; ++c)
-    entries[c] = {
-        sort_key(exact.value(i, row.position[c], row.score[c]), exact.index(row.position[c])),
-        row.position[c]};
+  for (int32_t c = 0; c < count; ++c) {
+    const int32_t position = row.position[c] & ~kValued;
+    const float value =
+        row.position[c] & kValued ? row.score[c] : exact.value(i, position, row.score[c]);
+    entries[c] = {sort_key(value, exact.index(position)), position};
+  }
   std::nth_element(entries.data(), entries.data() + (k - 1), entries.data() + count,
                    [](const Entry& a, const Entry& b) { return a.key < b.key; });
   *row.count = 0;
   for (int64_t c = 0; c < k; ++c)
-    append(row, exact.score(key_value(entries[c].key)), entries[c].position);
-  const float kth = exact.score(key_value(entries[k - 1].key));
+    append(row, key_value(entries[c].key), entries[c].position | kValued);
+  *row.last = entries[k - 1].key;
+  const float kth = exact.score(key_value(*row.last));
   *row.threshold = std::max(*row.threshold, threshold_from(kth, row.margin, exact.relative));
 }
 
 // Makes room in a full buffer.
 template <class Exact>
 void compact(const Row& row, int32_t i, int64_t k, int64_t limit, const Exact& exact) {
-  const float bound =
-      threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative);
-  *row.threshold = std::max(*row.threshold, bound);
-  keep_at_least(row, *row.threshold);
-  if (*row.count <= (k + limit) / 2 + 1) return;
+  if (!row.crowded()) {
+    const float bound =
+        threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative);
+    *row.threshold = std::max(*row.threshold, bound);
+    keep_at_least(row, *row.threshold);
+    if (*row.count <= (k + limit) / 2 + 1) return;
+  }
   keep_best(row, i, k, exact);
 }
 
-// Drops what can no longer be among the k best, now that all candidates were seen.
-inline void settle(const Row& row, int64_t k, double relative) {
-  if (*row.count <= k) return;
-  keep_at_least(row, threshold_from(about_kth(row.score, *row.count, k), row.margin, relative));
+// Drops what can no longer be among the k best, now that all candidates were seen. True where the
+// values of those left are known and stand in place of their scores.
+template <class Exact>
+bool settle(const Row& row, int32_t i, int64_t k, const Exact& exact) {
+  if (row.crowded()) {
+    keep_best(row, i, k, exact);
+    for (int32_t c = 0; c < *row.count; ++c) row.position[c] &= ~kValued;
+    return true;
+  }
+  if (*row.count > k)
+    keep_at_least(row,
+                  threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative));
+  return false;
 }
 
 }  // namespace nefkern::cpu::NEFKERN_ISA

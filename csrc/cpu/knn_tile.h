@@ -112,17 +112,28 @@ class Tiles {
 
  private:
   static constexpr int64_t kCacheBytes = 384 << 10;
+  static constexpr int kValues = 4;  // computed at once
 
   void tile(int64_t i, int64_t j) const {
     alignas(64) Lanes score[kTileRows][kTileVectors];
     score_tile(panels_, i, j, score);
     const bool crosses = j < i + kTileRows;  // the diagonal
+    if (candidates_.any_crowded(i, i + kTileRows) || candidates_.any_crowded(j, j + kTileColumns))
+      return offer_by_values(i, j, score, crosses);
     for (int r = 0; r < kTileRows; ++r)
-      for (int v = 0; v < kTileVectors; ++v) offer(i + r, j + v * kLanes, score[r][v], crosses);
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t first = j + v * kLanes;
+        offer(i + r, first, score[r][v], passing(i + r, first, score[r][v], crosses));
+      }
   }
 
-  // Scores of row i with the 16 rows from j: candidates for row i, and row i for each of them.
-  void offer(int64_t i, int64_t j, const Lanes& score, bool crosses) const {
+  // Of row i and the 16 rows from j: who is a candidate for row i, and for whom row i is one.
+  struct Passing {
+    uint32_t for_i, for_j;
+  };
+
+  // Those whose scores reach the thresholds.
+  Passing passing(int64_t i, int64_t j, const Lanes& score, bool crosses) const {
     const float* threshold = candidates_.threshold();
     uint32_t for_i = at_least(score, broadcast(threshold[i]));
     uint32_t for_j = at_least(score, load(threshold + j));
@@ -132,11 +143,59 @@ class Tiles {
       for_i &= after | self;
       for_j &= after;
     }
-    if (for_i && candidates_.append(i, score, static_cast<int32_t>(j), for_i)) make_room(i);
+    return {for_i, for_j};
+  }
+
+  void offer(int64_t i, int64_t j, const Lanes& score, Passing passing) const {
+    if (passing.for_i && candidates_.append(i, score, static_cast<int32_t>(j), passing.for_i))
+      make_room(i);
     const float* lane = reinterpret_cast<const float*>(&score);
-    for_each_bit(for_j, [&](int l) {
+    for_each_bit(passing.for_j, [&](int l) {
       if (candidates_.append(j + l, lane[l], static_cast<int32_t>(i))) make_room(j + l);
     });
+  }
+
+  // A tile with crowded rows, which take only what comes before their last by value. A value serves
+  // both its rows. Few columns at a time: they and the rows stay in the first-level cache.
+  __attribute__((noinline)) void offer_by_values(int64_t i, int64_t j,
+                                                 const Lanes (&score)[kTileRows][kTileVectors],
+                                                 bool crosses) const {
+    Passing pass[kTileRows][kTileVectors];
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kTileVectors; ++v)
+        pass[r][v] = passing(i + r, j + v * kLanes, score[r][v], crosses);
+    for (int c = 0; c < kTileColumns; c += kValues)
+      for (int r = 0; r < kTileRows; ++r)
+        offer_to_crowded(i + r, j + c, c % kLanes, pass[r][c / kLanes]);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kTileVectors; ++v) offer(i + r, j + v * kLanes, score[r][v], pass[r][v]);
+  }
+
+  // Row i and kValues rows from j, which stand at `lane` of the masks: where one is crowded the
+  // other is offered to it, and taken out of the mask.
+  void offer_to_crowded(int64_t i, int64_t j, int lane, Passing& pass) const {
+    const uint32_t here = ((1u << kValues) - 1) << lane;
+    const uint32_t for_i = candidates_.crowded(i) ? pass.for_i & here : 0;
+    uint32_t for_j = 0;
+    for (int n = 0; n < kValues; ++n)
+      for_j |= static_cast<uint32_t>(candidates_.crowded(j + n)) << (lane + n);
+    for_j &= pass.for_j;
+    if (!(for_i | for_j)) return;
+    pass.for_i &= ~for_i;
+    pass.for_j &= ~for_j;
+    int32_t position[kValues];
+    float value[kValues];
+    for (int n = 0; n < kValues; ++n) position[n] = static_cast<int32_t>(j + n);
+    exact_.values<kValues>(static_cast<int32_t>(i), position, value);
+    for (int n = 0; n < kValues; ++n) {
+      if (for_i >> (lane + n) & 1) offer_value(i, value[n], position[n]);
+      if (for_j >> (lane + n) & 1) offer_value(j + n, value[n], static_cast<int32_t>(i));
+    }
+  }
+
+  void offer_value(int64_t i, float value, int32_t position) const {
+    if (sort_key(value, panels_.index[position]) >= candidates_.last(i)) return;
+    if (candidates_.append(i, value, position | kValued)) make_room(i);
   }
 
   __attribute__((noinline)) void make_room(int64_t i) const {

@@ -1,4 +1,4 @@
-"""What the operators' tests share: the backends, poisoned memory, one thread."""
+"""What the operators' tests share: the backends, poisoned memory."""
 
 from __future__ import annotations
 
@@ -28,18 +28,3 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
-
-
-@pytest.fixture
-def one_thread():
-    """A function that runs another on one thread."""
-
-    def run(function):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function()
-        finally:
-            torch.set_num_threads(threads)
-
-    return run

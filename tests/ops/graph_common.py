@@ -49,6 +49,18 @@ def on_backend_device(op: Callable) -> Callable:
     return call
 
 
+def on_threads(function: Callable, counts=(1, 2, 5)) -> list:
+    """What ``function`` returns on each number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 def dense_adjacency(indices, weights, num_nodes, symmetrize="mean", clamp_min=0.0):
     """D^(-1/2) A D^(-1/2) in float64, straight from the formulas, entry by entry."""
     a = torch.zeros(num_nodes, num_nodes, dtype=torch.float64)

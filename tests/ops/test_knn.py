@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nefkern import backends, ops
-from tests.ops.graph_common import backend_device, backends_of, on_backend_device
+from tests.ops.graph_common import backend_device, backends_of, on_backend_device, on_threads
 
 METRICS = ("cosine", "euclidean")
 pytestmark = pytest.mark.usefixtures("backend")
@@ -35,6 +35,15 @@ def clustered(n: int, channels: int, clusters: int = 12, seed: int = 0, **kwargs
     which = torch.randint(clusters, (n,), generator=generator)
     noise = torch.randn(n, channels, generator=generator, dtype=torch.float64)
     return (centres[which] + 0.5 * noise).to(**{"dtype": torch.float32, **kwargs})
+
+
+def crowded(n: int, channels: int, spread: float = 1e-3, seed: int = 0) -> torch.Tensor:
+    """Rows that differ by `spread`, an eighth of them copies: no estimate tells who is nearest."""
+    generator = torch.Generator().manual_seed(seed)
+    one = torch.randn(channels, generator=generator)
+    x = one * (1 + spread * torch.randn(n, channels, generator=generator))
+    x[torch.randperm(n, generator=generator)[: n // 8]] = x[0].clone()
+    return x
 
 
 def several_tiles(n: int) -> int:
@@ -203,6 +212,24 @@ def test_all_rows_identical(metric):
     assert torch.equal(indices.long(), expected)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-3])
+def test_more_near_ties_than_a_buffer_holds(spread, metric):
+    assert_best(crowded(several_tiles(1000), 70, spread), several_tiles(60), metric)
+
+
+def test_norms_over_many_magnitudes():
+    """Short rows among long ones: what rounding may change is far more than they differ by."""
+    n = several_tiles(1000)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    x = clustered(n, 70) * torch.logspace(-3, 3, n)[order, None]
+    values, indices = knn(x, 40, metric="euclidean")
+    scores = dense_scores(x, "euclidean")
+    best = scores.sort(dim=1, descending=True).values[:, :40]
+    torch.testing.assert_close(-values.double(), best, atol=0, rtol=1e-5)
+    torch.testing.assert_close(scores.gather(1, indices.long()), best, atol=0, rtol=1e-5)
+
+
 def test_duplicates_tie():
     """Copies of one row have the same computed value, whatever tile they fall into."""
     n = several_tiles(500)
@@ -288,13 +315,19 @@ def test_float64(metric):
 
 
 @compiled_only
-def test_threads(one_thread):
-    x = exact_rows(1200, 40, seed=3) if backends.current() == "reference" else clustered(1200, 40)
-    for metric in METRICS:
-        values, indices = knn(x, 40, metric=metric)
-        values1, indices1 = one_thread(lambda: knn(x, 40, metric=metric))  # noqa: B023
-        assert torch.equal(values, values1)
-        assert torch.equal(indices, indices1)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("inputs", ["clustered", "crowded", "few channels"])
+def test_results_do_not_depend_on_threads(inputs, metric):
+    if backends.current() == "reference":
+        x = exact_rows(1200, 40, seed=3)
+    elif inputs == "crowded":
+        x = crowded(1200, 40)
+    else:
+        x = clustered(1200, 40 if inputs == "clustered" else 7)
+    (values, indices), *others = on_threads(lambda: knn(x, 40, metric=metric))
+    for other in others:
+        assert torch.equal(values, other[0])
+        assert torch.equal(indices, other[1])
 
 
 ONE_BACKEND = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -319,7 +352,8 @@ def check_properties(data):
     sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=5))
     n = sum(sizes)
     metric = data.draw(st.sampled_from(METRICS))
-    x = exact_rows(n, data.draw(st.integers(4, 12)), seed=data.draw(st.integers(0, 99)))
+    channels = data.draw(st.integers(4, 12) | st.integers(17, 70))  # few, or tiles of products
+    x = exact_rows(n, channels, seed=data.draw(st.integers(0, 99)))
     if n:
         x[data.draw(st.lists(st.integers(0, n - 1), max_size=3))] = 0
         copies = data.draw(st.lists(st.integers(0, n - 1), max_size=min(n, 5)))
@@ -331,6 +365,25 @@ def check_properties(data):
         data.draw(st.integers(1, n + 2)),
         metric=metric,
         segments=torch.tensor([0, *sizes]).cumsum(0),
+        include_self=data.draw(st.booleans()),
+    )
+
+
+@compiled_only
+@settings(max_examples=30, **ONE_BACKEND)
+@given(data=st.data())
+def test_properties_of_crowded_rows(data):
+    """A few distinct rows, many copies: the k-th best ties with more rows than a buffer holds."""
+    n, distinct = data.draw(st.integers(200, 500)), data.draw(st.integers(1, 4))
+    seed = data.draw(st.integers(0, 99))
+    rows = exact_rows(distinct, data.draw(st.integers(17, 40)), seed=seed)
+    rows[0] *= data.draw(st.sampled_from([0, 1]))
+    generator = torch.Generator().manual_seed(seed)
+    assert_identical(
+        rows[torch.randint(distinct, (n,), generator=generator)],
+        data.draw(st.integers(1, 30) | st.integers(1, n)),
+        metric=data.draw(st.sampled_from(METRICS)),
+        segments=torch.tensor([0, data.draw(st.integers(0, 2) | st.integers(0, n)), n]),
         include_self=data.draw(st.booleans()),
     )
 
