@@ -45,16 +45,29 @@ def make_inputs(shape, dtype):
     return [x.requires_grad_() for x in qkv.unbind(0)], grad
 
 
+def assert_no_worse(ours, theirs, exact):
+    """Errors of ours against those of PyTorch in the same dtype, and against 6 roundings.
+
+    Both round φ, the state and the result, so that the mean error of a result can be the same. The
+    largest of so many is chance: between equals it was seen to differ by 1.4.
+    """
+    for name, a, b, truth in zip(("out", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
+        error, allowed = ((x.double() - truth).abs() for x in (a, b))
+        assert error.mean() <= 1.01 * allowed.mean(), name
+        assert error.max() <= 1.5 * allowed.max(), name
+        assert error.max() <= 3 * torch.finfo(a.dtype).eps * truth.abs().max(), name
+
+
 def assert_right(feature_map, leaves, grad):
-    """All of one image against float64; half precisions round only the results."""
+    """All of one image against float64: float32 to 1e-5, bfloat16 as near as einsum in it."""
     part = [x.detach()[:1].requires_grad_() for x in leaves]
     exact = [x.detach().double().requires_grad_() for x in part]
     expected = step(einsum_attention, feature_map, exact, grad[:1].double())
-    tolerance = torch.finfo(grad.dtype).eps / 2 + 1e-5
-    for got, want in zip(
-        step(linear_attention, feature_map, part, grad[:1]), expected, strict=True
-    ):
-        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+    ours = step(linear_attention, feature_map, part, grad[:1])
+    if grad.dtype != torch.float32:
+        return assert_no_worse(ours, step(einsum_attention, feature_map, part, grad[:1]), expected)
+    for got, want in zip(ours, expected, strict=True):
+        assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
