@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nefkern import backend
 from nefkern.ops import CSRGraph, add
-from tests.ops.graph_common import backends_of, moved, random_graph
+from tests.ops.graph_common import backends_of, moved, on_threads, random_graph
 
 BACKENDS = backends_of("add")
 each_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -59,6 +59,14 @@ def test_any_graphs(n, one, two, seed):
     for name in BACKENDS:
         total = total_by(name, a, b, 0.3).validate()
         torch.testing.assert_close(total.to_dense().double(), exact, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", backends_of("add", compiled=True))
+def test_result_does_not_depend_on_threads(name):
+    a, b = random_graph(700, 30, 1), random_graph(700, 9, 2, symmetric=False)
+    first, *others = on_threads(lambda: total_by(name, a, b, 0.3).tensors())
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
 
 
 @each_backend

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nefkern import backend
 from nefkern.ops import add, kappa, normalized_adjacency
-from tests.ops.graph_common import backends_of, dense_adjacency, moved, random_lists
+from tests.ops.graph_common import backends_of, dense_adjacency, moved, on_threads, random_lists
 
 BACKENDS = backends_of("kappa")
 each_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -123,16 +123,9 @@ def test_any_lists(n, k, near, seed, weighted):
 @pytest.mark.parametrize("name", backends_of("kappa", compiled=True))
 def test_result_does_not_depend_on_threads(name):
     indices, weights, pixels = inputs(700, 40, 9)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(build(name, indices, weights, pixels, num_nodes=700))
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
+    first, *others = on_threads(lambda: build(name, indices, weights, pixels, num_nodes=700))
+    for other in others:
+        assert_same(first, other)
 
 
 @each_backend

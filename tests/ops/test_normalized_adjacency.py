@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nefkern import backend
 from nefkern.ops import normalized_adjacency
-from tests.ops.graph_common import backends_of, dense_adjacency, moved, random_lists
+from tests.ops.graph_common import backends_of, dense_adjacency, moved, on_threads, random_lists
 
 BACKENDS = backends_of("normalized_adjacency")
 each_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -121,16 +121,9 @@ def test_any_lists(n, k, seed, symmetrize, weighted):
 @pytest.mark.parametrize("name", backends_of("normalized_adjacency", compiled=True))
 def test_result_does_not_depend_on_threads(name):
     indices, weights = random_lists(700, 40)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(build(name, indices, weights, num_nodes=700).tensors())
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    first, *others = on_threads(lambda: build(name, indices, weights, num_nodes=700).tensors())
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @each_backend

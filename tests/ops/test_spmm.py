@@ -11,6 +11,7 @@ from tests.ops.graph_common import (
     HALF,
     assert_half_close,
     backends_of,
+    on_threads,
     random_graph,
 )
 
@@ -97,22 +98,40 @@ def test_any_shape(n, per_row, k, seed):
             assert ((spmm(graph, x).double() - exact).abs() <= float32_error(graph, x)).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 30), k=st.integers(1, 70), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, *HALF]), steps=st.tuples(*[st.integers(1, 3)] * 2),
+    transposed=st.booleans(), symmetric=st.booleans(),
+)  # fmt: skip
+def test_any_strides_and_gradient(n, k, seed, dtype, steps, transposed, symmetric):
+    graph = random_graph(n, 6, seed, symmetric=symmetric)
+    generator = torch.Generator().manual_seed(seed)
+    full = torch.randn(n * steps[0], k * steps[1], generator=generator).to(dtype)
+    full = full.T.contiguous().T if transposed else full
+    x, grad = full[:: steps[0], :: steps[1]], torch.randn(n, k, generator=generator).to(dtype)
+    dense = graph.to_dense().double()
+    for name in BACKENDS:
+        leaf = x.detach().requires_grad_()
+        with backend(name):
+            y = spmm(graph, leaf)
+            y.backward(grad)
+        for got, exact in ((y.detach(), dense @ x.double()), (leaf.grad, dense.T @ grad.double())):
+            if dtype == torch.float32:
+                torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+            else:
+                assert_half_close(got, exact, dtype)
+
+
 @pytest.mark.parametrize("name", backends_of("spmm", compiled=True))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_result_does_not_depend_on_threads(name, dtype):
     graph = random_graph(500, 30)
     x = torch.randn(500, 72).to(dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with backend(name):
-                results.append(spmm(graph, x))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    with backend(name):
+        first, *others = on_threads(lambda: spmm(graph, x))
+    for other in others:
+        assert torch.equal(first, other)
 
 
 @each_backend
