@@ -14,16 +14,9 @@ from torch import Tensor
 
 from nefkern.ops.csr import check_content, raise_invalid_content
 from nefkern.triton.configs import Shipped, device_of
+from nefkern.triton.csr import row_of
 
 BLOCK = 256  # entries of a row that a program takes at a time
-
-
-@triton.jit
-def _row(row_offsets, row, nnz):
-    """A row's first entry, its size, and whether the offsets made sense; never outside 0 to nnz."""
-    begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
-    valid = (begin >= 0) & (begin <= end) & (end <= nnz)
-    return begin, tl.where(valid, end - begin, 0).to(tl.int32), valid
 
 
 @triton.jit
@@ -47,8 +40,8 @@ def _count_entries(
 ):  # fmt: skip
     """The size of row ``program_id(0)`` of the union."""
     row = tl.program_id(0).to(tl.int64)
-    begin_a, size_a, valid_a = _row(row_offsets_a, row, nnz_a)
-    begin_b, size_b, valid_b = _row(row_offsets_b, row, nnz_b)
+    begin_a, size_a, valid_a = row_of(row_offsets_a, row, nnz_a)
+    begin_b, size_b, valid_b = row_of(row_offsets_b, row, nnz_b)
     starts = (row > 0) | ((begin_a == 0) & (begin_b == 0))
     ends = (begin_a + size_a == nnz_a) & (begin_b + size_b == nnz_b)
     valid = valid_a & valid_b & starts & (ends | (row + 1 < num_nodes))
@@ -69,8 +62,8 @@ def _merge_rows(
 ):  # fmt: skip
     """Row ``program_id(0)`` of the sum: first a's entries, then those that only b has."""
     row = tl.program_id(0).to(tl.int64)
-    begin_a, size_a, _ = _row(row_offsets_a, row, nnz_a)
-    begin_b, size_b, _ = _row(row_offsets_b, row, nnz_b)
+    begin_a, size_a, _ = row_of(row_offsets_a, row, nnz_a)
+    begin_b, size_b, _ = row_of(row_offsets_b, row, nnz_b)
     begin = tl.load(row_offsets + row)
     # A graph whose columns don't ascend, as promised, must not be a reason to write elsewhere.
     size = (tl.load(row_offsets + row + 1) - begin).to(tl.int32)

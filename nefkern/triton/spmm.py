@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nefkern.backends import interpreting
-from nefkern.ops.csr import check_content
+from nefkern.ops.csr import check_content, raise_invalid_content
 from nefkern.triton.configs import Shipped, autotune, device_of
 from nefkern.triton.crossover import dense_rows, prefers_dense
+from nefkern.triton.csr import row_of
 from nefkern.triton.rates import rates_of
 
 # Entries of a row taken at a time, and columns of x: as many bytes in flight as hide the latency of
@@ -27,13 +28,17 @@ CONFIGS = [
 
 @triton.jit
 def _spmm_kernel(
-    row_offsets, columns, values, x, y, num_nodes, width, x_stride, y_stride,
+    row_offsets, columns, values, x, y, num_nodes, nnz, width, x_stride, y_stride,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Row ``program_id(0)`` of y, one tile of its columns. A node out of range counts as absent."""
+    """Row ``program_id(0)`` of y, one tile of its columns.
+
+    A node out of range counts as absent, a row whose offsets make no sense as empty.
+    """
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    begin, size, _ = row_of(row_offsets, row, nnz)
+    end = begin + size
     total = tl.zeros([BLOCK_K], tl.float32)
     for first in range(begin, end, BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
@@ -62,12 +67,15 @@ def _bfloat16_part(x):
 
 
 @triton.jit
-def _expand_kernel(row_offsets, columns, values, dense, first_row, num_nodes, BLOCK: tl.constexpr):
+def _expand_kernel(
+    row_offsets, columns, values, dense, first_row, num_nodes, nnz, BLOCK: tl.constexpr
+):
     """Row ``first_row + program_id(0)`` as hi | lo into ``dense`` [rows, 2 num_nodes] of zeros."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + local
     out = dense + local * 2 * num_nodes
-    begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    begin, size, _ = row_of(row_offsets, row, nnz)
+    end = begin + size
     for first in range(begin, end, BLOCK):
         e = first + tl.arange(0, BLOCK)
         node = tl.load(columns + e, mask=e < end, other=-1)
@@ -85,10 +93,17 @@ def spmm(
     """kappa x as ``dtype``; float32 values, x float32, float16 or bfloat16.
 
     On a GPU nothing waits for the host, so that a graph's content is not checked there
-    (:meth:`CSRGraph.validate` does): a node out of range counts as absent.
+    (:meth:`CSRGraph.validate` does): a node out of range counts as absent, a row whose offsets make
+    no sense as empty.
+
+    Raises:
+        ValueError: the graph's tensors contradict each other.
     """
+    if columns.shape != values.shape:
+        raise_invalid_content()
     if x.device.type == "cpu":
         check_content(row_offsets, columns)
+    row_offsets, columns, values = (y.contiguous() for y in (row_offsets, columns, values))
     n, width = x.shape
     if prefers_dense(n, columns.shape[0], width, x.dtype, rates_of(x.device)):
         return _dense_spmm(row_offsets, columns, values, x).to(dtype)
@@ -98,7 +113,7 @@ def spmm(
     if y.numel():
         with device_of(x):
             _tuned[lambda meta: (n, triton.cdiv(width, meta["BLOCK_K"]))](
-                row_offsets, columns, values, x, y, n, width, x.stride(0), y.stride(0)
+                row_offsets, columns, values, x, y, n, len(columns), width, x.stride(0), y.stride(0)
             )
     return y.to(dtype)
 
@@ -114,7 +129,7 @@ def _dense_spmm(row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor)
         rows = dense[: n - first].zero_()
         with device_of(x):
             _expand_kernel[(len(rows),)](
-                row_offsets, columns, values, rows, first, n, BLOCK=EXPAND_BLOCK
+                row_offsets, columns, values, rows, first, n, len(columns), BLOCK=EXPAND_BLOCK
             )
         y[first : first + step] = _product(rows, twice)
     return y
@@ -126,25 +141,26 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shipped() -> list[Shipped]:
-    types = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+    """Sums in float32, and in x's own dtype where that is another."""
+    kinds = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+    pairs = [(name, "float32") for name in kinds] + [(name, name) for name in kinds]
+    graph = {"row_offsets": "*i64", "columns": "*i32", "values": "*fp32"}
+    sizes = {"num_nodes": "i32", "nnz": "i64"}
     gathers = [
         Shipped(
-            f"spmm {name}, {config.kwargs['BLOCK_E']} x {config.kwargs['BLOCK_K']}",
+            f"spmm {of}, {config.kwargs['BLOCK_E']} x {config.kwargs['BLOCK_K']}"
+            + (f", as {to}" if to != of else ""),
             _spmm_kernel,
             {
-                "row_offsets": "*i64", "columns": "*i32", "values": "*fp32", "x": kind,
-                "y": "*fp32", "num_nodes": "i32", "width": "i32", "x_stride": "i64",
+                **graph, "x": kinds[of], "y": kinds[to], **sizes, "width": "i32", "x_stride": "i64",
                 "y_stride": "i64",
             },
             config.kwargs,
             config.num_warps,
             config.num_stages,
         )
-        for name, kind in types.items()
+        for of, to in dict.fromkeys(pairs)
         for config in CONFIGS
     ]  # fmt: skip
-    expand = {
-        "row_offsets": "*i64", "columns": "*i32", "values": "*fp32", "dense": "*bf16",
-        "first_row": "i32", "num_nodes": "i32",
-    }  # fmt: skip
+    expand = {**graph, "dense": "*bf16", "first_row": "i32", **sizes}
     return [*gathers, Shipped("spmm expand", _expand_kernel, expand, {"BLOCK": EXPAND_BLOCK})]
