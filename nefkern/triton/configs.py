@@ -30,13 +30,27 @@ class Shipped:
     signature: dict[str, str]
     constexprs: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     product: bool = False
 
 
 def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
-    """``triton.autotune``; in the interpreter, which cannot time, the first configuration."""
-    return triton.autotune(configs=list(configs[:1] if interpreting() else configs), key=list(key))
+    """``triton.autotune``; the first configuration where none may be timed.
+
+    That is in the interpreter, in the capture of a CUDA graph that no call came before, and under
+    ``torch.use_deterministic_algorithms``, since another tile may sum in another order.
+    """
+    return triton.autotune(
+        configs=list(configs[:1] if interpreting() else configs),
+        key=list(key),
+        prune_configs_by={"early_config_prune": _may_be_timed},
+    )
+
+
+def _may_be_timed(configs: list, arguments: dict, **options) -> list:
+    fixed = torch.are_deterministic_algorithms_enabled()
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return configs[:1] if fixed or capturing else configs
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:
