@@ -101,12 +101,21 @@ def _cpu(features, k, metric, segments, include_self, check_finite):
     )
 
 
+#: How the Triton kernels find neighbours, by NEFKERN_KNN_TRITON: "ieee" computes all values in IEEE
+#: float32; "preselect" lets tensor cores choose the candidates whose values are then computed so
+#: (nefkern/triton/knn.py); "auto", the default, does that for many channels and a small k. The
+#: accuracy is the same.
+TRITON_METHODS = ("auto", "ieee", "preselect")
+
+
 @registry.kernel("knn", "triton", accepts=lambda features, *_: features.dtype != torch.float64)
 def _triton(features, k, metric, segments, include_self, check_finite):
     from nefkern.triton.knn import knn
 
     bounds = _check_values(features, segments, check_finite)
-    return knn(features, k, metric, segments, bounds, include_self)
+    method = _method("NEFKERN_KNN_TRITON", TRITON_METHODS)
+    preselect = {"auto": None, "ieee": False, "preselect": True}[method]
+    return knn(features, k, metric, segments, bounds, include_self, preselect=preselect)
 
 
 #: How the CUDA kernels find neighbours, by NEFKERN_KNN_CUDA: "baseline" computes all values in
@@ -116,12 +125,12 @@ def _triton(features, k, metric, segments, include_self, check_finite):
 CUDA_METHODS = ("auto", "baseline", "fused")
 
 
-def _cuda_method() -> int:
-    name = os.environ.get("NEFKERN_KNN_CUDA") or CUDA_METHODS[0]
-    if name not in CUDA_METHODS:
-        expected = ", ".join(CUDA_METHODS)
-        raise ValueError(f"NEFKERN_KNN_CUDA={name}: expected one of {expected}")
-    return CUDA_METHODS.index(name)
+def _method(variable: str, methods: tuple[str, ...]) -> str:
+    """The method that an environment variable names; the first where it is unset."""
+    name = os.environ.get(variable) or methods[0]
+    if name not in methods:
+        raise ValueError(f"{variable}={name}: expected one of {', '.join(methods)}")
+    return name
 
 
 @registry.kernel("knn", "cuda", accepts=lambda features, *_: features.dtype != torch.float64)
@@ -129,8 +138,9 @@ def _cuda(features, k, metric, segments, include_self, check_finite):
     bounds = torch.tensor(_check_values(features, segments, check_finite))
     if segments is not None:
         segments = segments.to(features.device, torch.int64).contiguous()
+    method = CUDA_METHODS.index(_method("NEFKERN_KNN_CUDA", CUDA_METHODS))
     return torch.ops.nefkern_native.knn_cuda(
-        features.float(), bounds, segments, k, metric == "euclidean", include_self, _cuda_method()
+        features.float(), bounds, segments, k, metric == "euclidean", include_self, method
     )
 
 
