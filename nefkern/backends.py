@@ -83,6 +83,11 @@ def why_not(name: str) -> str | None:
     return None
 
 
+def takes(name: str, device_type: str) -> bool:
+    """Whether backend ``name`` can run on tensors there: Triton on a GPU's, unless interpreting."""
+    return name != "triton" or device_type == "cuda" or interpreting()
+
+
 def available() -> dict[str, str | None]:
     """Every backend's name with None where it can run here, or one line that says why not."""
     return {name: why_not(name) for name in BACKENDS}

@@ -42,10 +42,21 @@ def kernel(name: str, backend: str, *, accepts: Callable[..., bool] | None = Non
 
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Give operator ``name`` its backward formula."""
-    torch.library.register_autograd(
-        f"nefkern::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    """Give operator ``name`` its backward formula, which runs with the backend of the forward pass.
+
+    A ``with backend(...)`` around it would not do: it may have ended, and autograd's thread for a
+    GPU never sees it.
+    """
+
+    def remember(ctx, inputs, output):
+        ctx.backend = backends.current()
+        setup_context(ctx, inputs, output)
+
+    def same(ctx, *gradients):
+        with backends.backend(ctx.backend):
+            return backward(ctx, *gradients)
+
+    torch.library.register_autograd(f"nefkern::{name}", same, setup_context=remember, lib=_library)
 
 
 def _run(name: str, args: tuple) -> Any:
@@ -71,7 +82,8 @@ def select(name: str, *args: Any) -> Callable:
     device = _device(args)
     for backend in backends.preference(device):
         function, accepts = _kernels[name].get(backend, (None, None))
-        if function and not backends.why_not(backend) and (accepts is None or accepts(*args)):
+        runs = function and not backends.why_not(backend) and backends.takes(backend, device)
+        if runs and (accepts is None or accepts(*args)):
             return function
     raise RuntimeError(
         f"{name}: backend {backends.current()!r} cannot take this call on device {device!r}"
