@@ -97,15 +97,9 @@ def _triton_accepts(indices, weights, pixel_indices, *_) -> bool:
 
 @registry.kernel("kappa", "triton", accepts=_triton_accepts)
 def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
-    """Both graphs, then their sum."""
-    from nefkern.triton.add import add
-    from nefkern.triton.normalized_adjacency import normalized_adjacency
+    from nefkern.triton.kappa import kappa
 
-    features = normalized_adjacency(indices, weights, num_nodes, "mean", clamp_min)
-    pixels = normalized_adjacency(
-        pixel_indices, None, num_nodes, "union", 0.0, name="pixel_indices"
-    )
-    return add(*features, *pixels, alpha)
+    return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
 
 
 @registry.kernel("kappa", "cuda", accepts=_native_accepts)

@@ -7,6 +7,8 @@ are taken in tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -121,22 +123,38 @@ def add(
     graph_b = [x.contiguous() for x in (row_offsets_b, columns_b, values_b)]
     if columns_a.shape != values_a.shape or columns_b.shape != values_b.shape:
         raise_invalid_content()
-    n, sizes = len(row_offsets_a) - 1, (len(columns_a), len(columns_b))
-    counts = torch.zeros_like(graph_a[0])
-    if n == 0:
+    if len(row_offsets_a) == 1:
         check_content(row_offsets_a, columns_a)
         check_content(row_offsets_b, columns_b)
-        return counts, columns_a.clone(), values_a.clone()
+        return row_offsets_a.clone(), columns_a.clone(), values_a.clone()
+    row_offsets, invalid = counted(graph_a, graph_b)
+    nnz, outside = torch.cat([row_offsets[-1:], invalid]).tolist()
+    if outside:
+        raise_invalid_content()
+    return merged(graph_a, graph_b, alpha, row_offsets, nnz)
+
+
+def counted(graph_a: Sequence[Tensor], graph_b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum's row offsets, and 1 in a tensor [1] if a graph's don't go from 0 to its size."""
+    counts = torch.zeros_like(graph_a[0])
+    invalid = counts.new_zeros(1)
+    n, sizes = len(counts) - 1, (len(graph_a[1]), len(graph_b[1]))
     with device_of(counts):
-        invalid = counts.new_zeros(1)
-        _count_entries[(n,)](
-            *graph_a[:2], *graph_b[:2], counts, invalid, n, *sizes, BLOCK=BLOCK
-        )  # fmt: skip
-        row_offsets = counts.cumsum(0)
-        nnz, outside = torch.cat([row_offsets[-1:], invalid]).tolist()
-        if outside:
-            raise_invalid_content()
-        columns, values = columns_a.new_empty(nnz), values_a.new_empty(nnz)
+        _count_entries[(n,)](*graph_a[:2], *graph_b[:2], counts, invalid, n, *sizes, BLOCK=BLOCK)
+    return counts.cumsum(0), invalid
+
+
+def merged(
+    graph_a: Sequence[Tensor],
+    graph_b: Sequence[Tensor],
+    alpha: float,
+    row_offsets: Tensor,
+    nnz: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum's tensors, of ``nnz`` entries."""
+    columns, values = graph_a[1].new_empty(nnz), graph_a[2].new_empty(nnz)
+    n, sizes = len(row_offsets) - 1, (len(graph_a[1]), len(graph_b[1]))
+    with device_of(columns):
         _merge_rows[(n,)](
             *graph_a, *graph_b, alpha, row_offsets, columns, values, *sizes, BLOCK=BLOCK
         )

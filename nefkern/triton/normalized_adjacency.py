@@ -16,6 +16,9 @@ possible (the lists are in order of their rows), for more passes of another kind
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -139,35 +142,38 @@ def _scale_entries(row_offsets, columns, values, scale, BLOCK: tl.constexpr):
         tl.store(values + e, value * (own * tl.load(scale + column)), mask=e < end)
 
 
-def normalized_adjacency(
-    indices: Tensor,
-    weights: Tensor | None,
-    num_nodes: int,
-    symmetrize: str,
-    clamp_min: float,
-    *,
-    name: str = "indices",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The graph's three tensors, of at most MAX_EDGES edges with weights up to float32.
+@dataclass(frozen=True)
+class Edges:
+    """Both directions of every listed edge, sorted, and what counting their entries tells."""
 
-    The host waits once, for the number of entries and whether an index was out of range.
+    keys: Tensor  # [2 edges]
+    order: Tensor  # [2 edges]: where they stood before
+    starts: Tensor  # [N + 1]: the first key of every row
+    weights: Tensor  # [N, k]
+    row_offsets: Tensor  # [N + 1] int64, of the graph
+    invalid: Tensor  # [1]: 1 where an index is out of range
+    its: dict[str, Any]  # constexprs
 
-    Raises:
-        ValueError: it was; the argument goes by ``name``.
-    """
+    @property
+    def listed(self) -> int:
+        """The number of edges in the lists; the graph has at most twice as many entries."""
+        return self.weights.numel()
+
+
+def sorted_edges(
+    indices: Tensor, weights: Tensor | None, num_nodes: int, clamp_min: float
+) -> Edges:
+    """The first half, after which the number of entries is known on the device. At least one row
+    and one edge."""
     n, edges = num_nodes, indices.numel()
-    counts = torch.zeros(n + 1, dtype=torch.int64, device=indices.device)
-    empty = (counts, counts.new_empty(0, dtype=torch.int32), counts.new_empty(0).float())
-    if edges == 0:
-        return empty
     indices = indices.contiguous()
-    weighted = weights is not None
+    its = {"HAS_WEIGHTS": weights is not None, "BLOCK": BLOCK}
     # Without weights any pointer will do: nothing is read from it.
-    weights = weights.float().contiguous() if weighted else indices
-    its = {"HAS_WEIGHTS": weighted, "BLOCK": BLOCK}
+    weights = indices if weights is None else weights.float().contiguous()
+    counts = torch.zeros(n + 1, dtype=torch.int64, device=indices.device)
+    invalid = counts.new_zeros(1)
+    keys = indices.new_empty(2 * edges, dtype=_key_dtype(n))
     with device_of(indices):
-        keys = indices.new_empty(2 * edges, dtype=_key_dtype(n))
-        invalid = counts.new_zeros(1)
         _write_keys[(triton.cdiv(edges, BLOCK),)](
             indices, weights, keys, invalid, n, indices.shape[1], edges, clamp_min, **its
         )
@@ -175,19 +181,49 @@ def normalized_adjacency(
         rows = torch.arange(n + 1, device=indices.device, dtype=keys.dtype)
         starts = torch.searchsorted(keys, rows * n)
         _count_entries[(n,)](keys, starts, counts, BLOCK=BLOCK)
-        row_offsets = counts.cumsum(0)
-        nnz, outside = torch.cat([row_offsets[-1:], invalid]).tolist()
-        if outside:
-            check_indices(indices, n, name=name)
-        columns = indices.new_empty(nnz, dtype=torch.int32)
-        values = indices.new_empty(nnz, dtype=torch.float32)
-        scale = values.new_empty(n)
+    return Edges(keys, order, starts, weights, counts.cumsum(0), invalid, its)
+
+
+def merged(
+    edges: Edges, nnz: int, symmetrize: str, clamp_min: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The second half: the graph's tensors, with room for ``nnz`` entries."""
+    n = len(edges.row_offsets) - 1
+    columns = edges.keys.new_empty(nnz, dtype=torch.int32)
+    values = edges.keys.new_empty(nnz, dtype=torch.float32)
+    scale = values.new_empty(n)
+    with device_of(columns):
         _merge_edges[(n,)](
-            keys, order, starts, weights, row_offsets, columns, values, scale, n, edges, clamp_min,
-            MEAN=symmetrize == "mean", **its,
+            edges.keys, edges.order, edges.starts, edges.weights, edges.row_offsets, columns,
+            values, scale, n, edges.listed, clamp_min, MEAN=symmetrize == "mean", **edges.its,
         )  # fmt: skip
-        _scale_entries[(n,)](row_offsets, columns, values, scale, BLOCK=BLOCK)
-    return row_offsets, columns, values
+        _scale_entries[(n,)](edges.row_offsets, columns, values, scale, BLOCK=BLOCK)
+    return edges.row_offsets, columns, values
+
+
+def normalized_adjacency(
+    indices: Tensor, weights: Tensor | None, num_nodes: int, symmetrize: str, clamp_min: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The graph's three tensors, of at most MAX_EDGES edges with weights up to float32.
+
+    The host waits once, for the number of entries and whether an index was out of range.
+
+    Raises:
+        ValueError: it was.
+    """
+    if indices.numel() == 0:
+        return empty_graph(num_nodes, indices.device)
+    edges = sorted_edges(indices, weights, num_nodes, clamp_min)
+    nnz, outside = torch.cat([edges.row_offsets[-1:], edges.invalid]).tolist()
+    if outside:
+        check_indices(indices, num_nodes)
+    return merged(edges, nnz, symmetrize, clamp_min)
+
+
+def empty_graph(num_nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A graph without entries."""
+    offsets = torch.zeros(num_nodes + 1, dtype=torch.int64, device=device)
+    return offsets, offsets.new_empty(0, dtype=torch.int32), offsets.new_empty(0).float()
 
 
 def _key_dtype(num_nodes: int) -> torch.dtype:
