@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ class Shipped:
         signature: Triton's type of every argument that isn't a constexpr: "*fp32", "i32", "i64".
         constexprs: the values of the others.
         product: whether it multiplies matrices and must use tensor cores.
+        multiples: integer arguments taken to be multiples of 16, as sizes and strides mostly are:
+            Triton compiles such a call anew, with wider loads.
     """
 
     name: str
@@ -32,6 +34,11 @@ class Shipped:
     num_warps: int = 4
     num_stages: int = 3
     product: bool = False
+    multiples: tuple[str, ...] = ()
+
+    def for_multiples(self, *names: str) -> Shipped:
+        """The same kernel where these arguments are multiples of 16."""
+        return replace(self, name=f"{self.name}, multiples of 16", multiples=names)
 
 
 def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:

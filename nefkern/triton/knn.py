@@ -158,21 +158,23 @@ def _preselect(
 
 
 def shipped() -> list[Shipped]:
-    """Every kernel, both metrics, as the launches above configure it."""
+    """Every kernel, both metrics, with and without the row itself, as the launches configure it."""
     found = []
     for euclidean in (False, True):
         metric = "euclidean" if euclidean else "cosine"
-        its = {"EUCLIDEAN": euclidean, "INCLUDE_SELF": False, "CHUNK": CHUNK}
+        its = {"EUCLIDEAN": euclidean, "CHUNK": CHUNK}
         found.append(_ship(pack_kernel, metric, its | PACK))
         found.append(_ship(rerank_kernel, metric, its | RERANK))
-        found.append(_ship(exact_kernel, metric, its | EXACT))
         found.append(_ship(unpack_kernel, metric, its | FLAT))
+        for include_self, variant in ((False, metric), (True, f"{metric}, with self")):
+            found.append(_ship(exact_kernel, variant, its | {"INCLUDE_SELF": include_self} | EXACT))
     for kernel in (select_kernel, select_exact_kernel):
         found.append(_ship(kernel, "", SELECT))
     for config in SCORE_CONFIGS:
-        its = {"INCLUDE_SELF": False, "num_warps": config.num_warps, **config.kwargs}
-        tile = f"{its['BM']} x {its['BN']}, {config.num_warps} warps"
-        found.append(_ship(score_kernel, tile, its, config.num_stages))
+        tile = f"{config.kwargs['BM']} x {config.kwargs['BN']}, {config.num_warps} warps"
+        for include_self, variant in ((False, tile), (True, f"{tile}, with self")):
+            its = {"INCLUDE_SELF": include_self, "num_warps": config.num_warps, **config.kwargs}
+            found.append(_ship(score_kernel, variant, its, config.num_stages))
     return found
 
 

@@ -160,20 +160,32 @@ def _of(kernel: Any, its: dict[str, Any]) -> dict[str, Any]:
 
 
 def shipped() -> list[Shipped]:
-    """Every kernel for heads of 16 to 128 channels, both maps (float16 multiplies as float32)."""
+    """Every kernel for heads of 16 to 128 channels, both maps and all dtypes.
+
+    With a mask and any strides; where all of them are multiples of 16, of heads of 64 channels also
+    without a mask, as ψ calls them.
+    """
     products = (sum_keys, answer_queries, query_gradients, key_gradients)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
     found = []
     for width in (16, 32, 64, 128):
-        dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if width == 64 else ()))
         for feature_map in ("elu", "softmax"):
             for kernel in products:
                 found += [_ship(kernel, width, feature_map, dtype) for dtype in dtypes]
             for kernel in (join_keys, join_gradients):  # they see float32 only
                 found.append(_ship(kernel, width, feature_map, torch.float32))
+    for feature_map in ("elu", "softmax"):
+        for kernel in products:
+            for dtype in dtypes:
+                usual = _ship(kernel, 64, feature_map, dtype, masked=False)
+                sizes = (n for n, kind in usual.signature.items() if kind == "i64")
+                found.append(usual.for_multiples("d", "e", "chunk", *sizes))
     return found
 
 
-def _ship(kernel: Any, width: int, feature_map: str, dtype: torch.dtype) -> Shipped:
+def _ship(
+    kernel: Any, width: int, feature_map: str, dtype: torch.dtype, *, masked: bool = True
+) -> Shipped:
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     kinds = {"mask": "*i1", "eps": "fp32"}
     kinds |= dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), pointer)
@@ -181,7 +193,7 @@ def _ship(kernel: Any, width: int, feature_map: str, dtype: torch.dtype) -> Ship
     kinds |= dict.fromkeys(sums, "*fp32")
     kinds |= dict.fromkeys(("all_heads", "heads", "count", "d", "e", "chunk", "parts"), "i32")
     names = kernel.arg_names
-    constants = {"HAS_MASK": True, **_constants(width, width, feature_map, dtype)}
+    constants = {"HAS_MASK": masked, **_constants(width, width, feature_map, dtype)}
     return Shipped(
         f"linear_attention {kernel.__name__} {feature_map} {str(dtype)[6:]} D = {width}",
         kernel,

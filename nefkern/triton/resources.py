@@ -70,7 +70,10 @@ def shipped() -> Iterator:
 
 
 def compile_for(kernel, arch: str):
-    """Compile a Shipped ahead of time; pointers are aligned to 16 bytes, as torch's are."""
+    """Compile a Shipped ahead of time; pointers are aligned to 16 bytes, as torch's are.
+
+    Sizes and strides are any numbers, but for the Shipped's ``multiples``.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -81,8 +84,8 @@ def compile_for(kernel, arch: str):
         raise ValueError(f"{kernel.name}: neither signature nor constexprs has {missing}")
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(types.values())
-        if kind.startswith("*")
+        for place, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or name in kernel.multiples
     }
     source = ASTSource(
         fn=kernel.kernel, signature=types, constexprs=dict(kernel.constexprs), attrs=aligned

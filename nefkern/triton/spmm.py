@@ -162,5 +162,6 @@ def shipped() -> list[Shipped]:
         for of, to in dict.fromkeys(pairs)
         for config in CONFIGS
     ]  # fmt: skip
+    gathers += [kernel.for_multiples("width", "x_stride", "y_stride") for kernel in gathers]
     expand = {**graph, "dense": "*bf16", "first_row": "i32", **sizes}
     return [*gathers, Shipped("spmm expand", _expand_kernel, expand, {"BLOCK": EXPAND_BLOCK})]
