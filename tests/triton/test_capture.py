@@ -7,20 +7,38 @@ one, captured into a CUDA graph and replayed on other data.
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-from nefkern.ops import linear_attention, neuralef_loss, registry, spmm
+from nefkern import backend, backends
+from nefkern.backends import interpreting
+from nefkern.ops import (
+    add,
+    kappa,
+    linear_attention,
+    neuralef_loss,
+    normalized_adjacency,
+    registry,
+    spmm,
+)
 from nefkern.ops.csr import check_content
+from nefkern.reference.csr import transpose
 from nefkern.reference.neuralef_loss import neuralef_loss_backward
+from nefkern.triton import knn as knn_kernels
+from nefkern.triton import knn_estimates
 from nefkern.triton import linear_attention as attention_kernels
 from nefkern.triton import spmm as spmm_kernels
 from nefkern.triton.rates import GPUS
-from tests.ops.graph_common import random_graph
+from tests.ops.graph_common import moved, random_graph, random_lists
 
+needs_triton = pytest.mark.skipif(
+    backends.why_not("triton") is not None, reason=str(backends.why_not("triton"))
+)
 FEATURE_MAPS = ("elu", "softmax")
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:]
@@ -30,14 +48,22 @@ each_dtype = pytest.mark.parametrize(
 # ---- traced with fake tensors ----
 
 
+#: What a launch may have of programs along each axis.
+GRID = (2**31 - 1, 65_535, 65_535)
+#: The smallest tiles, for grids that depend on them.
+TILE = {"BLOCK_K": 64, "BM": 64, "BN": 128}
+
+
 class Launch:
-    """In place of a kernel: notes that it was launched."""
+    """In place of a kernel: notes that it was launched, with a grid that a GPU takes."""
 
     def __init__(self, name, kernel, launched):
         self.name, self.launched = name, launched
         self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
+        sizes = grid(TILE) if callable(grid) else grid
+        assert all(0 < size <= most for size, most in zip(sizes, GRID, strict=False)), self.name
         return lambda *args, **options: self.launched.append(self.name)
 
 
@@ -47,11 +73,16 @@ def launched(monkeypatch):
     found = []
     kernels = {
         spmm_kernels: ("_tuned", "_expand_kernel"),
-        attention_kernels: ("_sum_keys", "_join_keys", "_answer_queries", "_query_gradients",
-                            "_join_gradients", "_key_gradients"),
+        attention_kernels: ("sum_keys", "join_keys", "answer_queries", "query_gradients",
+                            "join_gradients", "key_gradients"),
+        knn_kernels: ("tuned_score", "select_kernel", "rerank_kernel", "exact_kernel",
+                      "select_exact_kernel", "unpack_kernel"),
+        knn_estimates: ("pack_kernel",),
     }  # fmt: skip
     for module, names in kernels.items():
-        monkeypatch.setattr(module, "device_of", lambda tensor: contextlib.nullcontext())
+        monkeypatch.setattr(
+            module, "device_of", lambda tensor: contextlib.nullcontext(), raising=False
+        )
         for name in names:
             monkeypatch.setattr(module, name, Launch(name, getattr(module, name), found))
     monkeypatch.setattr(spmm_kernels, "rates_of", lambda device: GPUS["sm_90"])
@@ -96,6 +127,19 @@ def test_spmm_by_dense_rows_reads_nothing(launched, monkeypatch):
 
 
 @each_dtype
+@pytest.mark.parametrize("one", [True, False], ids=["one operand", "two"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", ""])
+def test_backward_of_spmm_and_quadratic_form_reads_nothing(launched, dtype, one, symmetric):
+    """The transposed graph included. What autograd would call, as its engine needs a driver."""
+    graph, x = fake_graph(), torch.empty(100, 20, dtype=dtype, device="cuda")
+    transposed = graph if symmetric else transpose(*graph)
+    assert implementation("spmm")(*transposed, x, symmetric).shape == x.shape
+    r, y = implementation("quadratic_form")(*graph, x, None if one else x, symmetric)
+    assert (r.shape, r.dtype, y.shape) == ((20, 20), torch.float32, x.shape)
+    assert launched == ["_tuned", "_tuned"]
+
+
+@each_dtype
 def test_neuralef_loss_reads_nothing(launched, dtype):
     psi = torch.empty(100, 20, dtype=dtype, device="cuda")
     loss, r, y = implementation("neuralef_loss")(*fake_graph(), psi, 0.1, 0.01)
@@ -116,8 +160,90 @@ def test_linear_attention_reads_nothing(launched, dtype, feature_map, masked):
         out, q, k, v, mask, *kept, feature_map, 1e-6
     )
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
-    assert launched == ["_sum_keys", "_join_keys", "_answer_queries",
-                        "_query_gradients", "_join_gradients", "_key_gradients"]  # fmt: skip
+    assert launched == ["sum_keys", "join_keys", "answer_queries",
+                        "query_gradients", "join_gradients", "key_gradients"]  # fmt: skip
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_any_number_of_tokens_fits_a_grid(launched, feature_map):
+    q = torch.empty(1, 2, 5_000_000, 64, dtype=torch.bfloat16, device="cuda")
+    out, *kept = implementation("linear_attention")(q, q, q, None, feature_map, 1e-6)
+    implementation("linear_attention_backward")(out, q, q, q, None, *kept, feature_map, 1e-6)
+    assert len(launched) == 6
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for x in results if isinstance(results, tuple | list) else [results]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return results
+
+
+@pytest.mark.parametrize("preselect", [True, False])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_knn_reads_nothing_and_holds_no_n_by_n(launched, metric, preselect):
+    """The scores of 40,000 rows alone would be 6.4 GB."""
+    n, k = 40_000, 16
+    with LargestTensor() as largest:
+        x = torch.empty(n, 64, device="cuda")
+        values, indices = knn_kernels.knn(x, k, metric, None, [0, n], False, preselect=preselect)
+    assert values.shape == indices.shape == (n, k)
+    assert largest.bytes <= knn_kernels.WORKSPACE
+    assert ("tuned_score" in launched) == preselect
+
+
+# ---- one message to the host ----
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The list of what was read back: the name of every call that waits for a GPU."""
+    found = []
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        method = getattr(torch.Tensor, name)
+
+        def noted(tensor, *args, name=name, method=method, **options):
+            found.append(name)
+            return method(tensor, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    return found
+
+
+def assemblies():
+    """Calls of the operators that make graphs."""
+    indices, weights = moved("triton", *random_lists(12, 3))
+    (pixels,) = moved("triton", random_lists(12, 2, seed=1)[0])
+    graph = moved("triton", random_graph(12, 3, 1), random_graph(12, 2, 2))
+    return {
+        "normalized_adjacency": lambda: normalized_adjacency(indices, weights, num_nodes=12),
+        "add": lambda: add(*graph, 0.3),
+        "kappa": lambda: kappa(indices, weights, pixels, num_nodes=12),
+    }
+
+
+@needs_triton
+@pytest.mark.parametrize("operator", assemblies())
+def test_a_graph_is_assembled_with_one_read_back(operator, request):
+    assemble = assemblies()[operator]
+    with backend("triton"):
+        assemble()  # compiles
+        reads = request.getfixturevalue("reads")
+        assemble()
+        assert reads == ["tolist"]
+        if torch.cuda.is_available() and not interpreting():
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                assemble()
+            torch.cuda.set_sync_debug_mode("default")
+            assert len(waits) == 1, [str(w.message) for w in waits]
 
 
 # ---- captured ----
