@@ -17,6 +17,10 @@ import pytest
 from PIL import Image
 
 from nefkern.options import TrainOptions
+from tests.backend_counts import (  # noqa: F401  hooks
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 
 
 def _photograph(width: int, height: int, seed: int) -> Image.Image:
