@@ -7,7 +7,7 @@ import torch
 
 from nefkern import backends
 
-TESTED = ("reference", "cpu", "triton")
+TESTED = ("reference", "cpu", "triton", "cuda")
 
 
 @pytest.fixture(params=TESTED)

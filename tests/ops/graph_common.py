@@ -24,8 +24,9 @@ def backends_of(op: str, *, compiled: bool = False) -> list[str]:
 
 
 def backend_device(name: str | None = None) -> str:
-    """Where backend ``name``, or the one in use, takes its tensors."""
-    on_gpu = (name or backends.current()) in ("cuda", "triton") and not backends.interpreting()
+    """Where backend ``name``, or the one in use, takes its tensors: on the real device, if any."""
+    name = name or backends.current()
+    on_gpu = name == "cuda" or (name == "triton" and not backends.interpreting())
     return "cuda" if on_gpu else "cpu"
 
 
@@ -35,16 +36,21 @@ def moved(name: str, *things: torch.Tensor | CSRGraph | None) -> list:
 
 
 def on_backend_device(op: Callable) -> Callable:
-    """``op``, with tensors moved to the backend's device and its results moved back."""
+    """``op``, with tensors and graphs moved to the backend's device and its results moved back.
+
+    What is there already stays as it is, strides included.
+    """
 
     def there(value, device):
-        return value.to(device) if isinstance(value, torch.Tensor) else value
+        return value.to(device) if isinstance(value, torch.Tensor | CSRGraph) else value
 
     def call(*args, **options):
         device = backend_device()
         args = [there(value, device) for value in args]
         results = op(*args, **{name: there(value, device) for name, value in options.items()})
-        return tuple(there(result, "cpu") for result in results)
+        if isinstance(results, tuple):
+            return tuple(there(result, "cpu") for result in results)
+        return there(results, "cpu")
 
     return call
 

@@ -11,8 +11,7 @@ from nefkern import backend
 from nefkern.ops import CSRGraph, add
 from tests.ops.graph_common import backends_of, moved, on_threads, random_graph
 
-BACKENDS = backends_of("add")
-each_backend = pytest.mark.parametrize("name", BACKENDS)
+each_backend = pytest.mark.parametrize("name", backends_of("add"))
 
 
 def total_by(name, a, b, alpha):
@@ -49,16 +48,16 @@ def test_symmetry_and_dtype(name):
     torch.testing.assert_close(total.to_dense(), a.to_dense().double() + 0.3 * wide.to_dense())
 
 
+@each_backend
 @settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(0, 25), one=st.integers(0, 12), two=st.integers(0, 12), seed=st.integers(0, 99)
 )
-def test_any_graphs(n, one, two, seed):
+def test_any_graphs(name, n, one, two, seed):
     a, b = random_graph(n, one, seed), random_graph(n, two, seed + 1, symmetric=False)
     exact = a.to_dense().double() + 0.3 * b.to_dense().double()
-    for name in BACKENDS:
-        total = total_by(name, a, b, 0.3).validate()
-        torch.testing.assert_close(total.to_dense().double(), exact, rtol=1e-6, atol=1e-7)
+    total = total_by(name, a, b, 0.3).validate()
+    torch.testing.assert_close(total.to_dense().double(), exact, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", backends_of("add", compiled=True))
@@ -76,10 +75,12 @@ def test_opcheck(name):
         torch.library.opcheck(torch.ops.nefkern.add, (*a.tensors(), *b.tensors(), 0.3))
 
 
-def test_fullgraph_compile():
-    a, b = random_graph(12, 3, 1), random_graph(12, 3, 2)
+@each_backend
+def test_fullgraph_compile(name):
+    a, b = moved(name, random_graph(12, 3, 1), random_graph(12, 3, 2))
     compiled = torch.compile(lambda a, b: add(a, b, 0.3), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(a, b).to_dense(), add(a, b, 0.3).to_dense())
+    with backend(name):
+        assert torch.equal(compiled(a, b).to_dense(), add(a, b, 0.3).to_dense())
 
 
 @each_backend

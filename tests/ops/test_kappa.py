@@ -11,8 +11,7 @@ from nefkern import backend
 from nefkern.ops import add, kappa, normalized_adjacency
 from tests.ops.graph_common import backends_of, dense_adjacency, moved, on_threads, random_lists
 
-BACKENDS = backends_of("kappa")
-each_backend = pytest.mark.parametrize("name", BACKENDS)
+each_backend = pytest.mark.parametrize("name", backends_of("kappa"))
 
 
 def build(name, indices, weights, pixels, **options):
@@ -56,13 +55,14 @@ def test_equals_dense_formula(name, weighted, n, k, near, poisoned_memory):
     torch.testing.assert_close(graph.to_dense().double(), exact, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", backends_of("kappa", compiled=True))
+@each_backend
 @pytest.mark.parametrize("alpha", [0.3, 0.0, -0.5])
 def test_equals_the_sum_of_both_graphs_bit_for_bit(name, alpha):
-    indices, weights, pixels = moved(name, *inputs(150, 12, 4))
+    n = 150 if name in backends_of("kappa", compiled=True) else 20
+    indices, weights, pixels = moved(name, *inputs(n, 12, 4))
     with backend(name):
-        graph = kappa(indices, weights, pixels, num_nodes=150, alpha=alpha)
-        assert_same(graph, composed(indices, weights, pixels, 150, alpha))
+        graph = kappa(indices, weights, pixels, num_nodes=n, alpha=alpha)
+        assert_same(graph, composed(indices, weights, pixels, n, alpha))
 
 
 @each_backend
@@ -106,18 +106,18 @@ def test_a_nan_weight_stays_visible_and_does_not_reach_the_pixel_graph(name):
     assert torch.equal(found[~found.isnan()], alone[~found.isnan()])
 
 
+@pytest.mark.parametrize("name", backends_of("kappa", compiled=True))
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(0, 20), k=st.integers(0, 24), near=st.integers(0, 6), seed=st.integers(0, 99),
     weighted=st.booleans(),
 )  # fmt: skip
-def test_any_lists(n, k, near, seed, weighted):
+def test_any_lists(name, n, k, near, seed, weighted):
     indices, weights, pixels = inputs(n, k, near, seed)
     weights = weights if weighted else None
     exact = dense_kappa(indices, weights, pixels, n)
-    for name in backends_of("kappa", compiled=True):
-        graph = build(name, indices, weights, pixels, num_nodes=n).validate()
-        torch.testing.assert_close(graph.to_dense().double(), exact, rtol=1e-6, atol=1e-9)
+    graph = build(name, indices, weights, pixels, num_nodes=n).validate()
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", backends_of("kappa", compiled=True))
@@ -136,12 +136,14 @@ def test_opcheck(name):
             torch.library.opcheck(torch.ops.nefkern.kappa, (indices, w, pixels, 4, 0.3, 0.0))
 
 
-def test_fullgraph_compile():
-    arguments = inputs(20, 4, 2)
+@each_backend
+def test_fullgraph_compile(name):
+    arguments = moved(name, *inputs(20, 4, 2))
     compiled = torch.compile(
         lambda *lists: kappa(*lists, num_nodes=20), fullgraph=True, backend="aot_eager"
     )
-    assert_same(compiled(*arguments), kappa(*arguments, num_nodes=20))
+    with backend(name):
+        assert_same(compiled(*arguments), kappa(*arguments, num_nodes=20))
 
 
 @each_backend

@@ -284,9 +284,9 @@ def test_not_finite(bad, metric, poisoned_memory):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_not_contiguous(metric):
-    x = clustered(120, 40, seed=10)
+    x = clustered(120, 40, seed=10).to(backend_device())
     expected = knn(x, 9, metric=metric)
-    padded = torch.full((120, 90), math.nan)
+    padded = torch.full((120, 90), math.nan, device=x.device)
     padded[:, 3:83:2] = x
     for view in (x.T.contiguous().T, padded[:, 3:83:2], x[None].expand(2, -1, -1)[1]):
         values, indices = knn(view, 9, metric=metric)
@@ -391,20 +391,56 @@ def test_properties_of_crowded_rows(data):
 # ---- the ways through the Triton kernels ----
 
 
+def triton_methods():
+    from nefkern.ops.knn import TRITON_METHODS
+
+    return pytest.mark.parametrize("method", TRITON_METHODS[1:])
+
+
 @triton_only
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("preselect", [False, True])
+@triton_methods()
 @pytest.mark.parametrize(("sizes", "channels", "k"), [((1,), 1, 2), ((70, 0, 1, 150), 20, 9)])
-def test_both_ways(sizes, channels, k, preselect, metric, monkeypatch, poisoned_memory):
+def test_both_ways(sizes, channels, k, method, metric, monkeypatch, poisoned_memory):
     """Whatever way a call would choose: both take all shapes, and a block of rows at a time."""
     kernels = pytest.importorskip("nefkern.triton.knn")
-    monkeypatch.setattr(kernels, "preselects", lambda *_: preselect)
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
     monkeypatch.setattr(kernels, "WORKSPACE", 0)
     segments = torch.tensor([0, *sizes]).cumsum(0)
     x = clustered(sum(sizes), channels, seed=13)
     assert_best(x, k, metric, segments=segments)
     x = exact_rows(sum(sizes), max(channels, 4))
     assert_identical(x, k, metric=metric, segments=segments)
+
+
+@triton_only
+@triton_methods()
+def test_the_method_asked_for_runs(method, monkeypatch):
+    """No product on tensor cores, or one for every block, whatever a call would choose."""
+    kernels = pytest.importorskip("nefkern.triton.knn")
+    estimated = []
+    pack = kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda *args: estimated.append(1) or pack(*args))
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
+    for channels, k in ((40, 3), (3, 3), (40, 100)):
+        knn(clustered(120, channels), k)
+    assert len(estimated) == (3 if method == "preselect" else 0)
+
+
+@triton_only
+def test_a_method_that_is_none(monkeypatch):
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", "tf32")
+    with pytest.raises(ValueError, match="NEFKERN_KNN_TRITON=tf32: expected one of auto, ieee, pr"):
+        knn(clustered(20, 4), 3)
+
+
+@triton_only
+@triton_methods()
+@pytest.mark.parametrize("k", [1024, 1300])
+def test_k_of_a_thousand_and_more(k, method, monkeypatch):
+    """Of 1,200 candidates nearly all, and more than there are; ties to the lower index."""
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
+    assert_identical(exact_rows(1200, 20), k)
 
 
 @triton_only
@@ -422,14 +458,22 @@ def test_rows_that_overflow_are_exact(metric, monkeypatch):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
 def test_margin_holds(metric, scale):
-    """No estimate is further from the truth than its margin, and the margin is not far larger."""
+    """No estimate is further from the truth than its margin, and the margin is not far larger.
+
+    On a GPU the scores are those of its tensor cores.
+    """
     kernels = pytest.importorskip("nefkern.triton.knn")
     x = (scale * (3 + clustered(150, 90, seed=15))).to(backend_device())
-    data = kernels._rows(x, metric == "euclidean", None, [0, 150])
-    packed = kernels._pack(data, 90)
-    y, p, u = data.rows.double(), packed.rows.double(), packed.offsets.double()
+    data = kernels.rows_of(x, metric == "euclidean", None, [0, 150])
+    packed = kernels.pack(data, 90)
+    scores = data.rows.new_empty(256, 256)
+    kernels.tuned_score[lambda tile: kernels.grid_of(150, 1, tile)](
+        packed.rows, packed.offsets, data.begins, data.ends, scores, 0, 150, 150, 2, 1,
+        INCLUDE_SELF=True,
+    )  # fmt: skip
+    y = data.rows.double()
     truth = y @ y.T if metric == "cosine" else -0.5 * (y[:, None] - y[None]).square().sum(2)
-    error = (p @ p.T + u[:, None] + u[None] - truth).abs().amax(1)
+    error = (scores[:150, :150].double() - truth).abs().amax(1)
     assert (error <= packed.margins).all()
     assert (packed.margins <= 100 * error).all()
 
@@ -440,15 +484,20 @@ def test_margin_holds(metric, scale):
 @compiled_only
 def test_memory_stays_far_below_n_squared(backend):
     """Peak memory of a process that runs N = 9,000: the N x N scores alone would be 324 MB."""
-    script = """
+    device = backend_device(backend)
+    peak = {
+        "cpu": "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024",
+        "cuda": "torch.cuda.max_memory_allocated() >> 20",
+    }[device]
+    script = f"""
 import resource, torch
 from nefkern.ops import knn
-x = torch.randn(9000, 24)
+x = torch.randn(9000, 24, device="{device}")
 knn(x[:900], 20)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: {peak}
 before = peak()
 knn(x, 20)
-knn(torch.ones(9000, 24), 20)
+knn(torch.ones_like(x), 20)
 print(peak() - before)
 """
     done = run_script(script, NEFKERN_BACKEND=backend)

@@ -30,6 +30,7 @@ SHAPES = {  # B, H, N, M, D, E
     "one token": (3, 1, 1, 1, 64, 64),
     "one channel": (1, 2, 5, 4, 1, 1),
     "blocks": (1, 2, 40, 1100, 16, 24),
+    "widest": (2, 2, 50, 60, 128, 128),
     "large head": (1, 1, 33, 35, 160, 144),
 }
 
@@ -42,6 +43,7 @@ INTERPRETED = {
     "one token": (3, 1, 1, 1, 64, 64),
     "one channel": (1, 2, 5, 4, 1, 1),
     "chunks": (1, 1, 270, 300, 16, 24),
+    "widest": (1, 1, 9, 19, 128, 128),
 }
 WIDEST = {"triton": 128}  # head, in channels
 

@@ -5,16 +5,20 @@ import math
 import pytest
 import torch
 
-from nefkern import backend
-from nefkern.ops import add, neuralef_loss, normalized_adjacency
+from nefkern import backend, ops
+from nefkern.ops import add, normalized_adjacency
 from tests.ops.graph_common import (
     HALF,
+    backend_device,
     backends_of,
     dense_adjacency,
+    moved,
+    on_backend_device,
     random_graph,
     random_lists,
 )
 
+neuralef_loss = on_backend_device(ops.neuralef_loss)
 each_backend = pytest.mark.parametrize("name", backends_of("neuralef_loss"))
 
 
@@ -92,7 +96,7 @@ def test_half_precision(name, dtype):
 @each_backend
 def test_strides_and_empty_graphs(name):
     graph = random_graph(40, 5)
-    wide = torch.randn(24, 80)
+    wide = torch.randn(24, 80, device=backend_device(name))
     empty = normalized_adjacency(torch.full((40, 2), -1), num_nodes=40)
     nothing = normalized_adjacency(torch.zeros(0, 2, dtype=torch.int32), num_nodes=0)
     with backend(name):
@@ -120,14 +124,16 @@ def test_descends_to_the_leading_eigenvectors_in_order(name):
     n, k = 8, 3
     steps = torch.arange(n)[:, None] + torch.tensor([[-1, 1]])
     indices = torch.where((steps >= 0) & (steps < n), steps, -1)
-    with backend(name):
+    with backend(name), torch.device(backend_device(name)):
+        indices = indices.to(backend_device(name))
         kappa = normalized_adjacency(indices, num_nodes=n, symmetrize="union")
         # kappa + I: the objective's maximum is meant for a positive semi-definite kernel.
         kappa = add(kappa, normalized_adjacency(torch.arange(n)[:, None], num_nodes=n), 1.0)
-        weights = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        start = torch.randn(n, k, generator=torch.Generator().manual_seed(0), device="cpu")
+        weights = start.to(indices.device).requires_grad_()
         optimizer = torch.optim.Adam([weights], lr=0.03)
         for _ in range(600):
-            loss, _ = neuralef_loss(unit_columns(weights), kappa, beta=4.0, t=1.0)
+            loss, _ = ops.neuralef_loss(unit_columns(weights), kappa, beta=4.0, t=1.0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -138,32 +144,35 @@ def test_descends_to_the_leading_eigenvectors_in_order(name):
 
 @each_backend
 def test_opcheck(name):
-    graph = random_graph(12, 3)
+    (graph,) = moved(name, random_graph(12, 3))
     with backend(name):
         for dtype in (torch.float32, torch.bfloat16):
-            psi = torch.randn(12, 5, dtype=dtype, requires_grad=True)
+            psi = torch.randn(12, 5, dtype=dtype, device=graph.device, requires_grad=True)
             torch.library.opcheck(
                 torch.ops.nefkern.neuralef_loss, (*graph.tensors(), psi, 0.3, 0.5)
             )
 
 
-def test_fullgraph_compile_from_lists_to_gradient():
-    indices, weights = random_lists(30, 6)
+@each_backend
+def test_fullgraph_compile_from_lists_to_gradient(name):
+    indices, weights = moved(name, *random_lists(30, 6))
 
     def step(indices, weights, psi):
         graph = normalized_adjacency(indices, weights, num_nodes=30)
-        return neuralef_loss(psi, add(graph, graph, 0.3), 0.3, 0.5)
+        return ops.neuralef_loss(psi, add(graph, graph, 0.3), 0.3, 0.5)
 
-    psi = unit_columns(torch.randn(30, 5)).requires_grad_()
-    loss, _ = step(indices, weights, psi)
-    (wanted,) = torch.autograd.grad(loss, psi)
-    found, _ = torch.compile(step, fullgraph=True, backend="aot_eager")(indices, weights, psi)
-    torch.testing.assert_close(found, loss)
-    torch.testing.assert_close(torch.autograd.grad(found, psi)[0], wanted)
+    psi = unit_columns(torch.randn(30, 5)).to(indices.device).requires_grad_()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with backend(name):
+        loss, _ = step(indices, weights, psi)
+        (wanted,) = torch.autograd.grad(loss, psi)
+        found, _ = compiled(indices, weights, psi)
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(torch.autograd.grad(found, psi)[0], wanted)
 
 
 def test_bad_arguments():
-    graph = random_graph(5, 2)
+    graph, neuralef_loss = random_graph(5, 2), ops.neuralef_loss
     with pytest.raises(ValueError, match="psi: expected at least one column"):
         neuralef_loss(torch.zeros(5, 0), graph, 0.1)
     with pytest.raises(ValueError, match=r"psi: expected shape \[5, K\]"):

@@ -11,8 +11,7 @@ from nefkern import backend
 from nefkern.ops import normalized_adjacency
 from tests.ops.graph_common import backends_of, dense_adjacency, moved, on_threads, random_lists
 
-BACKENDS = backends_of("normalized_adjacency")
-each_backend = pytest.mark.parametrize("name", BACKENDS)
+each_backend = pytest.mark.parametrize("name", backends_of("normalized_adjacency"))
 
 
 def build(name, indices, weights=None, **options):
@@ -104,18 +103,18 @@ def test_a_nan_weight_stays_visible(name, symmetrize):
     assert graph.values.isnan().all()
 
 
+@each_backend
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(0, 20), k=st.integers(0, 24), seed=st.integers(0, 99),
     symmetrize=st.sampled_from(["mean", "union"]), weighted=st.booleans(),
 )  # fmt: skip
-def test_any_lists(n, k, seed, symmetrize, weighted):
+def test_any_lists(name, n, k, seed, symmetrize, weighted):
     indices, weights = random_lists(n, k, seed)
     weights = weights if weighted else None
     exact = dense_adjacency(indices, weights, n, symmetrize)
-    for name in BACKENDS:
-        graph = build(name, indices, weights, num_nodes=n, symmetrize=symmetrize)
-        torch.testing.assert_close(graph.validate().to_dense().double(), exact, rtol=1e-6, atol=0)
+    graph = build(name, indices, weights, num_nodes=n, symmetrize=symmetrize)
+    torch.testing.assert_close(graph.validate().to_dense().double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", backends_of("normalized_adjacency", compiled=True))
@@ -138,12 +137,14 @@ def test_opcheck(name):
             torch.library.opcheck(torch.ops.nefkern.normalized_adjacency, arguments)
 
 
-def test_fullgraph_compile():
-    indices, weights = random_lists(20, 4)
+@each_backend
+def test_fullgraph_compile(name):
+    indices, weights = moved(name, *random_lists(20, 4))
     compiled = torch.compile(
         lambda i, w: normalized_adjacency(i, w, num_nodes=20), fullgraph=True, backend="aot_eager"
     )
-    one, two = compiled(indices, weights), normalized_adjacency(indices, weights, num_nodes=20)
+    with backend(name):
+        one, two = compiled(indices, weights), normalized_adjacency(indices, weights, num_nodes=20)
     assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
 
 

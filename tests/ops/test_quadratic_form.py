@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nefkern import backend
-from nefkern.ops import quadratic_form
-from tests.ops.graph_common import HALF, backends_of, random_graph
+from nefkern import backend, ops
+from tests.ops.graph_common import HALF, backends_of, moved, on_backend_device, random_graph
 
+quadratic_form = on_backend_device(ops.quadratic_form)
 each_backend = pytest.mark.parametrize("name", backends_of("quadratic_form"))
 
 
@@ -61,18 +61,20 @@ def test_gradcheck(symmetric):
 
 @each_backend
 def test_opcheck_and_compile(name):
-    graph = random_graph(12, 3, symmetric=False)
-    psi, phi = torch.randn(12, 5, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+    graph, psi, phi = moved(
+        name, random_graph(12, 3, symmetric=False), torch.randn(12, 5), torch.randn(12, 4)
+    )
+    psi, phi, quadratic_form = psi.requires_grad_(), phi.requires_grad_(), ops.quadratic_form
+    compiled = torch.compile(quadratic_form, fullgraph=True, backend="aot_eager")
     with backend(name):
         for other in (None, phi):
             torch.library.opcheck(
                 torch.ops.nefkern.quadratic_form, (*graph.tensors(), psi, other, False)
             )
-    compiled = torch.compile(quadratic_form, fullgraph=True, backend="aot_eager")
-    compiled(psi, graph, phi).sum().backward()
-    found = psi.grad.clone(), phi.grad.clone()
-    psi.grad = phi.grad = None
-    quadratic_form(psi, graph, phi).sum().backward()
+        compiled(psi, graph, phi).sum().backward()
+        found = psi.grad.clone(), phi.grad.clone()
+        psi.grad = phi.grad = None
+        quadratic_form(psi, graph, phi).sum().backward()
     torch.testing.assert_close(found, (psi.grad, phi.grad))
 
 

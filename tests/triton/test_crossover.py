@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from nefkern import backend, backends
-from nefkern.ops import CSRGraph, neuralef_loss, spmm
+from nefkern import backend, backends, ops
+from nefkern.ops import CSRGraph
 from nefkern.triton import crossover
 from nefkern.triton import spmm as kernels
 from nefkern.triton.crossover import dense_rows, dense_seconds, gathered_seconds, prefers_dense
 from nefkern.triton.rates import GPUS
-from tests.ops.graph_common import assert_half_close, random_graph
+from tests.ops.graph_common import assert_half_close, moved, on_backend_device, random_graph
+
+spmm, neuralef_loss = on_backend_device(ops.spmm), on_backend_device(ops.neuralef_loss)
 
 N, ENTRIES, K = 14_400, 5_200_000, 256
 
@@ -55,7 +59,7 @@ def test_dense_rows_are_rounded_once(n, dense):
 
 @needs_triton
 def test_both_ways_agree_before_rounding(dense, monkeypatch):
-    graph, x = random_graph(120, 30), signed(120, 20)
+    graph, x = moved("triton", random_graph(120, 30), signed(120, 20))
     by_rows = kernels.spmm(*graph.tensors(), x, torch.float32)
     assert dense
     monkeypatch.setattr(kernels, "prefers_dense", prefers_dense)
@@ -66,12 +70,13 @@ def test_both_ways_agree_before_rounding(dense, monkeypatch):
 
 @needs_triton
 def test_loss_and_strides(dense):
-    graph, x = random_graph(120, 30), signed(240, 40)[::2, 3:20]
+    graph, x = moved("triton", random_graph(120, 30), signed(240, 40))
+    x = x[::2, 3:20]
     with backend("triton"):
         loss, r = neuralef_loss(x, graph, 0.1)
         assert torch.equal(spmm(graph, x), spmm(graph, x.contiguous()))
     with backend("reference"):
-        expected, expected_r = neuralef_loss(x, graph, 0.1)
+        expected, expected_r = neuralef_loss(x.cpu(), graph.to("cpu"), 0.1)
     torch.testing.assert_close(r, expected_r, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
@@ -79,8 +84,24 @@ def test_loss_and_strides(dense):
 @needs_triton
 def test_a_node_out_of_range_counts_as_absent(dense):
     offsets, columns = torch.tensor([0, 2, 3]), torch.tensor([0, 2, -1], dtype=torch.int32)
-    y = kernels._dense_spmm(offsets, columns, torch.ones(3), torch.ones(2, 4).bfloat16())
-    assert torch.equal(y, torch.tensor([[1.0], [0.0]]).expand(2, 4))
+    graph = moved("triton", offsets, columns, torch.ones(3), torch.ones(2, 4).bfloat16())
+    y = kernels._dense_spmm(*graph)
+    assert torch.equal(y.cpu(), torch.tensor([[1.0], [0.0]]).expand(2, 4))
+
+
+@needs_triton
+@pytest.mark.parametrize("offsets", [[0, 3, 2], [0, 9, 2], [-1, 1, 2], [2, 1, 2]])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_row_whose_offsets_make_no_sense_counts_as_empty(offsets, by_rows, dense, monkeypatch):
+    """Nothing checks them on a GPU. (What stands beyond the entries would show.)"""
+    monkeypatch.setattr(kernels, "check_content", lambda *graph: None)
+    monkeypatch.setattr(kernels, "prefers_dense", lambda *args: by_rows)
+    columns, values = torch.zeros(20, dtype=torch.int32), torch.full((20,), 7.0)
+    graph = moved("triton", torch.tensor(offsets), columns[4:6], values[4:6])
+    y = kernels.spmm(*graph, *moved("triton", torch.ones(2, 4).bfloat16()), torch.float32).cpu()
+    ends = itertools.pairwise(offsets)
+    sums = [7.0 * (b - a) if 0 <= a <= b <= 2 else 0.0 for a, b in ends]
+    assert torch.equal(y, torch.tensor(sums)[:, None].expand(2, 4))
 
 
 def test_one_bfloat16_term_would_break_the_promise():
@@ -123,5 +144,5 @@ def test_memory_is_bounded(n):
 @needs_triton
 def test_a_nan_in_the_graph_is_not_hidden(dense):
     nan = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
-    graph = CSRGraph.from_torch(nan, symmetric=True)
-    assert kernels.spmm(*graph.tensors(), torch.ones(1, 2).bfloat16(), torch.float32).isnan().all()
+    graph, x = moved("triton", CSRGraph.from_torch(nan, symmetric=True), torch.ones(1, 2))
+    assert kernels.spmm(*graph.tensors(), x.bfloat16(), torch.float32).isnan().all()

@@ -1,7 +1,8 @@
 """How the Triton kernels of linear_attention round: TF32 products, shown on the CPU.
 
 The interpreter multiplies in float32. Here it runs the same kernels with factors rounded as tensor
-cores round them, so that the errors said at the head of the module are seen, not only argued.
+cores round them, so that the errors said at the head of
+linear_attention_pieces are seen, not only argued.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import triton.language as tl
 
 from nefkern import backend, backends
 from nefkern.ops import linear_attention
-from nefkern.triton import linear_attention as kernels
-from nefkern.triton.linear_attention import _near
+from nefkern.triton import linear_attention_pieces as pieces
+from nefkern.triton.linear_attention_pieces import near
 from tests.ops.test_linear_attention import inputs, naive, with_gradients
 
 pytestmark = pytest.mark.skipif(
@@ -26,14 +27,14 @@ pytestmark = pytest.mark.skipif(
 
 @triton.jit
 def _one_product(a, b, total, PRECISION: tl.constexpr):
-    return tl.dot(_near(a, "tf32"), _near(b, "tf32"), total)
+    return tl.dot(near(a, "tf32"), near(b, "tf32"), total)
 
 
 @triton.jit
 def _three_products(a, b, total, PRECISION: tl.constexpr):
     """Of "tf32x3": a factor is a sum of two TF32 numbers; the small ones are not multiplied."""
-    a_high, b_high = _near(a, "tf32"), _near(b, "tf32")
-    a_low, b_low = _near(a - a_high, "tf32"), _near(b - b_high, "tf32")
+    a_high, b_high = near(a, "tf32"), near(b, "tf32")
+    a_low, b_low = near(a - a_high, "tf32"), near(b - b_high, "tf32")
     total = tl.dot(a_low, b_high, tl.dot(a_high, b_low, total))
     return tl.dot(a_high, b_high, total)
 
@@ -41,7 +42,7 @@ def _three_products(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def _round(x, out, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out + i, _near(tl.load(x + i), "tf32"))
+    tl.store(out + i, near(tl.load(x + i), "tf32"))
 
 
 def errors(feature_map):
@@ -59,9 +60,9 @@ def errors(feature_map):
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
 def test_three_products_are_as_good_as_float32_and_one_is_not(monkeypatch, feature_map):
     exact = max(errors(feature_map))
-    monkeypatch.setattr(kernels, "_dot", _three_products)
+    monkeypatch.setattr(pieces, "dot", _three_products)
     three = max(errors(feature_map))
-    monkeypatch.setattr(kernels, "_dot", _one_product)
+    monkeypatch.setattr(pieces, "dot", _one_product)
     one = max(errors(feature_map))
     print(f"{feature_map}: float32 {exact:.1e}, three products {three:.1e}, one {one:.1e}")
     assert three <= 4e-6  # what every backend promises for float32
