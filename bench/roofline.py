@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.graph_inputs import SIZES
 from bench.harness import Rates, Work
 from bench.report import with_table
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.errors import ArgumentParser, command
 from nefkern.files import replace_file
 from nefkern.triton.rates import GPUS, Gpu
 
@@ -320,12 +320,9 @@ def _kernel_of(name: str) -> str:
 
 
 def resources() -> str:
-    from nefkern.backends import interpreting
-    from nefkern.triton.resources import examine, shipped
+    from nefkern.triton.resources import ARCHITECTURES, examine_all
 
-    if interpreting():
-        raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
-    return condensed([examine(kernel, arch) for kernel in shipped() for arch in GPUS])
+    return condensed(examine_all(ARCHITECTURES))
 
 
 def written(page: str, name: str, text: str) -> str:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from nefkern import backend
 from nefkern import graph as module
 from nefkern.errors import UserError
 from nefkern.graph import (
@@ -18,6 +19,7 @@ from nefkern.graph import (
     resolve_neighbours,
     standardized,
 )
+from tests.ops.graph_common import backends_of, moved
 
 H, W, B, C = 6, 7, 3, 24
 PAIRS = ((10, 2.0), (5, 0.1))
@@ -100,13 +102,15 @@ def normalised(a: torch.Tensor) -> torch.Tensor:
     return scale[:, None] * a * scale[None]
 
 
+@pytest.mark.parametrize("name", backends_of("kappa"))
 @pytest.mark.parametrize("make", [random_features, clustered_features])
 @pytest.mark.parametrize("k", [1, 12, B * H * W - 1])
-def test_kappa_equals_the_dense_formulas(make, k, record_property):
+def test_kappa_equals_the_dense_formulas(name, make, k, record_property):
     features, images = make(k), random_images(k)
     dense = normalised(dense_feature_adjacency(features, k))
     dense = dense + 0.3 * normalised(dense_pixel_adjacency(images))
-    graph = kappa(features, images, (H, W), GraphConfig(k))
+    with backend(name):
+        graph = kappa(*moved(name, features, images), (H, W), GraphConfig(k)).to("cpu")
     graph.validate()
     got = graph.to_dense().double()
     difference = (got - dense).abs().max().item()

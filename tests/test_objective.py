@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nefkern import backend
 from nefkern.objective import l2_batch_norm, objective, scaled_beta
 from nefkern.ops import CSRGraph
+from tests.ops.graph_common import backends_of, moved
 
 
 def symmetric(n: int, seed: int) -> torch.Tensor:
@@ -42,8 +44,12 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("beta", [0.0, 0.08, 50.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_value_and_gradient(case, beta, dtype, record_property):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in backends_of("neuralef_loss")),
+     ("reference", torch.float64)],
+)  # fmt: skip
+def test_value_and_gradient(case, beta, name, dtype, record_property):
     n, k, t, minimum = 60, 7, 0.01, 1.0
     z = torch.randn(n, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     psi = CASES[case](z)
@@ -54,8 +60,9 @@ def test_value_and_gradient(case, beta, dtype, record_property):
 
     given = psi.to(dtype).requires_grad_()
     graph = CSRGraph.from_torch(kernel.to(dtype), symmetric=True)
-    parts = objective(given, graph, beta=beta, t=t, minimum=minimum)
-    parts.loss.backward()
+    with backend(name):
+        parts = objective(*moved(name, given, graph), beta=beta, t=t, minimum=minimum)
+        parts.loss.backward()
 
     value = abs(parts.loss.item() - loss.item()) / abs(loss.item())
     gradient = (given.grad - exact.grad).abs().max() / exact.grad.abs().max()

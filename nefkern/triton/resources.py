@@ -40,6 +40,8 @@ LIMITS = {
     "sm_90": Limits(227 << 10, 228 << 10, 2048),
     "sm_100": Limits(227 << 10, 228 << 10, 2048),
 }
+#: What the kernels are proved for: the tests compile all that ships for these.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 #: Tensor-core instructions by generation; HFMA2.MMA is none.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|IMMA|IGMMA)\b")
 
@@ -126,6 +128,22 @@ def _examine(job: tuple[int, str]) -> Resources:
     return examine(list(shipped())[place], arch)
 
 
+def examine_all(architectures: Sequence[str], only: str = "") -> list[Resources]:
+    """Every kernel whose name holds ``only``, on every core of this machine.
+
+    Raises:
+        UserError: the interpreter is on, which compiles nothing.
+    """
+    from nefkern.backends import interpreting
+
+    if interpreting():
+        raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
+    wanted = [place for place, kernel in enumerate(shipped()) if only in kernel.name]
+    jobs = [(place, arch) for place in wanted for arch in architectures]
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(_examine, jobs))
+
+
 def occupancy(limits: Limits, registers: int, shared: int, threads: int) -> float:
     """The share of an SM's threads that blocks of these needs can fill."""
     # Registers are given to warps in units of 256, and a block keeps 1 KiB of shared memory more.
@@ -173,14 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
-    from nefkern.backends import interpreting
-
-    if interpreting():
-        raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
-    wanted = [place for place, kernel in enumerate(shipped()) if options.only in kernel.name]
-    jobs = [(place, arch) for place in wanted for arch in options.arch]
-    with ProcessPoolExecutor() as pool:
-        found = list(pool.map(_examine, jobs))
+    found = examine_all(options.arch, options.only)
     print(json.dumps([asdict(r) for r in found]) if options.json else table(found))
 
 

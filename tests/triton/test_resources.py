@@ -11,9 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 from nefkern.triton import resources
-from nefkern.triton.resources import LIMITS, Resources, occupancy, table
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+from nefkern.triton.resources import ARCHITECTURES, LIMITS, Resources, occupancy, table
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +29,8 @@ def found() -> list[Resources]:
 def test_every_module_ships(found):
     assert {r.arch for r in found} == set(ARCHITECTURES)
     assert len({(r.name, r.arch) for r in found}) == len(found), "two kernels of one name"
+    operators = {"knn", "normalized_adjacency", "add", "spmm", "linear_attention"}
+    assert {r.name.split()[0] for r in found} == operators
 
 
 def test_nothing_spills(found):
