@@ -28,6 +28,10 @@ def knn(
     computed values tie are ordered by index, so the result is the same at any number of threads.
     The N x N matrix is never held: extra memory is O(N k) plus a fixed workspace.
 
+    On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
+    candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
+    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one.
+
     Args:
         features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
         k: neighbours a row, at least 1; it may exceed the number of candidates.
