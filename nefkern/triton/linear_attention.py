@@ -32,6 +32,7 @@ MAX_CHANNELS = 128  # a [D, E] state must fit the registers of a program
 STEP, WIDE_STEP = 32, 16
 ROWS = 16  # of a state that one program joins
 COLUMNS = 64  # of dS that one program sums
+MAX_GRID = 65_535  # programs along any axis of a grid but the first
 CHUNK = 256  # tokens whose sums one program makes; more where there would be over 64 chunks
 
 
@@ -71,8 +72,8 @@ def linear_attention(
             sums, totals, shifts, state, stats, d, e, parts, **_of(join_keys, its)
         )
         if n:
-            answer_queries[(heads * triton.cdiv(n, its["BT"]),)](
-                q, state, stats, out, heads, h, n, d, e, eps, *q.stride()[:3], *out.stride()[:3],
+            answer_queries[(heads, *_tiles(n, its["BT"]))](
+                q, state, stats, out, h, n, d, e, eps, *q.stride()[:3], *out.stride()[:3],
                 **_of(answer_queries, its),
             )  # fmt: skip
     return _rounded(out, q.dtype), state, stats
@@ -109,9 +110,9 @@ def linear_attention_backward(
                 sums, shifts, state, dstate, shift, d, e, parts, **_of(join_gradients, its)
             )
             if m:
-                key_gradients[(heads * triton.cdiv(m, its["BT"]),)](
+                key_gradients[(heads, *_tiles(m, its["BT"]))](
                     k, v, k if mask is None else mask.contiguous(), stats, dstate, shift, dk, dv,
-                    heads, h, m, d, e, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
+                    h, m, d, e, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
                     *dv.stride()[:3], HAS_MASK=mask is not None, **_of(key_gradients, its),
                 )  # fmt: skip
     return tuple(_rounded(x, q.dtype) for x in (dq, dk, dv))
@@ -125,6 +126,12 @@ def _chunks(tokens: int) -> tuple[int, int]:
     """A chunk's tokens and the number of chunks; a function of the tokens alone."""
     chunk = max(CHUNK, triton.cdiv(triton.cdiv(tokens, 64), STEP) * STEP)
     return chunk, max(1, triton.cdiv(tokens, chunk))
+
+
+def _tiles(tokens: int, step: int) -> tuple[int, int]:
+    """Of a grid's last two axes, which take 65,535 programs each."""
+    tiles = triton.cdiv(tokens, step)
+    return min(tiles, MAX_GRID), triton.cdiv(tiles, MAX_GRID)
 
 
 def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -191,7 +198,7 @@ def _ship(
     kinds |= dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), pointer)
     sums = ("sums", "totals", "shifts", "state", "stats", "dstate", "shift")
     kinds |= dict.fromkeys(sums, "*fp32")
-    kinds |= dict.fromkeys(("all_heads", "heads", "count", "d", "e", "chunk", "parts"), "i32")
+    kinds |= dict.fromkeys(("heads", "count", "d", "e", "chunk", "parts"), "i32")
     names = kernel.arg_names
     constants = {"HAS_MASK": masked, **_constants(width, width, feature_map, dtype)}
     return Shipped(

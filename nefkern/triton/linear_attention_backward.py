@@ -9,7 +9,6 @@ from nefkern.triton.linear_attention_pieces import (
     divisor_of,
     elu1,
     features_times,
-    head_and_tile,
     head_of,
     key_features,
     matrix_of,
@@ -17,6 +16,7 @@ from nefkern.triton.linear_attention_pieces import (
     put,
     query_phi,
     query_tile,
+    tile_index,
     tile_of,
     times_transposed,
     valid,
@@ -95,15 +95,15 @@ def join_gradients(
 
 @triton.jit
 def key_gradients(
-    k, v, mask, stats, dstate, shift, dk, dv, all_heads, heads, count, d, e,
+    k, v, mask, stats, dstate, shift, dk, dv, heads, count, d, e,
     k_batch, k_head, k_token, v_batch, v_head, v_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token,
     SOFTMAX: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of one head; of masked keys 0, whatever they hold."""
-    head, tile = head_and_tile(all_heads)
-    t = tile * BT + tl.arange(0, BT)
+    head = tl.program_id(0)
+    t = tile_index() * BT + tl.arange(0, BT)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
     inside, there = t < count, valid(mask, head, heads, t, count, HAS_MASK)
     k = head_of(k, head, heads, k_batch, k_head)

@@ -9,13 +9,13 @@ from nefkern.triton.linear_attention_pieces import (
     divisor_of,
     elu1,
     features_times,
-    head_and_tile,
     head_of,
     matrix_of,
     outer_added,
     put,
     query_features,
     query_tile,
+    tile_index,
     tile_of,
     valid,
 )
@@ -95,14 +95,14 @@ def join_keys(
 
 @triton.jit
 def answer_queries(
-    q, state, stats, out, all_heads, heads, count, d, e, eps,
+    q, state, stats, out, heads, count, d, e, eps,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """out = φ(q) S for one tile of one head."""
-    head, tile = head_and_tile(all_heads)
-    t = tile * BT + tl.arange(0, BT)
+    head = tl.program_id(0)
+    t = tile_index() * BT + tl.arange(0, BT)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
     there = t < count
     q = head_of(q, head, heads, q_batch, q_head)

@@ -36,9 +36,9 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def head_and_tile(all_heads):
-    """Of a program in a grid of one axis: the other axes end at 65,535, and N does not."""
-    return tl.program_id(0) % all_heads, tl.program_id(0) // all_heads
+def tile_index():
+    """Of a program in a grid of heads and, over two axes, tiles: one ends at 65,535, N does not."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit
