@@ -10,6 +10,7 @@ are rounded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ MAX_CHANNELS = 128  # a [D, E] state must fit the registers of a program
 STEP, WIDE_STEP = 32, 16
 ROWS = 16  # of a state that one program joins
 COLUMNS = 64  # of dS that one program sums
-MAX_GRID = 65_535  # programs along any axis of a grid but the first
+MAX_TILES = 65_535  # programs along any axis of a grid but the first
 CHUNK = 256  # tokens whose sums one program makes; more where there would be over 64 chunks
 
 
@@ -71,10 +72,11 @@ def linear_attention(
         join_keys[(heads, triton.cdiv(d, ROWS))](
             sums, totals, shifts, state, stats, d, e, parts, **_of(join_keys, its)
         )
-        if n:
-            answer_queries[(heads, *_tiles(n, its["BT"]))](
-                q, state, stats, out, h, n, d, e, eps, *q.stride()[:3], *out.stride()[:3],
-                **_of(answer_queries, its),
+        for span in _spans(n, its["BT"]):
+            some, its_out = q[:, :, span], out[:, :, span]
+            answer_queries[(heads, triton.cdiv(some.shape[2], its["BT"]))](
+                some, state, stats, its_out, h, some.shape[2], d, e, eps, *q.stride()[:3],
+                *out.stride()[:3], **_of(answer_queries, its),
             )  # fmt: skip
     return _rounded(out, q.dtype), state, stats
 
@@ -109,11 +111,14 @@ def linear_attention_backward(
             join_gradients[(heads, triton.cdiv(d, ROWS))](
                 sums, shifts, state, dstate, shift, d, e, parts, **_of(join_gradients, its)
             )
-            if m:
-                key_gradients[(heads, *_tiles(m, its["BT"]))](
-                    k, v, k if mask is None else mask.contiguous(), stats, dstate, shift, dk, dv,
-                    h, m, d, e, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
-                    *dv.stride()[:3], HAS_MASK=mask is not None, **_of(key_gradients, its),
+            for span in _spans(m, its["BT"]):
+                inputs, results = ([x[:, :, span] for x in pair] for pair in ((k, v), (dk, dv)))
+                size = inputs[0].shape[2]
+                own = inputs[0] if mask is None else mask[:, span].contiguous()
+                key_gradients[(heads, triton.cdiv(size, its["BT"]))](
+                    *inputs, own, stats, dstate, shift, *results, h, size, d, e,
+                    *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+                    HAS_MASK=mask is not None, **_of(key_gradients, its),
                 )  # fmt: skip
     return tuple(_rounded(x, q.dtype) for x in (dq, dk, dv))
 
@@ -128,10 +133,10 @@ def _chunks(tokens: int) -> tuple[int, int]:
     return chunk, max(1, triton.cdiv(tokens, chunk))
 
 
-def _tiles(tokens: int, step: int) -> tuple[int, int]:
-    """Of a grid's last two axes, which take 65,535 programs each."""
-    tiles = triton.cdiv(tokens, step)
-    return min(tiles, MAX_GRID), triton.cdiv(tiles, MAX_GRID)
+def _spans(tokens: int, step: int) -> Iterator[slice]:
+    """All tokens, as many at a time as a launch has tiles of ``step`` for."""
+    for first in range(0, tokens, MAX_TILES * step):
+        yield slice(first, min(first + MAX_TILES * step, tokens))
 
 
 def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -157,7 +162,8 @@ def _constants(d: int, e: int, feature_map: str, dtype: torch.dtype) -> dict[str
         "BR": ROWS,
         "BS": min(block_e, COLUMNS),
         "num_warps": 8 if block_d * block_e > 64 * 64 else 4,
-        "num_stages": 1,
+        # One stage spills 8 bytes for float16 at 32 channels, on sm_90.
+        "num_stages": 2 if dtype == torch.float16 and max(block_d, block_e) == 32 else 1,
     }
 
 

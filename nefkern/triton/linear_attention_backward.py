@@ -16,7 +16,6 @@ from nefkern.triton.linear_attention_pieces import (
     put,
     query_phi,
     query_tile,
-    tile_index,
     tile_of,
     times_transposed,
     valid,
@@ -103,7 +102,7 @@ def key_gradients(
 ):  # fmt: skip
     """dk and dv of one tile of one head; of masked keys 0, whatever they hold."""
     head = tl.program_id(0)
-    t = tile_index() * BT + tl.arange(0, BT)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
     inside, there = t < count, valid(mask, head, heads, t, count, HAS_MASK)
     k = head_of(k, head, heads, k_batch, k_head)

@@ -15,7 +15,6 @@ from nefkern.triton.linear_attention_pieces import (
     put,
     query_features,
     query_tile,
-    tile_index,
     tile_of,
     valid,
 )
@@ -102,7 +101,7 @@ def answer_queries(
 ):  # fmt: skip
     """out = φ(q) S for one tile of one head."""
     head = tl.program_id(0)
-    t = tile_index() * BT + tl.arange(0, BT)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
     there = t < count
     q = head_of(q, head, heads, q_batch, q_head)

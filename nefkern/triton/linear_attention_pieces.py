@@ -36,12 +36,6 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_index():
-    """Of a program in a grid of heads and, over two axes, tiles: one ends at 65,535, N does not."""
-    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-
-
-@triton.jit
 def head_of(x, head, heads, batch_stride, head_stride):
     """Where a head begins."""
     h = head.to(tl.int64)
@@ -169,7 +163,7 @@ def features_times(
     result = tl.zeros([BT, BE], tl.float32)
     for first in range(0, BD, BC):
         i = first + tl.arange(0, BC)
-        phi = FEATURES(x, tokens, there, stride, norms, i, d, SOFTMAX)
+        phi = near(FEATURES(x, tokens, there, stride, norms, i, d, SOFTMAX), PRECISION)
         factor = near(matrix_of(matrix, i, d, j, e), PRECISION)
-        result = dot(near(phi, PRECISION), factor, result, PRECISION)
+        result = dot(phi, factor, result, PRECISION)
     return result

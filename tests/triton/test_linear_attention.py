@@ -16,9 +16,10 @@ import triton.language as tl
 
 from nefkern import backend, backends
 from nefkern.ops import linear_attention
+from nefkern.triton import linear_attention as kernels
 from nefkern.triton import linear_attention_pieces as pieces
 from nefkern.triton.linear_attention_pieces import near
-from tests.ops.test_linear_attention import inputs, naive, with_gradients
+from tests.ops.test_linear_attention import a_mask, inputs, naive, with_gradients
 
 pytestmark = pytest.mark.skipif(
     not backends.interpreting(), reason="on a GPU the products themselves are tested"
@@ -67,6 +68,19 @@ def test_three_products_are_as_good_as_float32_and_one_is_not(monkeypatch, featu
     print(f"{feature_map}: float32 {exact:.1e}, three products {three:.1e}, one {one:.1e}")
     assert three <= 4e-6  # what every backend promises for float32
     assert one >= 1e-4
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
+def test_more_tokens_than_a_launch_has_tiles_for(monkeypatch, feature_map):
+    data, options = (
+        inputs((2, 1, 37, 41, 16, 8)),
+        {"feature_map": feature_map, "mask": a_mask(2, 41)},
+    )
+    with backend("triton"):
+        expected = with_gradients(linear_attention, *data, **options)
+        monkeypatch.setattr(kernels, "MAX_TILES", 1)
+        found = with_gradients(linear_attention, *data, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_factors_are_rounded_to_the_nearest_tf32():
