@@ -2,7 +2,8 @@
 
 Everything is computed from the paper's size and the rates of data sheets: an estimate, to be held
 against what ``pytest bench/ --benchmark`` measures where there is a GPU. ``--resources`` compiles
-every Triton kernel ahead of time, which takes minutes, and writes what each needs.
+every kernel ahead of time, Triton's and those of csrc/cuda (which takes nvcc), and writes what each
+needs; that takes minutes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.graph_inputs import SIZES
@@ -36,6 +37,8 @@ THEN = 12 * 3600 / STEPS
 ARITHMETIC = {
     "library product": 0.65,
     "tile product": 0.45,
+    "mma.sync product": 0.35,
+    "float32 product": 0.5,
     "thin product": 0.25,
     "register product": 0.25,
     "selection": 0.5,
@@ -108,6 +111,75 @@ def graph_kernels() -> Iterator[Kernel]:
     yield Kernel("κ", "normalized_adjacency", "sort", moved=1.1e9 * (1 + 15 / NEIGHBOURS),
                  launches=40)  # fmt: skip
     yield Kernel("κ", "add", "stream", moved=2 * 8.0 * ENTRIES + 8 * 2 * ENTRIES, launches=6)
+
+
+# What the fused knn of csrc/cuda makes of this size (fused_sizes in knn.cu): rows of its sample,
+# the place in it that gives a threshold, and the candidates that a row then has.
+SAMPLE, RANK = 1024, 40
+CANDIDATES = RANK * N / SAMPLE
+RERANKED = 300  # a row: k, and what the margin leaves besides
+TILE = 128
+
+
+def knn_fused() -> Iterator[Kernel]:
+    """csrc/cuda/knn_fused.cuh: tensor cores choose candidates, whose values are then computed."""
+    row, sampled = 4.0 * N * C, 4.0 * N * SAMPLE
+    tile_rows = -(-N // TILE)
+    upper = tile_rows * (tile_rows + 1) // 2  # tiles: each pair once
+    operands = 2 * TILE * C * 2.0  # bytes of a tile
+    yield Kernel("knn, fused", "rows: unit length, centred, float16", "stream", moved=3.5 * row,
+                 launches=4)  # fmt: skip
+    yield Kernel("knn, fused", "scores of the sample", "mma.sync product",
+                 {"half": 2.0 * N * SAMPLE * C}, row / 2,
+                 tile_rows * SAMPLE / TILE * operands + sampled, row / 2 + sampled / 3,
+                 launches=3)  # fmt: skip
+    yield Kernel("knn, fused", "thresholds", "selection", cached=sampled, resident=sampled / 3,
+                 launches=3)  # fmt: skip
+    yield Kernel("knn, fused", "scores, candidates", "mma.sync product",
+                 {"half": upper * 2.0 * TILE * TILE * C}, row / 2 + N * CANDIDATES * 8,
+                 upper * operands, row / 2, launches=2)  # fmt: skip
+    yield Kernel("knn, fused", "re-rank, sort", "gather", {"float32": 2.0 * N * RERANKED * C},
+                 row + N * (CANDIDATES * 8 + NEIGHBOURS * 8), N * RERANKED * C * 4.0, row,
+                 launches=1)  # fmt: skip
+    # Nothing is left to redo, but the host doesn't know.
+    yield Kernel("knn, fused", "rows left open: none", "stream", launches=14)
+
+
+def knn_baseline() -> Iterator[Kernel]:
+    """csrc/cuda/knn_exact.cuh: all values in float32, then a selection."""
+    row, scores = 4.0 * N * C, 4.0 * N * N
+    tile_rows = -(-N // TILE)
+    yield Kernel("knn, baseline", "rows: unit length", "stream", moved=2 * row)
+    yield Kernel("knn, baseline", "values", "float32 product", {"float32": 2.0 * N * N * C}, row,
+                 tile_rows**2 * 2.0 * TILE * C * 4 + scores, row + (32 << 20), 29)  # fmt: skip
+    yield Kernel("knn, baseline", "selection", "selection", moved=8.0 * N * NEIGHBOURS,
+                 cached=scores, resident=32 << 20, launches=29)  # fmt: skip
+
+
+def knn_pixels() -> Iterator[Kernel]:
+    """direct_rows, twice (k̃ = 10 and 5): rows of 5 channels, padded to 8."""
+    pairs = 1.0 * N * PATCHES
+    yield Kernel("knn of pixels", "knn of pixels", "selection", {"float32": 2 * 15 * pairs},
+                 2 * 3 * 32.0 * N, 2 * 32 * pairs, 32.0 * N, launches=8)  # fmt: skip
+
+
+def kappa_sorted(lists: int = NEIGHBOURS + 15) -> Iterator[Kernel]:
+    """csrc/cuda/sorted_edges.cuh: both directions of every edge, sorted, walked twice."""
+    pairs = 2.0 * N * lists
+    a_pair, passes = 12, 4  # bytes; 30 bits of the keys, 8 at a time
+    moved = {
+        "pairs written": N * lists * 8 + pairs * a_pair,
+        "sort": pairs * (8 + 2 * passes * a_pair),
+        "rows counted and filled": 2 * pairs * a_pair + 8.0 * ENTRIES,
+    }
+    for name, bytes_ in moved.items():
+        launches = {"pairs written": 3, "sort": 12}.get(name, 9)
+        yield Kernel("kappa", name, "sort", moved=bytes_, launches=launches)
+
+
+def cuda_kernels() -> list[Kernel]:
+    """Those of csrc/cuda, in the order of the graph's assembly and of the objective."""
+    return [*knn_fused(), *knn_baseline(), *knn_pixels(), *kappa_sorted(), sparse("float32", 4)]
 
 
 def sparse(dtype: str, bytes_: int) -> Kernel:
@@ -271,6 +343,36 @@ def yardstick() -> str:
     )
 
 
+def cuda_table() -> str:
+    """The kernels of csrc/cuda, operator by operator, each followed by its sum."""
+    rows = []
+    for part in dict.fromkeys(kernel.part for kernel in cuda_kernels()):
+        kernels = [kernel for kernel in cuda_kernels() if kernel.part == part]
+        named = [
+            replace(k, name=f"{part}: {k.name}" if len(kernels) > 1 else k.name) for k in kernels
+        ]
+        rows += kernel_table(named).splitlines()[2 if rows else 0 :]
+        if len(kernels) > 1:
+            totals = (
+                f"**{milliseconds(sum(k.floor(g) for k in kernels))} → "
+                f"{milliseconds(sum(k.expected(g) for k in kernels))}**"
+                for g in GPUS.values()
+            )
+            rows.append(_row(f"**{part}**", "", "", "", "", *totals))
+    return "\n".join(rows)
+
+
+def cuda_graph() -> str:
+    """What κ costs by csrc/cuda beside what it costs by Triton."""
+    mine = [k for k in cuda_kernels() if k.part not in ("knn, baseline", "objective")]
+    times = ", ".join(
+        f"{gpu.name} {milliseconds(sum(k.expected(gpu) for k in mine))} instead of "
+        f"{milliseconds(sum(k.expected(gpu) for k in graph_kernels()))}"
+        for gpu in GPUS.values()
+    )
+    return f"κ by these kernels instead of Triton's, expected ms: {times}."
+
+
 def estimates() -> str:
     """The generated part of the page."""
     mixed = [attention(True), sparse("bfloat16", 2)]
@@ -278,8 +380,10 @@ def estimates() -> str:
         [
             "**Estimates, computed from data sheets. None of these times was measured.**",
             "### Rates", rates_table(),
-            "### Kernels: floor → expected", kernel_table([*step(False), *mixed]),
-            "### A training step", step_table(), yardstick(),
+            "### Triton's kernels and the rest of a step: floor → expected",
+            kernel_table([*step(False), *mixed]),
+            "### The kernels of csrc/cuda: floor → expected", cuda_table(), cuda_graph(),
+            "### A training step, with Triton's kernels", step_table(), yardstick(),
         ]
     )  # fmt: skip
 
@@ -319,10 +423,25 @@ def _kernel_of(name: str) -> str:
     return re.match(r"\w+( [a-z_]+\b(?!,))?", name)[0]
 
 
-def resources() -> str:
+def triton_resources() -> str:
     from nefkern.triton.resources import ARCHITECTURES, examine_all
 
     return condensed(examine_all(ARCHITECTURES))
+
+
+def cuda_resources() -> str:
+    """The kernels of csrc/cuda; threads and shared memory as they are launched at this size."""
+    from tests.cuda import launchers, resources
+
+    if missing := launchers.missing_tool() or (not resources.cuobjdump() and "no cuobjdump"):
+        raise UserError(f"{missing}: expected the CUDA toolkit, and cmake and g++")
+    return resources.condensed(resources.examine_all(), launchers.launched())
+
+
+#: The generated parts of the page, by the name in their markers.
+PARTS = {
+    "estimates": estimates, "resources": triton_resources, "cuda-resources": cuda_resources,
+}  # fmt: skip
 
 
 def written(page: str, name: str, text: str) -> str:
@@ -335,13 +454,17 @@ def written(page: str, name: str, text: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n\n")[1])
     parser.add_argument(
-        "--resources", action="store_true", help="compile the kernels: write that part instead"
-    )
+        "--resources", nargs="?", const="all", choices=("all", "triton", "cuda"),
+        help="compile the kernels (all, or those of one kind): write those parts instead",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    name = "resources" if options.resources else "estimates"
-    text = resources() if options.resources else estimates()
-    replace_file(PAGE, written(PAGE.read_text(), name, text))
-    print(f"{PAGE}: {name} written")
+    names = {
+        None: ["estimates"], "all": ["resources", "cuda-resources"],
+        "triton": ["resources"], "cuda": ["cuda-resources"],
+    }[options.resources]  # fmt: skip
+    for name in names:
+        replace_file(PAGE, written(PAGE.read_text(), name, PARTS[name]()))
+        print(f"{PAGE}: {name} written")
 
 
 if __name__ == "__main__":

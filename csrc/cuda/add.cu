@@ -18,11 +18,20 @@ __device__ __forceinline__ Row row_of(const SparseRows& graph, int64_t row) {
   return {graph.columns + begin, graph.values + begin, graph.row_offsets[row + 1] - begin};
 }
 
-// Whether row `row` can be followed, and the offsets' ends are right.
+// Whether row `row` is as it should be, and the offsets' ends are right: both sizes below, and the
+// places that follow from them, rest on columns that ascend. The same answer in every lane.
 __device__ __forceinline__ bool is_valid(const SparseRows& graph, int64_t row, int64_t num_nodes) {
   const int64_t begin = graph.row_offsets[row], end = graph.row_offsets[row + 1];
-  return begin >= 0 && begin <= end && end <= graph.nnz && (row > 0 || begin == 0) &&
-         (row < num_nodes - 1 || end == graph.nnz);
+  if (begin < 0 || begin > end || end > graph.nnz || (row == 0 && begin != 0) ||
+      (row == num_nodes - 1 && end != graph.nnz))
+    return false;
+  bool ascends = true;
+  for (int64_t entry = begin + lane_id(); entry < end; entry += kWarp) {
+    const int32_t column = graph.columns[entry];
+    ascends = ascends && column >= 0 && column < num_nodes &&
+              (entry == begin || graph.columns[entry - 1] < column);
+  }
+  return __all_sync(kAllLanes, ascends);
 }
 
 // f(entry of `row`, place of its column in `other`, whether it is there too, entries before it that
@@ -88,6 +97,7 @@ struct Memory {
 };
 
 cudaError_t cut(const AddArgs& args, Memory* memory) {
+  if (args.num_nodes < 0 || args.num_nodes >= int64_t{1} << 31) return cudaErrorInvalidValue;
   const cudaError_t error = scan_bytes(args.num_nodes + 1, &memory->temporary_bytes);
   Workspace space(args.workspace);
   memory->summary = space.take<Summary>(1);
@@ -107,21 +117,20 @@ cudaError_t add_bytes(const AddArgs& args, size_t* bytes) {
 
 cudaError_t add_count(const AddArgs& args, int64_t* nnz, cudaStream_t stream) {
   Memory memory{};
-  cudaError_t error = cut(args, &memory);
+  const cudaError_t error = cut(args, &memory);
   if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(memory.summary, 0, sizeof(Summary), stream);
-  if (error != cudaSuccess) return error;
-  error = launch(count_union, dim3(blocks_for(kWarp * args.num_nodes)), dim3(kThreads), 0, stream,
-                 args, memory.summary);
-  if (error != cudaSuccess) return error;
-  error = offsets_from_sizes(memory.temporary, memory.temporary_bytes, args.row_offsets,
-                             args.num_nodes, memory.summary, stream);
-  return error == cudaSuccess ? read_nnz(memory.summary, nnz, stream) : error;
+  Launches launch(stream);
+  launch.zero(memory.summary, sizeof(Summary));
+  launch(count_union, blocks_of_warps(args.num_nodes), kThreads, 0, args, memory.summary);
+  offsets_from_sizes(launch, memory.temporary, memory.temporary_bytes, args.row_offsets,
+                     args.num_nodes, memory.summary);
+  return read_nnz(launch, memory.summary, nnz);
 }
 
 cudaError_t add_fill(const AddArgs& args, cudaStream_t stream) {
-  return launch(fill_union, dim3(blocks_for(kWarp * args.num_nodes)), dim3(kThreads), 0, stream,
-                args);
+  Launches launch(stream);
+  launch(fill_union, blocks_of_warps(args.num_nodes), kThreads, 0, args);
+  return launch.error();
 }
 
 }  // namespace nefkern::cuda

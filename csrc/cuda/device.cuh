@@ -11,11 +11,15 @@
 
 #include <cstdint>
 
+#include "cuda/limits.h"
+
 namespace nefkern::cuda {
 
-// The block's shared variable of type T: one a type, uninitialised, at most 48 KiB in all.
+// The block's shared variable of type T: one a type, uninitialised, at most kMaxStaticShared in
+// all.
 template <class T>
 __device__ __forceinline__ T& block_shared() {
+  static_assert(sizeof(T) <= kMaxStaticShared);
   __shared__ T variable;
   return variable;
 }
@@ -32,10 +36,11 @@ template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
+  if (shared_bytes > kSharedWithoutAsking - kMaxStaticShared) {
+    // Always the same number: host threads that launch one kernel with different needs don't take
+    // each other's permission away.
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, block, shared_bytes, stream>>>(args...);

@@ -3,13 +3,14 @@
 
 #include "cuda/knn.h"
 #include "cuda/knn_fused.cuh"
+#include "cuda/launches.h"
 #include "cuda/workspace.h"
 
 namespace nefkern::cuda {
 namespace {
 
-int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-int64_t round_up(int64_t size, int64_t multiple) { return tiles(size, multiple) * multiple; }
+constexpr int64_t kMaxKeep = 4096;
+static_assert(selection_size(kMaxKeep) * sizeof(uint64_t) <= kMaxDynamicShared);
 
 // How candidates of a segment are found: see knn_fused.cuh.
 struct FusedSizes {
@@ -37,6 +38,11 @@ int rerank_size(int64_t k) {
   int size = 1;
   while (size < k + std::max<int64_t>(k / 4, 64)) size *= 2;
   return size;
+}
+
+// Shared memory of a re-rank: the keys that are sorted, and the candidates' scores.
+size_t rerank_bytes(int64_t k, const FusedSizes& sizes) {
+  return rerank_size(k) * sizeof(uint64_t) + sizes.capacity * sizeof(float);
 }
 
 struct Memory {
@@ -97,29 +103,6 @@ Memory cut(const KnnArgs& args, void* memory) {
   return space;
 }
 
-// Launches one kernel after another on a stream, up to the first error.
-class Launches {
- public:
-  explicit Launches(cudaStream_t stream) : stream_(stream) {}
-
-  template <class... Params, class... Args>
-  void operator()(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
-                  Args... args) {
-    if (error_ != cudaSuccess) return;
-    // A grid of more than 2^31 - 1 blocks is an error of the launch, not another grid.
-    const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks, 0xffffffff));
-    error_ = launch(kernel, dim3(grid), dim3(threads), shared_bytes, stream_, args...);
-  }
-  void zero(void* memory, size_t bytes) {
-    if (error_ == cudaSuccess) error_ = cudaMemsetAsync(memory, 0, bytes, stream_);
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  cudaStream_t stream_;
-  cudaError_t error_ = cudaSuccess;
-};
-
 template <bool kEuclidean>
 class Knn {
  public:
@@ -174,6 +157,7 @@ class Knn {
   }
 
   void baseline(int64_t first, int64_t last) {
+    if (first == last) return;
     int64_t longest = 0;
     for (int64_t s = 0; s < args_.segments; ++s)
       if (args_.offsets[s] >= first && args_.offsets[s + 1] <= last)
@@ -205,10 +189,8 @@ class Knn {
             TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, chunk,
                      args_.include_self, Sample{}, column_tiles},
             static_cast<float*>(nullptr), candidates);
-    const int size = rerank_size(args_.k);
-    const size_t bytes = size * sizeof(uint64_t) + sizes.capacity * sizeof(float);
-    launch_(rerank_rows<kEuclidean>, rows, kSelectThreads, bytes, space_.rows, space_.estimates,
-            chunk, candidates, size, out_);
+    launch_(rerank_rows<kEuclidean>, rows, kSelectThreads, rerank_bytes(args_.k, sizes),
+            space_.rows, space_.estimates, chunk, candidates, rerank_size(args_.k), out_);
     redo(rows, length);
   }
 
@@ -253,18 +235,29 @@ class Knn {
   Launches launch_;
 };
 
+// Whether sizes and tuning make sense. What the offsets say is the caller's to see to.
+bool valid(const KnnArgs& args) {
+  const KnnTuning& tuning = args.tuning;
+  return args.n >= 0 && args.n < int64_t{1} << 31 && args.channels >= 0 && args.segments >= 0 &&
+         args.k > 0 && (args.n == 0 || args.segments == 1 || args.device_offsets) &&
+         tuning.fused_share > 0 && tuning.sample_share > 0 && tuning.keep > 0 &&
+         tuning.keep <= kMaxKeep && tuning.chunk_rows > 0 && tuning.chunk_rows % kTile == 0;
+}
+
 }  // namespace
 
 bool knn_fuses(const KnnArgs& args, int64_t length) {
   const bool possible = !direct(args) && args.k <= args.tuning.keep && length > 0 &&
-                        args.k <= length / args.tuning.fused_share;
+                        args.k <= length / args.tuning.fused_share &&
+                        rerank_bytes(args.k, fused_sizes(args, length)) <= kMaxDynamicShared;
   if (args.method != KnnMethod::kAuto) return possible && args.method == KnnMethod::kFused;
   return possible && length >= args.tuning.fused_rows;
 }
 
-size_t knn_workspace(const KnnArgs& args) { return cut(args, nullptr).bytes; }
+size_t knn_workspace(const KnnArgs& args) { return valid(args) ? cut(args, nullptr).bytes : 0; }
 
 cudaError_t knn(const KnnArgs& args, void* workspace, cudaStream_t stream) {
+  if (!valid(args)) return cudaErrorInvalidValue;
   if (args.n == 0) return cudaSuccess;
   return args.euclidean ? Knn<true>(args, workspace, stream).run()
                         : Knn<false>(args, workspace, stream).run();

@@ -22,10 +22,10 @@ struct KnnTuning {
   int64_t score_bytes = int64_t{32} << 20;  // of a block of rows' scores: they stay in the L2 cache
   int64_t fused_rows = 4096;                // segments from this length on are fused,
   int64_t fused_share = 8;                  // if k is at most this part of them
-  int64_t chunk_rows = 16384;               // rows whose candidates are held at a time
+  int64_t chunk_rows = 16384;               // whose candidates are held at a time; 128 divides it
   int64_t sample_share = 16;                // a threshold comes from this part of a segment
-  int64_t keep = 2048;  // neighbours sorted at a time in shared memory; a larger k takes several
-                        // passes over a row's values, ceil(k / keep), and is never fused
+  int64_t keep = 2048;  // neighbours sorted at a time in shared memory, at most 4096; a larger k
+                        // takes several passes over a row's values, and is never fused
 };
 
 struct KnnArgs {
@@ -47,11 +47,13 @@ struct KnnArgs {
 // Whether kAuto takes tensor cores for a segment of `length` rows.
 bool knn_fuses(const KnnArgs& args, int64_t length);
 
-// Bytes of the workspace that a call with these sizes needs; reads no device memory.
+// Bytes of the workspace that a call with these sizes needs; reads no device memory. 0 where knn()
+// would answer cudaErrorInvalidValue.
 size_t knn_workspace(const KnnArgs& args);
 
 // Enqueues everything on `stream`. `workspace`: device memory of knn_workspace(args) bytes, aligned
-// to 256. Returns the first error of a launch.
+// to 256. Returns the first error of a launch, or cudaErrorInvalidValue, and nothing is enqueued,
+// for sizes or tuning outside what is said above.
 cudaError_t knn(const KnnArgs& args, void* workspace, cudaStream_t stream);
 
 }  // namespace nefkern::cuda

@@ -50,7 +50,7 @@ __device__ __forceinline__ void sort_keys(uint64_t* keys, int count) {
 }
 
 // Keys a block can hold to select the `keep` lowest.
-inline int selection_size(int64_t keep) {
+constexpr int selection_size(int64_t keep) {
   int size = 1;
   while (size < keep + kSelectChunk) size *= 2;
   return size;

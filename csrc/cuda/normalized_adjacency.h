@@ -4,18 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/neighbour_lists.h"
 #include "cuda/runtime.h"
 
 namespace nefkern::cuda {
 
 struct AdjacencyArgs {
-  int64_t num_nodes;     // N
-  int64_t size;          // k, of every list
-  const void* indices;   // [N, k] int32 or int64: -1 (padding) to N - 1
-  bool wide_indices;     // int64
-  const float* weights;  // [N, k], or null for weight 1
-  float clamp_min;       // of the weights, at least 0
-  bool take_union;       // A = max(A, A^T) instead of (A + A^T) / 2
+  int64_t num_nodes;  // N, below 2^31
+  NeighbourLists lists;
+  bool take_union;  // A = max(A, A^T) instead of (A + A^T) / 2
 
   void* workspace;       // of adjacency_bytes(), kept from the first step to the second
   int sorted_half;       // written by the first step: which of its buffers the second reads
@@ -24,8 +21,8 @@ struct AdjacencyArgs {
   float* values;         // the same
 };
 
-// The workspace: about 48 bytes for every listed neighbour. Reads only num_nodes and size; the
-// workspace is null.
+// The workspace: about 48 bytes for every listed neighbour. Reads only num_nodes and the lists'
+// size; the workspace is null.
 cudaError_t adjacency_bytes(const AdjacencyArgs& args, size_t* bytes);
 // First step: row_offsets, and nnz = row_offsets[N] so that the caller can allocate columns and
 // values, or -1 if an index is neither -1 nor a node. Waits for the stream to read it.

@@ -2,6 +2,7 @@
 // in flight, since what limits this is the way of x's rows from the L2 cache. A row with very many
 // entries would keep one warp busy long after all others: it is left to its whole block.
 #include "cuda/half.cuh"
+#include "cuda/launches.h"
 #include "cuda/spmm.h"
 #include "cuda/warp.cuh"
 
@@ -148,14 +149,18 @@ struct Partials {
   float sum[kWarps][kVectors * kWidth<X>][kWarp];
 };
 
-// Rows kWarps blockIdx.x on, columns 32 kVectors kWidth blockIdx.y on.
+template <class X, int kVectors>
+constexpr int64_t kTileColumns = int64_t{kVectors} * kWarp * kWidth<X>;
+
+// kWarps rows and kTileColumns columns, all rows' blocks of one tile of columns after another: what
+// of x is in the cache stays of use. All in the grid's x: y has no room for many columns.
 template <class X, class Y, int kVectors, bool kAligned>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
-    spmm_rows(const SpmmArgs args, int lanes_a_group) {
+    spmm_rows(const SpmmArgs args, int lanes_a_group, unsigned row_blocks) {
   const int lane = lane_id(), warp = threadIdx.x / kWarp;
-  const int64_t tile = static_cast<int64_t>(blockIdx.y) * kVectors * kWarp * kWidth<X>;
+  const int64_t tile = blockIdx.x / row_blocks * kTileColumns<X, kVectors>;
   const Columns<X, kVectors> columns{tile + lane % lanes_a_group * kWidth<X>, kWarp * kWidth<X>};
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kWarps, row = first_row + warp;
+  const int64_t first_row = int64_t{blockIdx.x % row_blocks} * kWarps, row = first_row + warp;
   const bool writes = lane < lanes_a_group;
   const Extent own = extent_of(args, row);
   const bool is_heavy = own.size() >= kHeavy;
@@ -191,13 +196,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 
 template <class X, class Y, int kVectors, bool kAligned>
 cudaError_t launch_rows(const SpmmArgs& args, cudaStream_t stream) {
-  constexpr int64_t kTile = int64_t{kVectors} * kWarp * kWidth<X>;
   int lanes_a_group = 1;
   while (lanes_a_group < kWarp && lanes_a_group * kWidth<X> < args.num_columns) lanes_a_group *= 2;
-  const dim3 grid(static_cast<unsigned>((args.num_nodes + kWarps - 1) / kWarps),
-                  static_cast<unsigned>((args.num_columns + kTile - 1) / kTile));
-  return launch(spmm_rows<X, Y, kVectors, kAligned>, grid, dim3(kWarps * kWarp), 0, stream, args,
-                lanes_a_group);
+  const int64_t row_blocks = tiles(args.num_nodes, kWarps);
+  const int64_t column_tiles = tiles(args.num_columns, kTileColumns<X, kVectors>);
+  Launches launch(stream);
+  launch(spmm_rows<X, Y, kVectors, kAligned>, row_blocks * column_tiles, kWarps * kWarp, 0, args,
+         lanes_a_group, static_cast<unsigned>(row_blocks));
+  return launch.error();
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -215,6 +221,7 @@ cudaError_t spmm_typed(const SpmmArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t spmm(const SpmmArgs& args, cudaStream_t stream) {
+  if (args.num_nodes < 0 || args.num_nodes >= int64_t{1} << 31) return cudaErrorInvalidValue;
   const bool wide = args.y_storage == Storage::kFloat32;
   switch (args.x_storage) {
     case Storage::kFloat32:

@@ -10,7 +10,7 @@ namespace nefkern::cuda {
 enum class Storage : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 struct SpmmArgs {
-  int64_t num_nodes;           // rows of kappa, x and y
+  int64_t num_nodes;           // rows of kappa, x and y; below 2^31
   int64_t num_columns;         // K, columns of x and y
   int64_t nnz;                 // entries of kappa
   const int64_t* row_offsets;  // [num_nodes + 1], never falling, from 0 to nnz

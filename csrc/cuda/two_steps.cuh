@@ -2,6 +2,7 @@
 // allocate the rest, and the rows themselves.
 #pragma once
 
+#include "cuda/launches.h"
 #include "cuda/primitives.h"
 #include "cuda/warp.cuh"
 
@@ -9,9 +10,9 @@ namespace nefkern::cuda {
 
 constexpr int kThreads = 256;
 
-inline unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-}
+// Blocks of kThreads that have a thread, or a warp, for each of `count` items.
+constexpr int64_t blocks_of_threads(int64_t count) { return tiles(count, kThreads); }
+constexpr int64_t blocks_of_warps(int64_t count) { return tiles(count, kThreads / kWarp); }
 
 // What the host reads between the steps.
 struct Summary {
@@ -31,23 +32,24 @@ __global__ void __launch_bounds__(1) clear_last(int64_t* row_offsets, int64_t nu
 }
 
 // row_offsets [num_nodes + 1] holds the rows' sizes, and becomes what it says.
-inline cudaError_t offsets_from_sizes(void* temporary, size_t bytes, int64_t* row_offsets,
-                                      int64_t num_nodes, Summary* summary, cudaStream_t stream) {
-  cudaError_t error = launch(clear_last, dim3(1), dim3(1), 0, stream, row_offsets, num_nodes);
-  if (error != cudaSuccess) return error;
-  error = exclusive_scan(temporary, bytes, row_offsets, num_nodes + 1, stream);
-  if (error != cudaSuccess) return error;
-  return launch(note_nnz, dim3(1), dim3(1), 0, stream, static_cast<const int64_t*>(row_offsets),
-                num_nodes, summary);
+inline void offsets_from_sizes(Launches& launch, void* temporary, size_t bytes,
+                               int64_t* row_offsets, int64_t num_nodes, Summary* summary) {
+  launch(clear_last, 1, 1, 0, row_offsets, num_nodes);
+  launch.then([&](cudaStream_t stream) {
+    return exclusive_scan(temporary, bytes, row_offsets, num_nodes + 1, stream);
+  });
+  launch(note_nnz, 1, 1, 0, row_offsets, num_nodes, summary);
 }
 
 // The one place where the host waits: nnz, or -1 if a kernel called the input invalid.
-inline cudaError_t read_nnz(const Summary* summary, int64_t* nnz, cudaStream_t stream) {
-  Summary read;
-  cudaError_t error = cudaMemcpyAsync(&read, summary, sizeof read, cudaMemcpyDeviceToHost, stream);
-  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+inline cudaError_t read_nnz(Launches& launch, const Summary* summary, int64_t* nnz) {
+  Summary read{};
+  launch.then([&](cudaStream_t stream) {
+    return cudaMemcpyAsync(&read, summary, sizeof read, cudaMemcpyDeviceToHost, stream);
+  });
+  launch.then([](cudaStream_t stream) { return cudaStreamSynchronize(stream); });
   *nnz = read.invalid ? -1 : read.nnz;
-  return error;
+  return launch.error();
 }
 
 }  // namespace

@@ -77,7 +77,8 @@ def _native_accepts(indices, weights, *_) -> bool:
 
 
 @registry.kernel("kappa", "cpu", accepts=_native_accepts)
-def _cpu(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+@registry.kernel("kappa", "cuda", accepts=_native_accepts)
+def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
     *graph, valid = torch.ops.nefkern_native.kappa(
         indices,
         None if weights is None else weights.float(),
@@ -100,15 +101,3 @@ def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
     from nefkern.triton.kappa import kappa
 
     return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
-
-
-@registry.kernel("kappa", "cuda", accepts=_native_accepts)
-def _cuda(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
-    native = torch.ops.nefkern_native
-    weights = None if weights is None else weights.float()
-    *features, valid = native.normalized_adjacency(indices, weights, False, clamp_min)
-    *pixels, pixels_valid = native.normalized_adjacency(pixel_indices, None, True, 0.0)
-    if not (valid and pixels_valid):
-        check_indices(indices, num_nodes)
-        check_indices(pixel_indices, num_nodes, name="pixel_indices")
-    return tuple(native.add(*features, *pixels, alpha)[:3])

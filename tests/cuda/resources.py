@@ -16,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from nefkern.triton.resources import LIMITS as triton_limits
+from nefkern.triton.resources import Limits, occupancy
+
 CSRC = Path(__file__).parents[2] / "csrc"
-ARCHITECTURES = ("80", "90a", "100")
+ARCHITECTURES = ("80", "86", "89", "90a", "100")  # the default of TORCH_CUDA_ARCH_LIST
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,18 @@ class Resources:
     stack: int  # bytes a thread
     spilled: int  # bytes stored and loaded
     code: str  # its machine instructions
+
+    @property
+    def tensor_cores(self) -> str:
+        """The tensor cores' instruction, or ""."""
+        found = re.search(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b", self.code)
+        return found[1] if found else ""
+
+    @property
+    def widest_load(self) -> int:
+        """Bits of the widest load from global to shared memory or registers."""
+        widths = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", self.code)
+        return max(map(int, widths), default=32 if "LDG" in self.code else 0)
 
 
 def sources() -> list[Path]:
@@ -51,6 +66,7 @@ def architectures() -> tuple[str, ...]:
     return tuple(arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known)
 
 
+@functools.cache
 def examine(source: Path, arch: str) -> list[Resources]:
     """Compile one source; RuntimeError with nvcc's output where it warns or spills."""
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +141,54 @@ def table(found: list[Resources]) -> str:
     ]
     for r in sorted(found, key=lambda r: (r.source, r.kernel, r.arch)):
         cells = readable(r.kernel), r.arch, r.registers, r.shared, r.stack, r.spilled
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+#: By the programming guide's table, as the Triton kernels' limits are.
+LIMITS = {
+    **triton_limits, "sm_89": Limits(99 << 10, 100 << 10, 1536, blocks=24),
+    "sm_90a": triton_limits["sm_90"],
+}  # fmt: skip
+
+
+def condensed(found: list[Resources], launched: dict[str, tuple[int, int]]) -> str:
+    """Markdown, one row a kernel: the worst of its variants, one figure an architecture.
+
+    Args:
+        found: what every kernel needs.
+        launched: by its mangled name, threads and dynamic shared memory of a block.
+    """
+    groups: dict[tuple[str, str], list[Resources]] = {}
+    for one in found:
+        name = readable(one.kernel).partition("<")[0]
+        groups.setdefault((one.source, name), []).append(one)
+    archs = list(dict.fromkeys(one.arch for one in found))
+    lines = [
+        f"| kernel | variants | threads | shared | registers: {', '.join(archs)} | occupancy: the "
+        "same | spilled | widest load | tensor cores |",
+        "|---|---:|---:|---:|---|---|---:|---:|---|",
+    ]
+    for (source, name), rows in sorted(groups.items()):
+        threads, dynamic = zip(*(launched[one.kernel] for one in rows), strict=True)
+        shared = [one.shared + bytes_ for one, bytes_ in zip(rows, dynamic, strict=True)]
+        registers, shares = [], []
+        for arch in archs:
+            of_arch = [one for one in rows if one.arch == arch]
+            registers.append(max(one.registers for one in of_arch))
+            shares.append(min(
+                occupancy(LIMITS[arch], one.registers, one.shared + launched[one.kernel][1],
+                          launched[one.kernel][0])
+                for one in of_arch
+            ))  # fmt: skip
+        cells = (
+            f"{source} {name}", len({one.kernel for one in rows}), max(threads),
+            f"{max(shared) / 1024:.1f} KiB", ", ".join(map(str, registers)),
+            ", ".join(f"{share:.0%}" for share in shares),
+            f"{max(one.spilled for one in rows)} B",
+            f"{max(one.widest_load for one in rows)} bit",
+            ", ".join(sorted({one.tensor_cores for one in rows} - {""})),
+        )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

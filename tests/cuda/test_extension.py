@@ -11,8 +11,8 @@ from nefkern import backends, ops
 from nefkern.ops import registry
 
 #: Operators with a CUDA kernel of their own; the others are made of these and of dense products.
-KERNELS = ("knn_cuda", "normalized_adjacency", "add", "spmm")
-SERVED = ("knn", *KERNELS[1:], "kappa", "quadratic_form", "neuralef_loss")
+KERNELS = ("knn_cuda", "normalized_adjacency", "add", "kappa", "spmm")
+SERVED = ("knn", *KERNELS[1:], "quadratic_form", "neuralef_loss")
 
 
 @pytest.fixture

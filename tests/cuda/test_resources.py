@@ -24,6 +24,13 @@ def test_every_source_has_kernels(found):
     assert {r.arch for r in found} == {f"sm_{arch}" for arch in resources.architectures()}
 
 
+def test_the_architectures_are_those_that_are_built_for():
+    toolkit = (resources.CSRC / "cuda" / "toolkit.cmake").read_text()
+    default = re.search(r'set\(wanted "(8\.0;[^"]*10\.0\+PTX)"\)', toolkit)[1]
+    built = [one.replace(".", "").removesuffix("+PTX") for one in default.split(";")]
+    assert list(resources.ARCHITECTURES) == built
+
+
 def test_nothing_spills(found):
     assert [r for r in found if r.spilled] == []
 

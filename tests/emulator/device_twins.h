@@ -4,10 +4,13 @@
 // holds the elements of group g = l / 4 and of place p = l % 4 inside the group.
 #pragma once
 
+#include "cuda/limits.h"
+
 namespace nefkern::cuda {
 
 template <class T>
 T& block_shared() {
+  static_assert(sizeof(T) <= kMaxStaticShared);
   static_assert(std::is_trivially_default_constructible_v<T>, "shared memory has no constructors");
   static const char key = 0;
   return *static_cast<T*>(nefkern::emulator::current_block()->shared(&key, sizeof(T), alignof(T)));
@@ -22,6 +25,8 @@ template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  if (shared_bytes > kMaxDynamicShared)
+    throw nefkern::emulator::Failure("more dynamic shared memory than every GPU has");
   nefkern::emulator::launch(grid, block, shared_bytes, [=] { kernel(args...); });
   return cudaSuccess;
 }

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def _sources() -> bytes:
 
 def _compile(source: Path, target: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [_compiler(), *COMMON, *flags, str(source), "-x", "none", "-o", str(target)],
+        [_compiler(), *flags, *COMMON, str(source), "-x", "none", "-o", str(target)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -68,32 +69,61 @@ def _finish(compilation: subprocess.Popen) -> None:
     assert compilation.returncode == 0, f"{' '.join(compilation.args)}\n{output}"
 
 
+@dataclass(frozen=True)
+class Planted:
+    """A defect in a source of ``csrc/cuda``: ``old``, which is there once, made ``new``."""
+
+    source: str
+    old: str
+    new: str
+
+    def write(self, folder: Path) -> None:
+        text = (ROOT / "csrc" / "cuda" / self.source).read_text()
+        assert text.count(self.old) == 1, f"{self.source} has {text.count(self.old)} {self.old!r}"
+        (folder / "cuda").mkdir(parents=True, exist_ok=True)
+        (folder / "cuda" / self.source).write_text(text.replace(self.old, self.new))
+
+
 @functools.cache
-def build(name: str) -> dict[str, Path]:
+def build(
+    name: str, variants: tuple[str, ...] = tuple(VARIANTS), planted: Planted | None = None
+) -> dict[str, Path]:
     """The program ``name`` in each variant, built unless it is there already."""
-    key = hashlib.sha256(_sources() + repr((VARIANTS, COMMON)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(_sources() + repr((VARIANTS, COMMON, planted)).encode()).hexdigest()[:16]
     folder = BUILD / key
-    programs = {variant: folder / f"{name}-{variant}" for variant in VARIANTS}
+    programs = {variant: folder / f"{name}-{variant}" for variant in variants}
     if all(program.exists() for program in programs.values()):
         return programs
     folder.mkdir(parents=True, exist_ok=True)
+    found_first = []
+    if planted:
+        planted.write(folder / "planted")
+        found_first.append(f"-I{folder / 'planted'}")
     # Into files of this process's own: another one may be building the same.
     parts = {path: path.with_name(f"{path.name}.{os.getpid()}") for path in programs.values()}
-    hooks = folder / f"race_check.{os.getpid()}.o"
-    race_check = _compile(HERE / "race_check.cpp", hooks, "-c", "-O2")
-    checked = _compile(HERE / f"{name}.cpp", parts[programs["checked"]], *VARIANTS["checked"])
-    _finish(race_check)
-    kernels = folder / f"{name}.{os.getpid()}.o"
-    _finish(_compile(HERE / f"{name}.cpp", kernels, *VARIANTS["races"], "-c"))
-    # Linked without -fsanitize=thread: the hooks stand in for its library.
-    link = [_compiler(), "-no-pie", str(kernels), str(hooks), "-o", str(parts[programs["races"]])]
-    subprocess.run(link, check=True)
-    _finish(checked)
+    source = HERE / f"{name}.cpp"
+    checked = None
+    if "checked" in variants:
+        checked = _compile(source, parts[programs["checked"]], *found_first, *VARIANTS["checked"])
+    if "races" in variants:
+        _build_with_race_check(source, parts[programs["races"]], found_first)
+    if checked:
+        _finish(checked)
     for program, part in parts.items():
         part.replace(program)
+    return programs
+
+
+def _build_with_race_check(source: Path, target: Path, flags: list[str]) -> None:
+    """Linked without -fsanitize=thread: the hooks stand in for its library."""
+    hooks, kernels = (target.with_name(f"{target.name}.{part}.o") for part in ("hooks", "kernels"))
+    race_check = _compile(HERE / "race_check.cpp", hooks, "-c", "-O2")
+    _finish(_compile(source, kernels, *flags, *VARIANTS["races"], "-c"))
+    _finish(race_check)
+    link = [_compiler(), "-no-pie", str(kernels), str(hooks), "-o", str(target)]
+    subprocess.run(link, check=True)
     for rest in (hooks, kernels):
         rest.unlink()
-    return programs
 
 
 def run(
@@ -104,6 +134,7 @@ def run(
     inputs: Mapping[str, np.ndarray | None],
     outputs: Mapping[str, type],
     variants: tuple[str, ...] = tuple(VARIANTS),
+    planted: Planted | None = None,
     **numbers: float | str,
 ) -> dict[str, np.ndarray]:
     """Run a case of an emulated program in every thread order, in every variant.
@@ -114,6 +145,8 @@ def run(
         folder: an existing folder for the arrays' files.
         inputs: arrays by name; None leaves one out.
         outputs: the dtype of every array that comes back.
+        variants: which to run.
+        planted: a defect to build the program with.
         numbers: further arguments; ``order="forward"`` (reverse, random) runs only that order.
 
     Returns:
@@ -130,7 +163,7 @@ def run(
     arguments = [f"{name}={value}" for name, value in numbers.items()]
     results = []
     for variant in variants:
-        executable = build(program)[variant]
+        executable = build(program, variants, planted)[variant]
         done = subprocess.run(
             [executable, case, str(folder), *arguments],
             capture_output=True, text=True, timeout=120, env={**os.environ, **_ENVIRONMENT},

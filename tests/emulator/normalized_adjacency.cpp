@@ -13,11 +13,11 @@ template <class Index>
 void run(Case& one) {
   AdjacencyArgs args{};
   args.num_nodes = one.number("n");
-  args.size = one.number("k");
-  args.indices = one.input<Index>("indices");
-  args.wide_indices = sizeof(Index) == 8;
-  args.weights = one.input<float>("weights");
-  args.clamp_min = static_cast<float>(one.real("clamp_min"));
+  args.lists = {.indices = one.input<Index>("indices"),
+                .wide_indices = sizeof(Index) == 8,
+                .size = one.number("k"),
+                .weights = one.input<float>("weights"),
+                .clamp_min = static_cast<float>(one.real("clamp_min"))};
   args.take_union = one.number("take_union") != 0;
   nefkern::emulator::assemble(one, args, adjacency_bytes, adjacency_count, adjacency_fill);
 }

@@ -347,8 +347,8 @@ template <class Body>
 void launch(dim3 grid, dim3 shape, size_t dynamic_bytes, const Body& body) {
   const size_t threads = size_t{shape.x} * shape.y * shape.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > kMaxThreads || shape.z > 64 || blocks == 0 || grid.y > 65535 ||
-      grid.z > 65535)
+  if (threads == 0 || threads > kMaxThreads || shape.z > 64 || blocks == 0 || grid.x > 0x7fffffff ||
+      grid.y > 65535 || grid.z > 65535)
     throw Failure("invalid launch configuration");
   if (dynamic_bytes > kMaxDynamicShared) throw Failure("more shared memory than a block can have");
   static const Body* running = nullptr;

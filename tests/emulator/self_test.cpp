@@ -22,6 +22,7 @@ enum Defect {
   kRaceBetweenBlocks,
   kNoWait,
   kMisaligned,
+  kTooMuchShared,
 };
 
 constexpr int kThreads = 96;
@@ -78,9 +79,10 @@ __global__ void copy_reversed(const float* x, float* y, int defect) {
 }
 
 void run_copy(Case& one) {
-  const int n = static_cast<int>(one.number("n"));
-  launch(copy_reversed, dim3(n / 128), dim3(128), 0, nullptr, one.input<float>("x"),
-         one.output<float>("y", n), static_cast<int>(one.number("defect")));
+  const int n = static_cast<int>(one.number("n")), defect = static_cast<int>(one.number("defect"));
+  const size_t shared_bytes = defect == kTooMuchShared ? kMaxDynamicShared + 1 : 0;
+  launch(copy_reversed, dim3(n / 128), dim3(128), shared_bytes, nullptr, one.input<float>("x"),
+         one.output<float>("y", n), defect);
 }
 
 // Warp collectives, one result each.

@@ -60,3 +60,14 @@ def test_offsets_that_make_no_sense_are_told(tmp_path, offsets):
     bad = CSRGraph(torch.tensor(offsets), good.columns, good.values, 3)
     assert emulate(tmp_path, bad, good, 1.0) is None
     assert emulate(tmp_path, good, bad, 1.0) is None
+
+
+@pytest.mark.parametrize("columns", [[1, 0, 2], [0, 0, 2], [0, 3, 2], [-1, 1, 2]])
+def test_columns_that_make_no_sense_are_told(tmp_path, columns):
+    """Sizes of rows rest on ascending columns: written all the same, they would overflow."""
+    good = CSRGraph.from_torch(torch.ones(3, 3))
+    bad = CSRGraph(
+        torch.tensor([0, 2, 2, 3]), torch.tensor(columns, dtype=torch.int32), torch.ones(3), 3
+    )
+    assert emulate(tmp_path, bad, good, 1.0) is None
+    assert emulate(tmp_path, good, bad, 1.0) is None

@@ -102,6 +102,7 @@ DEFECTS = {
     "race between blocks": ("reverse", 10, "races", "race: a write beside the write in global"),
     "missing wait": ("copy", 11, "races", "race: .* in shared"),
     "misaligned copy": ("copy", 12, "checked", "not aligned to 16"),
+    "too much shared memory": ("copy", 13, "checked", "more dynamic shared memory than every GPU"),
 }
 
 

@@ -9,16 +9,19 @@ namespace nefkern::emulator {
 // Args has workspace, row_offsets, columns and values; `valid` comes out as int32 [1].
 template <class Args, class Bytes, class Count, class Fill>
 void assemble(Case& one, Args args, const Bytes& bytes_of, const Count& count, const Fill& fill) {
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess) throw Failure("a launcher returned an error");
+  };
   size_t bytes = 0;
-  bytes_of(args, &bytes);
+  check(bytes_of(args, &bytes));
   args.workspace = one.workspace<char>(bytes);
   args.row_offsets = one.output<int64_t>("row_offsets", args.num_nodes + 1);
   int64_t nnz = 0;
-  count(args, &nnz, nullptr);
+  check(count(args, &nnz, nullptr));
   *one.output<int32_t>("valid", 1) = nnz >= 0;
   args.columns = one.output<int32_t>("columns", nnz > 0 ? nnz : 0);
   args.values = one.output<float>("values", nnz > 0 ? nnz : 0);
-  if (nnz >= 0) fill(args, nullptr);
+  if (nnz >= 0) check(fill(args, nullptr));
 }
 
 }  // namespace nefkern::emulator

@@ -1,0 +1,16 @@
+// Neighbour lists in device memory, as knn writes them.
+#pragma once
+
+#include <cstdint>
+
+namespace nefkern::cuda {
+
+struct NeighbourLists {
+  const void* indices;   // [N, size] int32 or int64: -1 (padding) to N - 1
+  bool wide_indices;     // int64
+  int64_t size;          // k, of every list
+  const float* weights;  // [N, size], or null for weight 1
+  float clamp_min;       // of the weights, at least 0
+};
+
+}  // namespace nefkern::cuda

@@ -1,0 +1,129 @@
+"""The compiled launchers of ``csrc/cuda`` on a runtime that records instead of running.
+
+``examples/cpp`` is built with CMake, as any C++ project would; its library ``nefkern::kernels`` is
+then linked to ``recording_runtime.cpp`` in place of NVIDIA's runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cuda.resources import CSRC, nvcc
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "example"
+LAUNCH_FAILURE, INVALID_VALUE, INVALID_CONFIGURATION = 719, 1, 9  # of cudaError_t
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that a launcher enqueued."""
+
+    what: str  # launch, memset, copy, synchronize; between: the two steps of an assembly
+    kernel: str  # mangled; "-" where there is none
+    grid: tuple[int, int, int]
+    threads: int  # a block
+    bytes: int  # dynamic shared memory of a launch; of a memset or copy
+    asked: int  # the dynamic shared memory that was asked for
+    on_stream: bool  # whether the caller's stream was used
+
+
+@dataclass(frozen=True)
+class Recorded:
+    events: list[Event]
+    workspace: int  # bytes that the launcher wants; 0 where it needs none
+    returned: int  # cudaError_t
+
+    @property
+    def launches(self) -> list[Event]:
+        return [event for event in self.events if event.what == "launch"]
+
+
+def missing_tool() -> str | None:
+    """Which program the build lacks, if any."""
+    if nvcc() is None:
+        return "no nvcc"
+    return next((f"no {name}" for name in ("cmake", "g++") if not shutil.which(name)), None)
+
+
+@functools.cache
+def build_example() -> tuple[Path, str]:
+    """The folder that the example was built in, for sm_80, and what cmake said."""
+    configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", BUILD, "-DNEFKERN_WERROR=ON"]
+    configure += [f"-DNEFKERN_CUDA={'require' if nvcc() else '0'}"]
+    build = ["cmake", "--build", BUILD, "--parallel", "2"]
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "8.0"}
+    said = ""
+    for command in (configure, build):
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        said += done.stdout
+        assert done.returncode == 0, said
+    return BUILD, said
+
+
+@functools.cache
+def program() -> Path:
+    """``recorded.cpp``, linked to the example's kernels and to the recording runtime."""
+    folder, _ = build_example()
+    path = folder / "recorded"
+    done = subprocess.run(
+        [
+            nvcc(), "-std=c++20", "-O1", "-cudart=none", "-Xcompiler=-Wall,-Wextra,-Werror",
+            f"-I{CSRC}", HERE / "recorded.cpp", HERE / "recording_runtime.cpp",
+            folder / "nefkern" / "libnefkern_kernels.a", "-o", path,
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def recorded(op: str, **numbers: float) -> Recorded:
+    """What launcher ``op`` enqueues for these sizes; ``fail=i``: call i returns an error."""
+    arguments = [f"{name}={value}" for name, value in numbers.items()]
+    done = subprocess.run([program(), op, *arguments], capture_output=True, text=True, check=True)
+    events, workspace, returned = [], 0, 0
+    for line in done.stdout.splitlines():
+        what, *rest = line.split()
+        if what == "workspace":
+            workspace = int(rest[0])
+        elif what == "returned":
+            returned = int(rest[0])
+        else:
+            kernel, (*grid, threads, size, asked, on_stream) = rest[0], map(int, rest[1:])
+            events.append(Event(what, kernel, tuple(grid), threads, size, asked, bool(on_stream)))
+    return Recorded(events, workspace, returned)
+
+
+#: Every kernel runs in one of these, at the paper's size: N = 14,400, k = 256, K = 256.
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+BASELINE, FUSED = 1, 2
+PAPER = [
+    *(("knn", {"n": 14400, "k": 256, "method": m, "euclidean": e})
+      for m in (BASELINE, FUSED) for e in (0, 1)),
+    *(("knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16, "euclidean": e})
+      for e in (0, 1)),
+    *(("normalized_adjacency", {"n": 14400, "k": 256, "wide": w}) for w in (0, 1)),
+    *(("kappa", {"n": 14400, "k": 256, "near": 15, "wide": w}) for w in (0, 1)),
+    ("add", {"n": 14400, "nnz": 4_550_000}),
+    *(("spmm", {"n": 14400, "nnz": 5_200_000, "columns": c, "shift": s, "storage": x, "wide_y": y})
+      for x, y in ((FLOAT32, 1), (FLOAT16, 0), (FLOAT16, 1), (BFLOAT16, 0), (BFLOAT16, 1))
+      for c, s in ((256, 0), (512, 0), (64, 0), (256, 4))),
+]  # fmt: skip
+
+
+def launched() -> dict[str, tuple[int, int]]:
+    """Every kernel's block at the paper's size: threads, most dynamic shared memory."""
+    found: dict[str, tuple[int, int]] = {}
+    for op, sizes in PAPER:
+        for event in recorded(op, **sizes).launches:
+            found[event.kernel] = max(found.get(event.kernel, (0, 0)), (event.threads, event.bytes))
+    return found

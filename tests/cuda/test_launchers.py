@@ -1,0 +1,194 @@
+"""What the compiled launchers ask of the CUDA runtime: seen on one that records instead of running.
+
+They use the caller's stream alone, wait once where they say so, never allocate (the recording
+runtime has no allocation to link to), and end at the first error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.cuda import launchers, resources
+from tests.cuda.launchers import BASELINE, FUSED, PAPER, recorded
+
+if missing := launchers.missing_tool():
+    pytest.skip(missing, allow_module_level=True)
+
+ASSEMBLIES = {
+    "normalized_adjacency": {"n": 300, "k": 7},
+    "kappa": {"n": 300, "k": 7, "near": 3},
+    "add": {"n": 300, "nnz": 900},
+}
+# Small sizes that reach every launch of an operator.
+OPERATORS = [
+    *ASSEMBLIES.items(),
+    ("spmm", {"n": 300, "columns": 100, "nnz": 900}),
+    ("knn", {"n": 300, "k": 4, "channels": 5}),
+    ("knn", {"n": 300, "k": 4, "channels": 40, "method": BASELINE, "euclidean": 1}),
+    ("knn", {"n": 300, "k": 4, "channels": 40, "method": FUSED, "chunk_rows": 128}),
+]
+each_operator = pytest.mark.parametrize(
+    ("op", "sizes"), OPERATORS, ids=[f"{op}-{i}" for i, (op, _) in enumerate(OPERATORS)]
+)
+
+
+@each_operator
+def test_everything_is_on_the_callers_stream(op, sizes):
+    found = recorded(op, **sizes)
+    assert found.returned == 0
+    assert found.launches
+    assert all(event.on_stream for event in found.events if event.what != "between")
+
+
+@each_operator
+def test_the_host_waits_once_at_most(op, sizes):
+    """For the number of entries, between the two steps of an assembly: 16 bytes and one wait."""
+    whats = [event.what for event in recorded(op, **sizes).events]
+    if op not in ASSEMBLIES:
+        assert not {"copy", "synchronize"} & set(whats)
+        return
+    place = whats.index("between")
+    assert whats[place - 2 : place] == ["copy", "synchronize"]
+    assert Counter(whats)["copy"] == Counter(whats)["synchronize"] == 1
+    assert recorded(op, **sizes).events[place - 2].bytes == 16
+
+
+@each_operator
+def test_the_first_error_ends_the_call(op, sizes):
+    """Of every launch, memset, copy and wait in turn."""
+    whole = [event for event in recorded(op, **sizes).events if event.what != "between"]
+    for number in range(len(recorded(op, **sizes).events)):
+        found = recorded(op, **sizes, fail=number)
+        done = [event for event in found.events if event.what != "between"]
+        if len(done) == len(whole):  # "between" itself
+            continue
+        assert found.returned == launchers.LAUNCH_FAILURE, number
+        assert len(found.events) == number + 1, f"work after the failing {done[-1]}"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, resources.Resources]:
+    """What each kernel needs on sm_80, by its mangled name."""
+    return {r.kernel: r for s in resources.sources() for r in resources.examine(s, "80")}
+
+
+@pytest.mark.parametrize(("op", "sizes"), PAPER)
+def test_shared_memory_is_asked_for_before_it_is_used(compiled, op, sizes):
+    """48 KiB hold a kernel's static variables as well; more than that takes a question."""
+    for event in recorded(op, **sizes).launches:
+        if event.kernel in compiled:
+            shared = compiled[event.kernel].shared + event.bytes
+            assert shared <= 48 << 10 or event.bytes <= event.asked, event
+            assert compiled[event.kernel].shared + event.asked <= 99 << 10, "sm_86 has no more"
+
+
+def test_every_kernel_is_launched(compiled):
+    launched = {event.kernel for op, sizes in PAPER for event in recorded(op, **sizes).launches}
+    assert set(compiled) - launched == set()
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+@pytest.mark.parametrize(
+    ("n", "columns"), [(1, 65_536 * 256), (70_000, 65_536 * 128), (2**31 - 1, 256), (2**31 - 1, 1)]
+)
+def test_spmm_has_a_grid_for_any_shape(n, columns, shift):
+    (launch,) = recorded("spmm", n=n, columns=columns, nnz=1, shift=shift).launches
+    a_tile = 128 if shift else 256
+    assert launch.grid == (-(-n // 8) * -(-columns // a_tile), 1, 1)
+
+
+def test_a_grid_that_no_gpu_has_is_an_error_not_another_grid():
+    found = recorded("spmm", n=2**31 - 1, columns=2**20, nnz=1)
+    assert found.returned == launchers.INVALID_CONFIGURATION
+    assert found.launches == []
+
+
+@pytest.mark.parametrize("method", [BASELINE, FUSED])
+def test_knn_of_millions_of_rows(method):
+    """Rows of scores beyond 2^31 bytes and tiles beyond 65,535 fit the workspace and the grid."""
+    n, k, channels = 3_000_000, 8, 64
+    found = recorded("knn", n=n, k=k, channels=channels, method=method)
+    assert found.returned == 0
+    assert max(launch.grid[0] for launch in found.launches) > 65_535
+    assert found.workspace > n * channels * 4
+    assert found.workspace < n * (channels * 8 + 1_000), "O(N k) and a fixed part"
+
+
+def test_pairs_beyond_32_bits():
+    n, k = 30_000_000, 256
+    found = recorded("normalized_adjacency", n=n, k=k)
+    assert found.returned == 0
+    assert found.workspace > 2 * n * k * 24
+    assert found.launches[0].grid == (n * k // 256, 1, 1)
+
+
+@pytest.mark.parametrize("op", ["spmm", *ASSEMBLIES])
+def test_more_nodes_than_int32_are_refused(op):
+    found = recorded(op, n=2**31, k=1, near=1, columns=1, nnz=1)
+    assert found.returned == launchers.INVALID_VALUE
+    assert found.events == []
+
+
+@pytest.mark.parametrize(
+    "tuning", [{"chunk_rows": 100}, {"chunk_rows": 0}, {"sample_share": 0}, {"fused_share": 0},
+               {"keep": 0}, {"keep": 5000}, {"k": 0}, {"n": 2**31}, {"n": -1}],
+)  # fmt: skip
+def test_knn_refuses_what_it_cannot_follow(tuning):
+    found = recorded("knn", **{"n": 300, "k": 4, **tuning})
+    assert found.returned == launchers.INVALID_VALUE
+    assert found.events == []
+
+
+def test_a_rerank_that_does_not_fit_is_left_to_the_baseline():
+    """Few sampled rows leave many candidates, whose scores shared memory has to hold."""
+    sizes = {"n": 200_000, "k": 2048, "channels": 40, "method": FUSED}
+    fused = recorded("knn", **sizes)
+    assert any("rerank_rows" in launch.kernel for launch in fused.launches)
+    sparse = recorded("knn", **sizes, sample_share=500)
+    assert sparse.returned == 0
+    assert not any("rerank_rows" in launch.kernel for launch in sparse.launches)
+
+
+@pytest.mark.parametrize("op", ["knn", "spmm", *ASSEMBLIES])
+def test_nothing_is_nothing_to_do(op):
+    found = recorded(op, n=0, k=3, near=2, columns=4, nnz=0)
+    assert found.returned == 0
+    assert all(launch.grid == (1, 1, 1) for launch in found.launches)
+
+
+# ---- docs/gpu.md ----
+
+
+@pytest.mark.parametrize(
+    ("part", "op", "sizes", "calls"),
+    [
+        ("knn, fused", "knn", {"n": 14400, "k": 256, "method": FUSED}, 1),
+        ("knn, baseline", "knn", {"n": 14400, "k": 256, "method": BASELINE}, 1),
+        ("knn of pixels", "knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16,
+                                  "euclidean": 1}, 2),
+        ("kappa", "kappa", {"n": 14400, "k": 256, "near": 15}, 1),
+    ],
+)  # fmt: skip
+def test_estimates_count_what_is_launched(part, op, sizes, calls):
+    pytest.importorskip("triton")  # bench.roofline has its rates beside Triton's kernels
+    from bench import roofline
+
+    events = [event for event in recorded(op, **sizes).events if event.what != "between"]
+    counted = sum(kernel.launches for kernel in roofline.cuda_kernels() if kernel.part == part)
+    assert calls * len(events) == counted
+
+
+def test_estimates_have_the_candidates_of_the_fused_knn():
+    """Its buffer of candidates, in the re-rank's shared memory, follows from sample and rank."""
+    pytest.importorskip("triton")
+    from bench import roofline
+
+    found = recorded("knn", n=roofline.N, k=roofline.NEIGHBOURS, method=FUSED)
+    (rerank,) = [launch for launch in found.launches if "rerank_rows" in launch.kernel]
+    most = (roofline.RANK + 5 * roofline.RANK**0.5 + 5) * roofline.N / roofline.SAMPLE
+    assert rerank.bytes == 512 * 8 + 32 * -(-int(most) // 32) * 4

@@ -1,0 +1,85 @@
+"""Defects planted in the kernels that ship are reported: missing barriers, steps too far."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nefkern.ops import CSRGraph
+from tests.emulator import emulated
+from tests.emulator.emulated import Planted
+from tests.emulator.test_knn import TUNING
+from tests.ops.graph_common import random_graph
+
+
+def graph_inputs(graph, suffix=""):
+    names = ("row_offsets", "columns", "values")
+    return {f"{name}{suffix}": getattr(graph, name).numpy() for name in names}
+
+
+def spmm(folder, graph, **options):
+    x = np.ones((graph.num_nodes, 8), dtype=np.float32)
+    return emulated.run(
+        "spmm", "float32", folder, inputs={**graph_inputs(graph), "x": x},
+        outputs={"y": np.float32}, n=len(x), k=8, nnz=graph.nnz, stride=8, shift=0, **options,
+    )  # fmt: skip
+
+
+def a_heavy_row() -> CSRGraph:
+    columns = torch.arange(600, dtype=torch.int32) % 3
+    return CSRGraph(torch.tensor([0, 600, 600, 600]), columns, torch.ones(600), 3)
+
+
+def add(folder, **options):
+    a, b = random_graph(9, 3, seed=1), random_graph(9, 4, seed=2)
+    return emulated.run(
+        "add", "add", folder, inputs={**graph_inputs(a, "_a"), **graph_inputs(b, "_b")},
+        outputs={"values": np.float32}, n=9, nnz_a=a.nnz, nnz_b=b.nnz, alpha=1.0, **options,
+    )  # fmt: skip
+
+
+def knn(folder, **options):
+    x = np.random.default_rng(0).standard_normal((130, 100), dtype=np.float32)
+    return emulated.run(
+        "knn", "knn", folder, inputs={"features": x, "offsets": np.array([0, 130])},
+        outputs={"indices": np.int32}, n=130, channels=100, segments=1, k=4, euclidean=0,
+        include_self=0, method=2, **TUNING, order="forward", **options,
+    )  # fmt: skip
+
+
+DEFECTS = {
+    # name: (what runs, the defect, which variant must report it, what the report says)
+    "spmm: partial sums without a barrier": (
+        lambda folder, **options: spmm(folder, a_heavy_row(), **options),
+        Planted("spmm.cu", "__syncthreads();\n    if (warp == 0", "if (warp == 0"),
+        "races",
+        "race: .* in shared memory",
+    ),
+    "spmm: an entry too many": (
+        lambda folder, **options: spmm(folder, random_graph(9, 3), **options),
+        Planted("spmm.cu", "first + lane < entries.end", "first + lane <= entries.end"),
+        "checked",
+        "heap-buffer-overflow",
+    ),
+    "add: a column too many": (
+        add,
+        Planted("add.cu", "bool mine = entry < row.size", "bool mine = entry <= row.size"),
+        "checked",
+        "heap-buffer-overflow",
+    ),
+    "knn: a stage used before all copies arrived": (
+        knn,
+        Planted("knn_fused.cuh", "__syncthreads();  // this stage has arrived for all", "//"),
+        "races",
+        "race: .* in shared memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_reported(tmp_path, name):
+    call, planted, variant, report = DEFECTS[name]
+    call(tmp_path, variants=(variant,))  # as it ships
+    with pytest.raises(emulated.Failed, match=report):
+        call(tmp_path, variants=(variant,), planted=planted)
