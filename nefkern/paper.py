@@ -7,7 +7,7 @@ data set are those of :mod:`nefkern.options`. All numbers are in percent, after 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 #: Supervised on ImageNet-21k, then on ImageNet, at 384 × 384.
@@ -23,10 +23,14 @@ TITLES = {"pascal_context": "Pascal Context", "cityscapes": "Cityscapes", "ade20
 
 
 class Number(NamedTuple):
-    """A method's numbers in a row; the accuracy is None where the paper gives mean IoU alone."""
+    """A method's numbers in a row.
+
+    The accuracy is None where the paper gives mean IoU alone, and both are where it has not run
+    the method.
+    """
 
     accuracy: float | None
-    mean_iou: float
+    mean_iou: float | None
     matching: Literal["iou", "hungarian"] = "iou"
 
 
@@ -59,6 +63,11 @@ class Row:
     def methods(self) -> list[str]:
         """Names of the methods, each once."""
         return list(dict.fromkeys(name for name, _ in self.numbers))
+
+    def beside(self, methods: list[str]) -> Row:
+        """The same row with ``methods`` too, as far as the paper does not have them."""
+        more = [(name, Number(None, None)) for name in methods if name not in self.methods]
+        return replace(self, numbers=(*self.numbers, *more))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nefkern import evaluate, train
+from nefkern.baselines.methods import parse_methods
 from nefkern.errors import ArgumentParser, UserError, command, first_line
 from nefkern.options import CLASSES, PRESETS, TrainOptions, resolve
 from nefkern.paper import TABLES, Number, Row, Table
@@ -37,6 +38,8 @@ examples:
   python -m nefkern.reproduce all --data-root DIR --dry-run   commands to spread over machines
   python -m nefkern.reproduce 1 --data-root DIR --evaluate="--crf classes"
                                                               with a CRF, as the paper's numbers are
+  python -m nefkern.reproduce 1 --data-root DIR --also deep-spectral,kmeans-concat
+                                                              with baselines that it does not have
 
 the same ablations on a small data set of your own (images/, annotations/, classes.txt):
   python -m nefkern.reproduce 5 --data folder --data-root voc --scale-K 0.25 \\
@@ -98,6 +101,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="with --data folder, what table 8 scores on, trained on --data-root",
     )
+    add(
+        "--also",
+        default="",
+        metavar="A,B,...",
+        help="score these methods of python -m nefkern.evaluate beside those of the paper",
+    )
     add("--seeds", type=int, default=1, metavar="N", help="runs of each row, seeds 0 to N-1 [1]")
     add(
         "--scale-K",
@@ -139,6 +148,7 @@ def check(options: argparse.Namespace) -> None:
         if name not in TABLES[options.table].rows:
             known = ", ".join(TABLES[options.table].rows)
             raise UserError(f"ROW: table {options.table} has {known}; got {name}")
+    also_methods(options)
     if options.data_root is None:
         raise UserError("--data-root: expected the folder with the data sets")
     if options.seeds < 1:
@@ -150,7 +160,17 @@ def check(options: argparse.Namespace) -> None:
 def chosen(options: argparse.Namespace) -> dict[str, list[Row]]:
     """The rows to run, by table."""
     numbers = list(TABLES) if options.table == "all" else [options.table]
-    return {n: [TABLES[n].rows[name] for name in options.rows or TABLES[n].rows] for n in numbers}
+    also = also_methods(options)
+    return {
+        n: [TABLES[n].rows[name].beside(also) for name in options.rows or TABLES[n].rows]
+        for n in numbers
+    }
+
+
+def also_methods(options: argparse.Namespace) -> list[str]:
+    """Names of the methods of ``--also``."""
+    names = [name.strip() for name in options.also.split(",") if name.strip()]
+    return [method.name for method in parse_methods(names, flag="--also")]
 
 
 def _split(flag: str, text: str) -> list[str]:
@@ -482,7 +502,7 @@ def markdown(
             COUNTED[number.matching],
             "" if number.accuracy is None else f"{number.accuracy:.1f}",
             spread(accuracies) if accuracies else "",
-            f"{number.mean_iou:.1f}",
+            "" if number.mean_iou is None else f"{number.mean_iou:.1f}",
             spread(mean_ious) if mean_ious else "",
             str(len(mean_ious)),
         ]
