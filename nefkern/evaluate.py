@@ -12,7 +12,7 @@ from typing import Any
 from nefkern.backends import check_environment
 from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
 from nefkern.errors import ArgumentParser, UserError, command
-from nefkern.options import PRESETS
+from nefkern.options import PRESETS, add_crf_workers, check_crf_workers
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
@@ -34,6 +34,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
+  python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
   python -m nefkern.evaluate runs/cityscapes --data cityscapes --data-root DIR
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
@@ -150,6 +151,7 @@ def _add_protocol(group: Any) -> None:
         help="score a second time after a CRF on the clusters or, faster for many clusters and "
         "with a second pass over the images, on the matched classes",
     )
+    add_crf_workers(group)
 
 
 def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
@@ -167,6 +169,7 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_crf_workers(arguments)
     if arguments.data_root is None:
         raise UserError("--data-root: expected the folder with the annotated images")
     if arguments.protocol == "crop320" and (arguments.window or arguments.stride):

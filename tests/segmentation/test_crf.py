@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from nefkern.errors import UserError
-from nefkern.segmentation.crf import CRFParameters, crf, require_pydensecrf
+from nefkern.segmentation.crf import crf
+from nefkern.segmentation.mean_field import CRFParameters, require_pydensecrf
 
 
 @pytest.fixture(scope="module")
