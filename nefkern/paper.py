@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 #: Supervised on ImageNet-21k, then on ImageNet, at 384 × 384.
 VIT = {"S": "vit_small_patch16_384", "B": "vit_base_patch16_384", "L": "vit_large_patch16_384"}
 
+#: OpenAI trained with the quick GELU, which timm's other names for these weights do not have.
 CLIP = {
-    "B": "vit_base_patch16_clip_224.openai",
-    "L": "vit_large_patch14_clip_224.openai",
-    "L-336": "vit_large_patch14_clip_336.openai",
+    "B": "vit_base_patch16_clip_quickgelu_224.openai",
+    "L": "vit_large_patch14_clip_quickgelu_224.openai",
+    "L-336": "vit_large_patch14_clip_quickgelu_336.openai",
 }
 
 TITLES = {"pascal_context": "Pascal Context", "cityscapes": "Cityscapes", "ade20k": "ADE20K"}
