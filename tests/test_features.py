@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nefkern import features as module
 from nefkern.errors import UserError
 from nefkern.features import Backbone, FeatureCache, load_backbone
-from nefkern.paper import TABLES
+from nefkern.reproduction.paper import TABLES
 
 # Real classes of timm, made shallow and narrow.
 TRANSFORMERS = {

@@ -14,8 +14,9 @@ from nefkern import evaluate, train
 from nefkern.baselines.methods import METHODS
 from nefkern.evaluator import Evaluator
 from nefkern.options import CLASSES, resolve
-from nefkern.paper import TABLES
-from nefkern.reproduce import Planner, main, parser
+from nefkern.reproduce import main, parser
+from nefkern.reproduction.paper import TABLES
+from nefkern.reproduction.planning import Planner
 from nefkern.runs import CHECKPOINT, Run
 from nefkern.trainer import Trainer
 

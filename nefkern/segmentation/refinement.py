@@ -125,7 +125,7 @@ class Refiner:
                 if len(pending) > self.workers:
                     yield self._next(pending)
                 arrays = as_arrays(job.image, job.probabilities)
-                with _told(job.name, *(p.name for p in pending)):
+                with _told(job.name, *(p.name for p in pending)), _interrupts_held_back():
                     future = pool.submit(best_labels, *arrays, self.parameters)
                 pending.append(_Pending(job.name, job.labels, job.context, future))
                 del job, arrays
@@ -164,9 +164,25 @@ def _told(first: str, *others: str) -> Iterator[None]:
         raise RuntimeError(f"{first}: the CRF failed ({reason})") from error
 
 
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, and in workers born in it for :func:`_begin_worker`:
+    while they import they would end with a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker() -> None:
     # Ctrl-C reaches every process of the terminal: a worker ends at once, and without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()
 
 
