@@ -76,7 +76,9 @@ def assert_right(paths: list[Path], resize: int) -> None:
     windows = whole.unfold(3, resize, 1).permute(3, 0, 1, 2, 4)  # every position along the width
     for view in batch:
         distances = (windows.float() - view).abs().mean((2, 3, 4))
-        assert distances.min() < 2, "levels of 255; other windows are 20 and more away"
+        # Levels of 255. Ours begin on whole source pixels, up to half of one beside PIL's; windows
+        # of another image or place are 25 and more away.
+        assert distances.min() < 5
 
 
 def test_input(race, size, tmp_path):
