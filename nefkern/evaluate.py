@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from nefkern.backends import check_environment
 from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
-from nefkern.errors import ArgumentParser, UserError, command
-from nefkern.options import PRESETS, add_crf_workers, check_crf_workers
+from nefkern.commandline import (
+    add_crf_workers,
+    add_device,
+    add_run,
+    check_crf_workers,
+    command_parser,
+    log_to_stderr,
+)
+from nefkern.errors import UserError, command
+from nefkern.options import PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
@@ -49,13 +56,9 @@ def parser() -> argparse.ArgumentParser:
     methods = "\n  ".join(f"{m.name:{width}}  {m.title}" for m in METHODS.values())
     aliases = "".join(f"{alias} is {name}; " for alias, name in ALIASES.items())
     aliases += "these need no quotes in a shell"
-    result = ArgumentParser(
-        prog="python -m nefkern.evaluate",
-        description=DESCRIPTION,
-        epilog=EXAMPLES.format(methods=methods, aliases=aliases),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
+    examples = EXAMPLES.format(methods=methods, aliases=aliases)
+    result = command_parser("evaluate", DESCRIPTION, examples)
+    add_run(result)
     _add_data(result.add_argument_group("data"))
     _add_methods(result.add_argument_group("methods"))
     _add_protocol(result.add_argument_group("protocol"))
@@ -66,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draw the first N images beside their annotation and every method's classes [8]",
     )
-    result.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+    add_device(result)
     result.add_argument(
         "--feature-cache", type=Path, metavar="DIR", help="keep the backbone's maps in this folder"
     )
@@ -182,8 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     methods = chosen_methods(options)
     check(options)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    log_to_stderr()
 
     check_environment()
     from nefkern import distributed

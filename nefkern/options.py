@@ -348,24 +348,3 @@ def _converted(path: Path, f: dataclasses.Field, value: Any) -> Any:
         choices = ", ".join(f.metadata["choices"])
         raise UserError(f"--config {path}: {f.name}: expected one of {choices}, got {value!r}")
     return value
-
-
-def add_crf_workers(parser: Any) -> None:
-    """``--crf-workers``, of the commands with ``--crf``."""
-    parser.add_argument(
-        "--crf-workers",
-        type=int,
-        metavar="N",
-        help="processes that refine images by the CRF, side by side; 0: the main process does; the "
-        "result is the same [one less than the processor's cores, at most 8]",
-    )
-
-
-def check_crf_workers(arguments: argparse.Namespace) -> None:
-    """Raise a UserError if ``--crf-workers`` is out of range, or has no CRF beside it."""
-    if arguments.crf_workers is None:
-        return
-    if arguments.crf_workers < 0:
-        raise UserError(f"--crf-workers {arguments.crf_workers}: expected 0 or more")
-    if not arguments.crf:
-        raise UserError(f"--crf-workers {arguments.crf_workers}: expected --crf beside it")

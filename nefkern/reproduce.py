@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import shlex
 import sys
 from pathlib import Path
 
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.commandline import command_parser, log_to_stderr
+from nefkern.errors import UserError, command
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Job, Planner, also_methods, chosen, command_lines
 from nefkern.reproduction.rendering import as_dict, listing, markdown
@@ -58,12 +58,7 @@ It writes OUT/table-N.md, OUT/table-N.json, and a run folder with report.html fo
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = ArgumentParser(
-        prog="python -m nefkern.reproduce",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("reproduce", DESCRIPTION, EXAMPLES)
     add = result.add_argument
     add("table", nargs="?", metavar="TABLE", help=f"{', '.join(TABLES)} or all")
     add("rows", nargs="*", metavar="ROW", help="rows of the table by name [all]")
@@ -199,8 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     check(options)
     if options.dry_run:
         return dry_run(options)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    log_to_stderr()
     return reproduce(options, shlex.join(["python", "-m", "nefkern.reproduce", *given]))
 
 

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nefkern.backends import check_environment
-from nefkern.errors import ArgumentParser, UserError, command
-from nefkern.options import add_crf_workers, check_crf_workers
+from nefkern.commandline import (
+    add_crf_workers,
+    add_device,
+    add_run,
+    check_crf_workers,
+    command_parser,
+    log_to_stderr,
+)
+from nefkern.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +58,9 @@ An image that cannot be read is reported, the others are done, and the exit code
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = ArgumentParser(
-        prog="python -m nefkern.segment",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("segment", DESCRIPTION, EXAMPLES)
     add = result.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a trained run")
+    add_run(result)
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
     add("--crf", action="store_true", help="refine by a CRF (needs pydensecrf)")
@@ -69,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         help="overlapping windows as large as the training crop, at the image's own resolution; "
         "without it the whole image is seen at the scale of training",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+    add_device(result)
     return result
 
 
@@ -251,8 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     parsed = parser().parse_args(arguments)
     check_crf_workers(parsed)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    log_to_stderr()
     check_environment()
     done, failed = segment_all(parsed)
     log.info("written: %d images to %s", done, parsed.out)

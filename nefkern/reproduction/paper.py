@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 #: Supervised on ImageNet-21k, then on ImageNet, at 384 × 384.
-VIT = {"S": "vit_small_patch16_384", "B": "vit_base_patch16_384", "L": "vit_large_patch16_384"}
+VIT_S, VIT_B, VIT_L = (f"vit_{size}_patch16_384" for size in ("small", "base", "large"))
 
 #: OpenAI trained with the quick GELU, which timm's other names for these weights do not have.
-CLIP = {
-    "B": "vit_base_patch16_clip_quickgelu_224.openai",
-    "L": "vit_large_patch14_clip_quickgelu_224.openai",
-    "L-336": "vit_large_patch14_clip_quickgelu_336.openai",
-}
+CLIP_B, CLIP_L, CLIP_L_336 = (
+    f"vit_{model}.openai"
+    for model in (
+        "base_patch16_clip_quickgelu_224",
+        "large_patch14_clip_quickgelu_224",
+        "large_patch14_clip_quickgelu_336",
+    )
+)
 
-TITLES = {"pascal_context": "Pascal Context", "cityscapes": "Cityscapes", "ade20k": "ADE20K"}
+PASCAL, CITY, ADE, NET = "pascal_context", "cityscapes", "ade20k", "imagenet"
 
 
 class Number(NamedTuple):
@@ -54,7 +57,7 @@ class Row:
     title: str
     data: str
     numbers: tuple[tuple[str, Number], ...]
-    backbone: str = VIT["S"]
+    backbone: str = VIT_S
     clusters: int | Literal["classes"] | None = None
     alpha: float | None = None
     beta: float | None = None
@@ -88,150 +91,135 @@ class Table:
     protocol: Literal["crop320", "sliding"] = "crop320"
 
 
-def _table(number: str, title: str, rows: list[Row], protocol: str = "crop320") -> Table:
-    return Table(number, title, {row.name: row for row in rows}, protocol)
+def _table(
+    number: str,
+    title: str,
+    methods: str,
+    rows: list[tuple[str, str, str, dict[str, Any], str]],
+    protocol: str = "crop320",
+) -> Table:
+    """A table from its text.
 
-
-def _methods(kmeans: Number, ours: Number, hidden: Number) -> tuple[tuple[str, Number], ...]:
-    return ("kmeans", kmeans), ("ours", ours), ("ours*", hidden)
-
-
-def _ours(accuracy: float | None, mean_iou: float) -> tuple[tuple[str, Number], ...]:
-    return (("ours", Number(accuracy, mean_iou)),)
-
-
-def _backbones(data: str, numbers: dict[str, tuple[Number, Number, Number]]) -> list[Row]:
-    return [
-        Row(f"vit-{size.lower()}", f"ViT-{size}", data, _methods(*three), backbone=VIT[size])
-        for size, three in numbers.items()
+    Args:
+        methods: the columns; "ours/hungarian" is ours by that matching.
+        rows: name, title, data, other attributes of :class:`Row`, and a cell for each method:
+            "accuracy/mIoU", "-" for an accuracy that the paper does not give.
+    """
+    columns = methods.split()
+    made = [
+        Row(name, caption, data, _numbers(columns, cells.split()), **more)
+        for name, caption, data, more, cells in rows
     ]
+    return Table(number, title, {row.name: row for row in made}, protocol)
 
 
-def _datasets(numbers: dict[str, tuple[Number, Number, Number]]) -> list[Row]:
-    return [Row(data, TITLES[data], data, _methods(*three)) for data, three in numbers.items()]
+def _numbers(columns: list[str], cells: list[str]) -> tuple[tuple[str, Number], ...]:
+    return tuple(_number(*pair) for pair in zip(columns, cells, strict=True))
 
 
-def _alphas(data: str, mean_ious: dict[float, float]) -> list[Row]:
-    return [
-        Row(f"{data}-alpha{a:g}", f"{TITLES[data]}, α = {a:g}", data, _ours(None, miou), alpha=a)
-        for a, miou in mean_ious.items()
-    ]
+def _number(column: str, cell: str) -> tuple[str, Number]:
+    method, _, matching = column.partition("/")
+    accuracy, mean_iou = cell.split("/")
+    number = Number(None if accuracy == "-" else float(accuracy), float(mean_iou))
+    return method, number._replace(matching=matching) if matching else number
 
-
-_N = Number
 
 _TABLES = (
     _table(
         "1",
         "backbones on Pascal Context",
-        _backbones(
-            "pascal_context",
-            {
-                "S": (_N(61.9, 28.9), _N(70.4, 38.8), _N(74.6, 39.6)),
-                "B": (_N(58.7, 30.9), _N(69.7, 37.5), _N(73.2, 37.6)),
-                "L": (_N(45.3, 19.3), _N(63.2, 33.2), _N(71.9, 35.0)),
-            },
-        ),
+        "kmeans ours ours*",
+        [
+            ("vit-s", "ViT-S", PASCAL, {}, "61.9/28.9 70.4/38.8 74.6/39.6"),
+            ("vit-b", "ViT-B", PASCAL, {"backbone": VIT_B}, "58.7/30.9 69.7/37.5 73.2/37.6"),
+            ("vit-l", "ViT-L", PASCAL, {"backbone": VIT_L}, "45.3/19.3 63.2/33.2 71.9/35.0"),
+        ],
     ),
     _table(
         "2",
         "backbones on Cityscapes",
-        _backbones(
-            "cityscapes",
-            {
-                "S": (_N(77.0, 22.4), _N(83.4, 28.2), _N(84.6, 30.0)),
-                "B": (_N(74.8, 23.2), _N(81.4, 26.8), _N(84.2, 30.7)),
-                "L": (_N(66.3, 20.9), _N(80.3, 26.3), _N(84.2, 30.0)),
-            },
-        ),
+        "kmeans ours ours*",
+        [
+            ("vit-s", "ViT-S", CITY, {}, "77.0/22.4 83.4/28.2 84.6/30.0"),
+            ("vit-b", "ViT-B", CITY, {"backbone": VIT_B}, "74.8/23.2 81.4/26.8 84.2/30.7"),
+            ("vit-l", "ViT-L", CITY, {"backbone": VIT_L}, "66.3/20.9 80.3/26.3 84.2/30.0"),
+        ],
     ),
     _table(
         "3",
         "the protocol of supervised segmentation",
-        _datasets(
-            {
-                "pascal_context": (_N(56.3, 31.9), _N(67.4, 41.4), _N(68.9, 41.3)),
-                "cityscapes": (_N(75.5, 34.2), _N(86.1, 46.7), _N(88.3, 52.8)),
-            }
-        ),
+        "kmeans ours ours*",
+        [
+            (PASCAL, "Pascal Context", PASCAL, {}, "56.3/31.9 67.4/41.4 68.9/41.3"),
+            (CITY, "Cityscapes", CITY, {}, "75.5/34.2 86.1/46.7 88.3/52.8"),
+        ],
         "sliding",
     ),
     _table(
         "4",
         "ADE20K",
-        _datasets({"ade20k": (_N(50.7, 19.2), _N(63.3, 21.6), _N(62.5, 23.6))}),
+        "kmeans ours ours*",
+        [(ADE, "ADE20K", ADE, {}, "50.7/19.2 63.3/21.6 62.5/23.6")],
         "sliding",
     ),
     _table(
         "5",
         "the number of eigenfunctions K on Pascal Context",
+        "ours",
         [
-            Row(f"K{k}", f"K = {k}", "pascal_context", _ours(*numbers), clusters=k)
-            for k, numbers in {
-                64: (67.1, 27.8),
-                128: (71.6, 33.2),
-                256: (70.4, 38.8),
-                512: (71.1, 37.9),
-            }.items()
+            ("K64", "K = 64", PASCAL, {"clusters": 64}, "67.1/27.8"),
+            ("K128", "K = 128", PASCAL, {"clusters": 128}, "71.6/33.2"),
+            ("K256", "K = 256", PASCAL, {"clusters": 256}, "70.4/38.8"),
+            ("K512", "K = 512", PASCAL, {"clusters": 512}, "71.1/37.9"),
         ],
     ),
     _table(
         "6",
         "the weight α of the pixel graph",
+        "ours",
         [
-            *_alphas("pascal_context", {0.0: 38.6, 0.1: 37.9, 0.3: 38.8, 0.5: 38.9, 0.7: 38.0}),
-            *_alphas("cityscapes", {0.0: 27.2, 0.1: 26.7, 0.3: 28.2, 0.5: 28.1, 0.7: 27.9}),
+            (f"{data}-alpha{alpha}", f"{title}, α = {alpha}", data, {"alpha": float(alpha)}, cell)
+            for data, title, cells in (
+                (PASCAL, "Pascal Context", "-/38.6 -/37.9 -/38.8 -/38.9 -/38.0"),
+                (CITY, "Cityscapes", "-/27.2 -/26.7 -/28.2 -/28.1 -/27.9"),
+            )
+            for alpha, cell in zip(["0", "0.1", "0.3", "0.5", "0.7"], cells.split(), strict=True)
         ],
     ),
     _table(
         "7",
         "the weight β of the penalty on Pascal Context",
+        "ours ours*",
         [
-            Row(
-                f"beta{beta}",
-                f"β = {beta}",
-                "pascal_context",
-                (("ours", _N(None, ours)), ("ours*", _N(None, hidden))),
-                beta=beta,
-            )
-            for beta, ours, hidden in ((0.04, 38.8, 39.0), (0.08, 38.8, 39.6), (0.16, 39.0, 39.3))
+            ("beta0.04", "β = 0.04", PASCAL, {"beta": 0.04}, "-/38.8 -/39.0"),
+            ("beta0.08", "β = 0.08", PASCAL, {"beta": 0.08}, "-/38.8 -/39.6"),
+            ("beta0.16", "β = 0.16", PASCAL, {"beta": 0.16}, "-/39.0 -/39.3"),
         ],
     ),
     _table(
         "8",
         "zero-shot transfer from ImageNet",
+        "ours",
         [
-            Row(data, f"ImageNet to {TITLES[data]}", data, _ours(*numbers), trained_on="imagenet")
-            for data, numbers in {
-                "pascal_context": (55.8, 15.2),
-                "cityscapes": (81.2, 18.5),
-            }.items()
+            (PASCAL, "ImageNet to Pascal Context", PASCAL, {"trained_on": NET}, "55.8/15.2"),
+            (CITY, "ImageNet to Cityscapes", CITY, {"trained_on": NET}, "81.2/18.5"),
         ],
     ),
     _table(
         "9",
         "backbones pre-trained by CLIP on Pascal Context",
+        "ours",
         [
-            Row(f"clip-{size.lower()}", title, "pascal_context", _ours(None, mean_iou), CLIP[size])
-            for size, title, mean_iou in (
-                ("B", "CLIP ViT-B/16", 37.2),
-                ("L", "CLIP ViT-L/14", 38.7),
-                ("L-336", "CLIP ViT-L/14 at 336", 44.0),
-            )
+            ("clip-b", "CLIP ViT-B/16", PASCAL, {"backbone": CLIP_B}, "-/37.2"),
+            ("clip-l", "CLIP ViT-L/14", PASCAL, {"backbone": CLIP_L}, "-/38.7"),
+            ("clip-l-336", "CLIP ViT-L/14 at 336", PASCAL, {"backbone": CLIP_L_336}, "-/44.0"),
         ],
     ),
     _table(
         "4.4",
         "as many clusters as classes on Pascal Context (text of section 4.4)",
-        [
-            Row(
-                "classes",
-                "K = number of classes",
-                "pascal_context",
-                (("ours", _N(None, 23.5, "hungarian")), ("ours", _N(None, 27.7))),
-                clusters="classes",
-            )
-        ],
+        "ours/hungarian ours",
+        [("classes", "K = number of classes", PASCAL, {"clusters": "classes"}, "-/23.5 -/27.7")],
     ),
 )
 
