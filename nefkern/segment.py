@@ -241,7 +241,7 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
                 bar.update()
     if refiner and refiner.inferences:
         log.info(
-            "CRF: %.2f s an image, in %d worker processes",
+            "CRF: %.2f s an image; worker processes: %d",
             refiner.seconds / refiner.inferences,
             refiner.workers,
         )

@@ -72,7 +72,7 @@ def mean_field(image: np.ndarray, probabilities: np.ndarray, p: CRFParameters) -
     field.addPairwiseBilateral(
         sxy=p.bilateral_xy,
         srgb=p.bilateral_rgb,
-        rgbim=np.ascontiguousarray(image),
+        rgbim=np.require(image, requirements=["C", "W"]),  # it takes no read-only view
         compat=p.bilateral_weight,
     )
     inferred = np.array(field.inference(p.iterations), dtype=np.float32)

@@ -35,8 +35,8 @@ def describe(evaluation: dict[str, Any]) -> str:
 def crf_times(times: dict[str, float]) -> str:
     """What the CRF took, in a line."""
     return (
-        f"CRF: {times['seconds_per_image']:.2f} s an image in the pass with it, "
-        f"{times['workers']} worker processes; {times['inferences']} inferences of "
+        f"CRF: {times['seconds_per_image']:.2f} s an image in the pass with it, worker processes: "
+        f"{times['workers']}; {times['inferences']} inferences, each "
         f"{times['seconds_per_inference']:.2f} s"
     )
 
