@@ -157,7 +157,7 @@ def reproduce(options: argparse.Namespace, line: str) -> int:
         for row in rows:
             measured.append(measure(planner, TABLES[number], row, rows))
             code = 2 if measured[-1].error else code
-            text = markdown(TABLES[number], measured, options, line)
+            text = markdown(TABLES[number], measured, planner, line)
             replace_file(options.out / f"table-{number}.md", text)
             content = {"command": line, **as_dict(TABLES[number], measured)}
             replace_file(

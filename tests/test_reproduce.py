@@ -216,6 +216,7 @@ def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
     assert f"| 27.8 | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} | 2 |" in text
     assert "in place of the paper's data sets" in text
     assert "K: the paper's times 0.125." in text
+    assert "--backbone test_vit in place of the rows' own." in text
 
     counted.clear()
     assert reproduce("5 K64 K128 --seeds 2") == 0

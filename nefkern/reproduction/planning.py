@@ -15,7 +15,7 @@ from nefkern.options import CLASSES, PRESETS, TrainOptions, resolve
 from nefkern.reproduction.paper import TABLES, Row, Table
 
 #: Training options that rows compare, as they appear in the names of run folders.
-_COMPARED = {"num_eigenfunctions": "K", "alpha": "alpha", "beta": "beta"}
+COMPARED = {"num_eigenfunctions": "K", "alpha": "alpha", "beta": "beta"}
 
 #: Options of the two commands that this one sets itself.
 _TRAIN_SET = ("data", "data_root", "out", "resume", "seed", "config")
@@ -170,7 +170,7 @@ def _run_name(options: TrainOptions) -> str:
     default = resolve({"data": options.data, "data_root": options.data_root})
     parts = [
         f"{short}{getattr(options, name):g}"
-        for name, short in _COMPARED.items()
+        for name, short in COMPARED.items()
         if getattr(options, name) != getattr(default, name)
     ]
     return "-".join([options.run_folder().name, *parts])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 from nefkern.reproduction.paper import TABLES, Number, Table
+from nefkern.reproduction.planning import COMPARED, Planner
 from nefkern.reproduction.running import Measured
 
 
@@ -16,9 +16,7 @@ def _lines(measured: list[Measured]) -> Iterator[tuple[Measured, str, Number]]:
             yield result, method, number
 
 
-def markdown(
-    table: Table, measured: list[Measured], options: argparse.Namespace, command_line: str
-) -> str:
+def markdown(table: Table, measured: list[Measured], planner: Planner, command_line: str) -> str:
     """The table: a line for every row, method and matching, the paper's number | the measured."""
     from nefkern.summarize import COUNTED, spread
 
@@ -42,23 +40,32 @@ def markdown(
             str(len(mean_ious)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"`{command_line}`"]
+    notes = [f"`{command_line}`", *_notes(measured, planner)]
+    notes += [f"{m.row.title} failed: {m.error}" for m in measured if m.error]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def _notes(measured: list[Measured], planner: Planner) -> Iterator[str]:
+    """What sets the measured numbers apart from the paper's."""
+    options = planner.options
     if options.data == "folder":
-        notes.append(
+        yield (
             f"Measured on {options.data_root} in place of the paper's data sets: what can be held "
-            "against the paper is the order of the rows, not the numbers."
+            "against the paper is the order of the rows, not the numbers. Rows that differ in the "
+            "data set alone are one run."
         )
+    for name in ("backbone", *COMPARED):
+        if name in planner.given:
+            yield f"--{name.replace('_', '-')} {planner.given[name]} in place of the rows' own."
     if options.scale_K != 1:
-        notes.append(f"K: the paper's times {options.scale_K:g}.")
+        yield f"K: the paper's times {options.scale_K:g}."
     if options.seeds > 1:
-        notes.append("Measured: mean ± sample standard deviation over the seeds.")
+        yield "Measured: mean ± sample standard deviation over the seeds."
     if not any(e["settings"]["crf"] for result in measured for e in result.evaluations):
-        notes.append(
+        yield (
             "The paper's numbers are after a CRF (which gains little, it says), the measured ones "
             'without; `--evaluate="--crf classes"` adds it.'
         )
-    notes += [f"{m.row.title} failed: {m.error}" for m in measured if m.error]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def as_dict(table: Table, measured: list[Measured]) -> dict[str, Any]:
