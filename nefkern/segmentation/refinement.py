@@ -116,7 +116,7 @@ class Refiner:
             yield self._finished(job.labels, job.context, *outcome)
 
     def _pooled(self, jobs: Iterable[Job]) -> Iterator[Refined]:
-        # Forked workers would inherit torch's threads, half of them.
+        # A fork would copy the locks of torch's threads without the threads.
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, mp_context=spawn, initializer=_begin_worker)
         pending: deque[_Pending] = deque()
