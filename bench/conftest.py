@@ -94,6 +94,12 @@ def pytest_terminal_summary(terminalreporter, config):
         floor = "" if entry.floor is None else f"{entry.floor / entry.seconds:.0%}"
         write(
             f"{entry.case:42} {entry.contestant:26} {entry.seconds * 1e3:8.2f} ms {ratio:>9} "
-            f"{peak:>9} {floor:>9}"
+            f"{peak:>9} {floor:>9}{_rate(entry)}"
         )
     write(f"\nresults: {config.stash[_results]}")
+
+
+def _rate(entry) -> str:
+    """Images a second, of a case that counts them."""
+    images = entry.sizes.get("images")
+    return f"  {images / entry.seconds:.0f} images/s" if images else ""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from nefkern.backends import check_environment
 from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.commandline import (
+    add_crf_workers,
+    add_device,
+    add_run,
+    check_crf_workers,
+    command_parser,
+    log_to_stderr,
+)
+from nefkern.errors import UserError, command
 from nefkern.options import PRESETS
 
 DESCRIPTION = """\
@@ -34,6 +41,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
+  python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
   python -m nefkern.evaluate runs/cityscapes --data cityscapes --data-root DIR
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
@@ -48,13 +56,9 @@ def parser() -> argparse.ArgumentParser:
     methods = "\n  ".join(f"{m.name:{width}}  {m.title}" for m in METHODS.values())
     aliases = "".join(f"{alias} is {name}; " for alias, name in ALIASES.items())
     aliases += "these need no quotes in a shell"
-    result = ArgumentParser(
-        prog="python -m nefkern.evaluate",
-        description=DESCRIPTION,
-        epilog=EXAMPLES.format(methods=methods, aliases=aliases),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
+    examples = EXAMPLES.format(methods=methods, aliases=aliases)
+    result = command_parser("evaluate", DESCRIPTION, examples)
+    add_run(result)
     _add_data(result.add_argument_group("data"))
     _add_methods(result.add_argument_group("methods"))
     _add_protocol(result.add_argument_group("protocol"))
@@ -65,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draw the first N images beside their annotation and every method's classes [8]",
     )
-    result.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+    add_device(result)
     result.add_argument(
         "--feature-cache", type=Path, metavar="DIR", help="keep the backbone's maps in this folder"
     )
@@ -150,6 +154,7 @@ def _add_protocol(group: Any) -> None:
         help="score a second time after a CRF on the clusters or, faster for many clusters and "
         "with a second pass over the images, on the matched classes",
     )
+    add_crf_workers(group)
 
 
 def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
@@ -167,6 +172,7 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_crf_workers(arguments)
     if arguments.data_root is None:
         raise UserError("--data-root: expected the folder with the annotated images")
     if arguments.protocol == "crop320" and (arguments.window or arguments.stride):
@@ -179,8 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     methods = chosen_methods(options)
     check(options)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    log_to_stderr()
 
     check_environment()
     from nefkern import distributed

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform,
 from nefkern.errors import UserError
 from nefkern.files import replace_file
 from nefkern.options import CLASSES, WINDOWS
+from nefkern.progress import image_bar
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars
-from nefkern.segmentation.crf import require_pydensecrf
 from nefkern.segmentation.evaluation import Matched, match
+from nefkern.segmentation.mean_field import require_pydensecrf
 from nefkern.segmentation.pictures import write_png
+from nefkern.segmentation.refinement import Refiner
 from nefkern.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
@@ -61,14 +64,16 @@ class Evaluator:
 
     def _build(self) -> None:
         options, methods = self.options, self.methods
+        self.refiner = None
         if options.crf:
             require_pydensecrf()
+            self.refiner = Refiner(options.crf_workers)
         self.segmenter = Segmenter.load(options.run, options.device, cache=options.feature_cache)
         self.dataset = self._open_annotated()
         self.kept = [i for i in range(len(self.dataset.classes)) if i not in self.dataset.ignored]
         if not self.kept:
             raise UserError("--ignore-class: every class is ignored, there is nothing to score")
-        self.shown: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
         self.matched: dict[str, Matched] = {}
         trained = all(method.trained for method in methods)
         self.comparison = Comparison(
@@ -129,10 +134,14 @@ class Evaluator:
 
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
-        crf, count = self.options.crf, len(self.kept)
-        with distributed.together():
+        crf, count, started = self.options.crf, len(self.kept), time.perf_counter()
+        with distributed.together(), self._bar("scoring") as bar:
             counts = self.comparison.count(
-                self._pairs("scoring"), count, refine=crf == "clusters", watch=self._show
+                self._annotated(),
+                count,
+                refiner=self.refiner if crf == "clusters" else None,
+                watch=self._show,
+                done=bar.update,
             )
         counts, self.shown = _summed(counts), distributed.collected(self.shown)
         pixels = next(iter(counts.values()))["none"].sum(0)
@@ -148,13 +157,15 @@ class Evaluator:
         self.matched = {name: matched["none"] for name, matched in stages.items()}
         if crf == "classes":
             assignments = {name: matched.assignments for name, matched in self.matched.items()}
-            with distributed.together():
+            started = time.perf_counter()
+            with distributed.together(), self._bar("CRF") as bar:
                 confusions = self.comparison.count_refined_classes(
-                    self._pairs("CRF"), assignments, count
+                    self._annotated(), assignments, count, refiner=self.refiner, done=bar.update
                 )
             for name, by_matching in _summed(confusions).items():
                 stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
         return {
+            **self._crf_times(time.perf_counter() - started),
             "classes": self.classes,
             "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
             "methods": {
@@ -169,6 +180,20 @@ class Evaluator:
             },
         }
 
+    def _crf_times(self, seconds: float) -> dict[str, Any]:
+        """What the CRF took, of ``seconds`` that the pass with it did; nothing without a CRF."""
+        refiner = self.refiner
+        if refiner is None:
+            return {}
+        return {
+            "crf": {
+                "workers": refiner.workers,
+                "inferences": int(distributed.total(torch.tensor(refiner.inferences))),
+                "seconds_per_inference": round(refiner.seconds / max(1, refiner.inferences), 4),
+                "seconds_per_image": round(seconds / len(self._indices(self.dataset)), 4),
+            }
+        }
+
     def draw(self, result: dict[str, Any], folder: Path) -> None:
         """Bars of IoU, confusion matrices, and the first images in the matched classes."""
         folder.mkdir(exist_ok=True)
@@ -179,15 +204,15 @@ class Evaluator:
             chart = confusion_matrix(matched.confusions["iou"], self.classes, name)
             replace_file(folder / f"confusion-{_plain(name)}.svg", chart)
         methods = "-".join(_plain(name) for name in self.matched)
-        for number, (image, labels, clusters) in enumerate(self.shown):
+        for number, (sample, clusters) in enumerate(self.shown):
             classes = [self.matched[name].assignments["iou"][c] for name, c in clusters.items()]
-            picture = comparison_row(image, labels, classes, len(self.classes))
+            picture = comparison_row(sample.image, sample.annotation, classes, len(self.classes))
             write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
 
-    def _show(self, image: Tensor, labels: Tensor, clusters: dict[str, Tensor]) -> None:
+    def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
         """Keep this process's share of the first images for :meth:`draw`."""
         if len(self.shown) < len(distributed.dealt(range(self.options.pictures))):
-            self.shown.append((image, labels, {n: c.cpu() for n, c in clusters.items()}))
+            self.shown.append((sample, {name: c.cpu() for name, c in clusters.items()}))
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
@@ -253,27 +278,26 @@ class Evaluator:
     def _indices(self, dataset: ImageDataset) -> list[int]:
         return list(range(len(dataset)))[: self.options.limit]
 
+    def _share(self) -> Sequence[int]:
+        """The images that this process scores."""
+        return distributed.dealt(self._indices(self.dataset))
+
+    def _bar(self, title: str) -> tqdm:
+        return image_bar(len(self._share()), title, disable=not distributed.is_main())
+
     def _samples(
-        self, read: Callable[[int], Sample], indices: Sequence[int], title: str
+        self, read: Callable[[int], Sample], indices: Sequence[int]
     ) -> Iterator[Future[Sample]]:
         """Samples as the protocol transforms them, each read while the one before is worked on."""
         protocol = "crop320" if self.options.protocol == "crop320" else "full"
         transform = eval_transform(protocol, size=self.options.size)
         ahead: deque[Future[Sample]] = deque()
-        with (
-            ThreadPoolExecutor(1) as pool,
-            tqdm(
-                total=len(indices), desc=title, unit="image", disable=not distributed.is_main()
-            ) as bar,
-        ):
+        with ThreadPoolExecutor(1) as pool:
             for index in indices:
                 ahead.append(pool.submit(lambda i=index: transform(read(i))))
                 if len(ahead) == 2:
                     yield ahead.popleft()
-                    bar.update()
-            for last in ahead:
-                yield last
-                bar.update()
+            yield from ahead
 
     def _training_images(self, dataset: ImageDataset) -> Iterator[Tensor]:
         """Images in an order drawn by the seed; unusable ones are reported and skipped."""
@@ -283,28 +307,28 @@ class Evaluator:
         def read(index: int) -> Sample:
             return Sample(dataset.names[index], dataset.image(index))
 
-        for future in self._samples(read, indices, "fitting"):
-            try:
-                sample = future.result()
-                self.segmenter.check_size(sample.image, sample.name)
-            except UserError as error:
-                log.warning("skipped: %s", error)
-                continue
-            yield sample.image
+        with image_bar(len(indices), "fitting", disable=not distributed.is_main()) as bar:
+            for future in self._samples(read, indices):
+                try:
+                    sample = future.result()
+                    self.segmenter.check_size(sample.image, sample.name)
+                except UserError as error:
+                    log.warning("skipped: %s", error)
+                else:
+                    yield sample.image
+                bar.update()
 
-    def _pairs(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the images, and labels numbered without the ignored classes.
+    def _annotated(self) -> Iterator[Sample]:
+        """This process's share of the images, their labels numbered without the ignored classes.
 
         An unusable image is an error.
         """
-        dataset = self.dataset
-        share = distributed.dealt(self._indices(dataset))
         renumbered = torch.full((256,), VOID, dtype=torch.uint8)
         renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
-        for future in self._samples(dataset.__getitem__, share, title):
+        for future in self._samples(self.dataset.__getitem__, self._share()):
             sample = future.result()
             self.segmenter.check_size(sample.image, sample.name)
-            yield sample.image, renumbered[sample.annotation.int()]
+            yield replace(sample, annotation=renumbered[sample.annotation.int()])
 
 
 def _plain(name: str) -> str:
@@ -323,7 +347,7 @@ def _summed(counts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
 #: What ``python -m nefkern.evaluate`` can be asked for beside the figures of one method; methods
 #: are recorded by their results.
 _FREE = ("run", "methods", "baseline", "features", "untrained", "pictures", "device")
-_FREE += ("feature_cache", "batch_size")
+_FREE += ("feature_cache", "batch_size", "crf_workers")
 
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:

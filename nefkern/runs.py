@@ -41,6 +41,12 @@ FREE_OPTIONS = frozenset(
 )
 
 
+def _differ(name: str, before: Any, now: Any) -> bool:
+    if name == "feature_cache":  # maps in it are rounded; where it lies is of no consequence
+        return bool(before) != bool(now)
+    return before != now
+
+
 class Run:
     """The folder of one training run.
 
@@ -82,7 +88,7 @@ class Run:
     def _check_same(self, options: TrainOptions) -> None:
         before = self.config()["options"]
         for name, value in dataclasses.asdict(options).items():
-            if name not in FREE_OPTIONS and before.get(name, value) != value:
+            if name not in FREE_OPTIONS and _differ(name, before.get(name, value), value):
                 raise UserError(
                     f"--resume: this run had --{name.replace('_', '-')} {before[name]}, "
                     f"not {value}; leave the option as it was, or start anew with another --out"

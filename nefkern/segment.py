@@ -5,16 +5,30 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nefkern.backends import check_environment
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.commandline import (
+    add_crf_workers,
+    add_device,
+    add_run,
+    check_crf_workers,
+    command_parser,
+    log_to_stderr,
+)
+from nefkern.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nefkern.segmentation.refinement import Job, Refiner
     from nefkern.segmenter import Segmenter
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +58,20 @@ An image that cannot be read is reported, the others are done, and the exit code
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = ArgumentParser(
-        prog="python -m nefkern.segment",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("segment", DESCRIPTION, EXAMPLES)
     add = result.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a trained run")
+    add_run(result)
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
     add("--crf", action="store_true", help="refine by a CRF (needs pydensecrf)")
+    add_crf_workers(result)
     add(
         "--sliding",
         action="store_true",
         help="overlapping windows as large as the training crop, at the image's own resolution; "
         "without it the whole image is seen at the scale of training",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+    add_device(result)
     return result
 
 
@@ -109,74 +119,141 @@ def output_names(files: list[Path]) -> list[str]:
 # ---- run ----
 
 
-def segment(segmenter: Segmenter, pixels: Tensor, *, sliding: bool, refine: bool) -> Tensor:
+class Segmented(NamedTuple):
+    """A file's pixels uint8 ``[3, H, W]`` and clusters int64 ``[H, W]``, and its output name."""
+
+    file: Path
+    name: str
+    pixels: Tensor
+    clusters: Tensor
+
+
+def windows(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> tuple:
+    """Predictor, pixels, window and stride, as :mod:`nefkern.segmentation.windows` takes them."""
+    if sliding:
+        return segmenter.predict, pixels, segmenter.window, segmenter.stride
+    return segmenter.at_training_scale(pixels)
+
+
+def segment(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> Tensor:
     """Clusters of ``[3, H, W]`` uint8 pixels, int64 ``[H, W]`` on the CPU."""
-    from nefkern.segmentation.crf import refine_clusters
+    from nefkern.segmentation.windows import sliding_clusters
+
+    return sliding_clusters(*windows(segmenter, pixels, sliding=sliding), batch_size=1).cpu()
+
+
+def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Job:
+    """A file to refine: the clusters that win a pixel, and their probabilities."""
+    from nefkern.segmentation.refinement import Job
     from nefkern.segmentation.windows import Replay, sliding_clusters, sliding_windows
 
-    if sliding:
-        predict, window, stride = segmenter.predict, segmenter.window, segmenter.stride
-    else:
-        predict, pixels, window, stride = segmenter.at_training_scale(pixels)
-    if not refine:
-        return sliding_clusters(predict, pixels, window, stride, batch_size=1).cpu()
+    pixels = read(segmenter, file)
+    predict, _, window, stride = windows(segmenter, pixels, sliding=sliding)
     replay = Replay(predict)
-    clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
-
-    def probabilities(winners: Tensor) -> Tensor:
-        again = replay.select(winners)
-        return sliding_windows(again, pixels, window, stride, batch_size=1).softmax(0)
-
-    return refine_clusters(pixels, clusters, probabilities).cpu()
+    shown = sliding_clusters(replay, pixels, window, stride, batch_size=1).unique()
+    again = replay.select(shown)
+    probabilities = sliding_windows(again, pixels, window, stride, batch_size=1).softmax(0)
+    return Job(str(file), pixels, probabilities, shown, (file, name, pixels))
 
 
-def segment_file(segmenter: Segmenter, file: Path, name: str, arguments: argparse.Namespace) -> int:
-    """Segment one file and write both pictures; returns how many clusters it shows."""
+def read(segmenter: Segmenter, file: Path) -> Tensor:
+    """The pixels of a file, uint8 ``[3, H, W]``.
+
+    Raises:
+        UserError: it cannot be read, or is smaller than a patch.
+    """
     from nefkern.data import read_image
-    from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
 
     pixels = read_image(file)
     segmenter.check_size(pixels, file)
-    clusters = segment(segmenter, pixels, sliding=arguments.sliding, refine=arguments.crf)
-    count = segmenter.num_clusters
-    sheet = overlay(pixels, clusters, colours=palette(count))
-    write_png(sheet, arguments.out / f"{name}.overlay.png")
-    write_png(index_image(clusters, count), arguments.out / f"{name}.clusters.png")
-    return len(clusters.unique())
+    return pixels
+
+
+def segment_files(
+    segmenter: Segmenter,
+    files: list[tuple[Path, str]],
+    fail: Callable[[UserError], None],
+    *,
+    sliding: bool,
+    refiner: Refiner | None,
+) -> Iterator[Segmented]:
+    """Segment files, each given with its output name; ``fail`` hears of those that cannot be."""
+
+    def usable(make: Callable[[Path, str], T]) -> Iterator[T]:
+        for file, name in files:
+            try:
+                made = make(file, name)
+            except UserError as error:
+                fail(error)
+            else:
+                yield made
+
+    def plain(file: Path, name: str) -> Segmented:
+        pixels = read(segmenter, file)
+        return Segmented(file, name, pixels, segment(segmenter, pixels, sliding=sliding))
+
+    if refiner is None:
+        yield from usable(plain)
+        return
+    with refiner(usable(partial(crf_job, segmenter, sliding=sliding))) as results:
+        for clusters, (file, name, pixels) in results:
+            yield Segmented(file, name, pixels, clusters.cpu())
+
+
+def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
+    """Write both pictures of a file."""
+    from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
+
+    sheet = overlay(segmented.pixels, segmented.clusters, colours=palette(num_clusters))
+    write_png(sheet, folder / f"{segmented.name}.overlay.png")
+    indices = index_image(segmented.clusters, num_clusters)
+    write_png(indices, folder / f"{segmented.name}.clusters.png")
 
 
 def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
-    from tqdm import tqdm
-
+    from nefkern.progress import image_bar
+    from nefkern.segmentation.mean_field import require_pydensecrf
+    from nefkern.segmentation.refinement import Refiner
     from nefkern.segmenter import Segmenter
 
     if arguments.crf:
-        from nefkern.segmentation.crf import require_pydensecrf
-
         require_pydensecrf()
+    refiner = Refiner(arguments.crf_workers) if arguments.crf else None
     files = image_files(arguments.images)
     segmenter = Segmenter.load(arguments.run, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    failed, named = 0, list(zip(files, output_names(files), strict=True))
-    for file, name in tqdm(named, unit="image", disable=None):
-        try:
-            count = segment_file(segmenter, file, name, arguments)
-            tqdm.write(f"{file}: {count} clusters")
-        except UserError as error:
+    named, failures = list(zip(files, output_names(files), strict=True)), []
+    with image_bar(len(files)) as bar:
+
+        def fail(error: UserError) -> None:
             if len(files) == 1:
-                raise
-            failed += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
-    return len(files) - failed, failed
+                raise error
+            failures.append(error)
+            bar.write(f"error: {error}", file=sys.stderr)
+            bar.update()
+
+        results = segment_files(segmenter, named, fail, sliding=arguments.sliding, refiner=refiner)
+        with closing(results):
+            for segmented in results:
+                write(segmented, segmenter.num_clusters, arguments.out)
+                bar.write(f"{segmented.file}: {len(segmented.clusters.unique())} clusters")
+                bar.update()
+    if refiner and refiner.inferences:
+        log.info(
+            "CRF: %.2f s an image; worker processes: %d",
+            refiner.seconds / refiner.inferences,
+            refiner.workers,
+        )
+    return len(files) - len(failures), len(failures)
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     parsed = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    check_crf_workers(parsed)
+    log_to_stderr()
     check_environment()
     done, failed = segment_all(parsed)
     log.info("written: %d images to %s", done, parsed.out)

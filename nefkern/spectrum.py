@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nefkern.backends import check_environment
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.commandline import add_device, add_run, command_parser, log_to_stderr
+from nefkern.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,19 +65,14 @@ It writes spectrum.json and spectrum.png to the run folder and shows both in rep
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = ArgumentParser(
-        prog="python -m nefkern.spectrum",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("spectrum", DESCRIPTION, EXAMPLES)
     add = result.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a trained run")
+    add_run(result)
     add("--data-root", type=Path, metavar="DIR", help="folder of images [the run's data]")
     add("--split", help="which images [the run's split; train with --data-root]")
     add("--images", type=int, metavar="N", help="images of the batch [the run's batch size]")
     add("--seed", type=int, default=0, help="of the choice of images and of the untrained ψ [0]")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ...; eigenvectors: CPU [auto]")
+    add_device(result, "eigenvectors: CPU")
     return result
 
 
@@ -286,8 +282,7 @@ def _numbers(values: list[float]) -> range:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, compare, print."""
     parsed = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    log_to_stderr()
     check_environment()
     print(f"\n{describe(spectrum(parsed))}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.commandline import command_parser
+from nefkern.errors import UserError, command
 from nefkern.runs import FREE_OPTIONS, Run
 
 EXAMPLES = """\
@@ -142,11 +142,10 @@ def table(found: dict[Key, list[Score]]) -> str:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = ArgumentParser(
-        prog="python -m nefkern.summarize",
-        description="Mean and spread of the scores of several runs (seeds), as a Markdown table.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "summarize",
+        "Mean and spread of the scores of several runs (seeds), as a Markdown table.",
+        EXAMPLES,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="scored run folders")
     print(table(collect(parser.parse_args(arguments).runs)))

@@ -7,7 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from nefkern.errors import ArgumentParser, command
+from nefkern.commandline import command_parser, log_to_stderr
+from nefkern.errors import command
 from nefkern.options import TrainOptions, add_arguments, resolve
 
 DESCRIPTION = """\
@@ -33,12 +34,7 @@ afterwards: open report.html in the run folder;
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = ArgumentParser(
-        prog="python -m nefkern.train",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("train", DESCRIPTION, EXAMPLES)
     result.add_argument("--config", type=Path, metavar="FILE", help="YAML of options; flags win")
     add_arguments(result)
     return result
@@ -80,8 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     flags = vars(parser().parse_args(arguments))
     config = flags.pop("config")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+    log_to_stderr()
     train(resolve(flags, config))
 
 

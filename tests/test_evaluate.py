@@ -285,8 +285,9 @@ def test_crf_is_scored_beside(run, folder, pointwise, on):
 
 def test_crf_on_classes_starts_from_the_matched_segmentation(run, folder, pointwise, monkeypatch):
     """With a CRF that changes nothing, nothing changes."""
-    monkeypatch.setattr("nefkern.baselines.comparison.crf", lambda image, p: p)
-    result = evaluate(run, folder, "--methods", "ours,kmeans", "--crf", "classes")
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    crf = ("--crf", "classes", "--crf-workers", "0")
+    result = evaluate(run, folder, "--methods", "ours,kmeans", *crf)
     for method in ("ours", "kmeans"):
         for matching in ("iou", "count"):
             before = figures(result, method, "none", matching)
@@ -294,10 +295,32 @@ def test_crf_on_classes_starts_from_the_matched_segmentation(run, folder, pointw
 
 
 def test_crf_on_clusters_starts_from_the_clusters(run, folder, pointwise, monkeypatch):
-    monkeypatch.setattr("nefkern.segmentation.crf.crf", lambda image, p, parameters, all_labels: p)
-    result = evaluate(run, folder, "--methods", "ours,kmeans", "--protocol", "sliding", "--crf")
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    crf = ("--protocol", "sliding", "--crf", "--crf-workers", "0")
+    result = evaluate(run, folder, "--methods", "ours,kmeans", *crf)
     for method in ("ours", "kmeans"):
         assert figures(result, method, "clusters") == figures(result, method, "none")
+
+
+@pytest.mark.parametrize("on", ["clusters", "classes"])
+def test_crf_in_worker_processes_gives_the_same_figures(run, folder, pointwise, on, capsys):
+    pytest.importorskip("pydensecrf")
+    asked = ("--methods", "ours,kmeans", "--crf", on, "--crf-workers")
+    here = evaluate(run, folder, *asked, "0")
+    capsys.readouterr()
+    there = evaluate(run, folder, *asked, "2")
+    assert there["methods"] == here["methods"]
+    assert (there["settings"], there["asked"]) == (here["settings"], here["asked"])
+    images, jobs = 4, 2 if on == "clusters" else 2 * 2  # by IoU and by count
+    for result, workers in ((here, 0), (there, 2)):
+        assert (result["crf"]["workers"], result["crf"]["inferences"]) == (workers, images * jobs)
+        assert result["crf"]["seconds_per_image"] > 0
+        assert result["crf"]["seconds_per_inference"] > 0
+    out, err = capsys.readouterr()
+    assert f"CRF: {there['crf']['seconds_per_image']:.2f} s an image" in out
+    last = [line for line in err.replace("\r", "\n").splitlines() if "|" in line][-1]
+    assert f"{images}/{images} [" in last
+    assert "s/image]" in last
 
 
 # ---- the paper's data sets ----
@@ -492,6 +515,8 @@ def failure(capsys, *arguments: object) -> str:
         (["--data", "samples"], "invalid choice: 'samples'"),
         (["--device", "cuda:77"], "--device cuda:77: not usable"),
         (["--protocol", "tiles"], "invalid choice: 'tiles'"),
+        (["--crf", "--crf-workers", "-1"], "--crf-workers -1: expected 0 or more"),
+        (["--crf-workers", "2"], "--crf-workers 2: expected --crf beside it"),
     ],
 )
 def test_mistaken_options_are_one_line(run, folder, capsys, options, message):
@@ -561,5 +586,6 @@ def test_help_teaches_and_is_light():
     text = parser().format_help()
     assert "examples:" in text
     assert "K-means on the graph features" in text
+    assert "--crf-workers N" in text
     code = "import nefkern.evaluate as e, sys; e.parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

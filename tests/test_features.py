@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nefkern import features as module
 from nefkern.errors import UserError
 from nefkern.features import Backbone, FeatureCache, load_backbone
+from nefkern.reproduction.paper import TABLES
 
 # Real classes of timm, made shallow and narrow.
 TRANSFORMERS = {
@@ -21,7 +22,31 @@ TRANSFORMERS = {
     ),
     "clip": ("vit_base_patch16_clip_quickgelu_224", {"depth": 2, "embed_dim": 64, "num_heads": 4}),
 }
-CONVOLUTIONAL = ("test_resnet", "resnet18", "test_convnext", "test_efficientnet")
+CONVOLUTIONAL = (
+    *("test_resnet", "resnet18", "test_convnext", "test_efficientnet"),
+    *("resnet50", "convnext_tiny", "tf_efficientnet_lite0"),
+)
+
+# The paper's transformers and later ones by name: blocks, channels, patch, prefix tokens.
+NAMED = {
+    "vit_small_patch16_384": (12, 384, 16, 1),
+    "vit_base_patch16_384": (12, 768, 16, 1),
+    "vit_large_patch16_384": (24, 1024, 16, 1),
+    "deit_small_patch16_224": (12, 384, 16, 1),
+    "deit_base_distilled_patch16_384": (12, 768, 16, 2),
+    "deit3_small_patch16_384": (12, 384, 16, 1),
+    "vit_small_patch16_224.dino": (12, 384, 16, 1),
+    "vit_base_patch8_224.dino": (12, 768, 8, 1),
+    "vit_small_patch14_dinov2": (12, 384, 14, 1),
+    "vit_base_patch14_dinov2": (12, 768, 14, 1),
+    "vit_large_patch14_reg4_dinov2": (24, 1024, 14, 5),
+    "vit_small_patch16_dinov3": (12, 384, 16, 5),
+    "vit_base_patch16_dinov3": (12, 768, 16, 5),
+    "vit_large_patch16_dinov3": (24, 1024, 16, 5),
+    "vit_base_patch16_clip_quickgelu_224.openai": (12, 768, 16, 1),
+    "vit_large_patch14_clip_quickgelu_224.openai": (24, 1024, 14, 1),
+    "vit_large_patch14_clip_quickgelu_336.openai": (24, 1024, 14, 1),
+}
 
 
 def small(name: str, *, keys: bool = False, **changes) -> Backbone:
@@ -47,13 +72,56 @@ def by_hand(backbone: Backbone, images: torch.Tensor) -> tuple[list[torch.Tensor
     tokens = torch.einsum("bnchw,dchw->bnd", patches, weight)
     if model.patch_embed.proj.bias is not None:
         tokens = tokens + model.patch_embed.proj.bias
-    x = model.norm_pre(model._pos_embed(tokens.unflatten(1, (h, w))))
+    embedded = model._pos_embed(tokens.unflatten(1, (h, w)))
+    # DINOv3 turns queries and keys in every block instead of adding to the tokens.
+    x, rotation = embedded if isinstance(embedded, tuple) else (embedded, None)
+    x = model.norm_pre(x)
     outputs, last_input = [], x
     for block in model.blocks:
         last_input = x
-        x = block(x)
+        x = block(x) if rotation is None else block(x, rope=rotation)
         outputs.append(x)
     return outputs, last_input
+
+
+def last_keys(model: torch.nn.Module, last_input: torch.Tensor) -> torch.Tensor:
+    """The keys of the last attention: query, key and value are stacked in this order."""
+    block, c = model.blocks[-1], last_input.shape[2]
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    return F.linear(block.norm1(last_input), weight[c : 2 * c], bias[c : 2 * c])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_transformers(name, images):
+    """Full size without memory, for where the maps are taken; then three blocks of full width,
+    whose maps are those of a direct computation, every token in its place."""
+    depth, channels, patch, prefix = NAMED[name]
+    with torch.device("meta"):
+        whole = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    whole = Backbone(whole, (0.5,) * 3, (0.5,) * 3)
+    assert whole.stages == [0, depth // 2]
+    assert len(whole.model.blocks) == depth
+    assert (whole.dim, whole.concat_dim, whole.patch) == (channels, 3 * channels, patch)
+
+    dino = module._is_dino_v1(whole.model)
+    assert dino == name.endswith(".dino")
+    backbone = small(name, keys=dino, depth=3)
+    assert backbone.model.num_prefix_tokens == prefix
+    maps = backbone(images)
+    h, w = -(-70 // patch), -(-100 // patch)
+    assert maps.grid == (h, w)
+    with torch.no_grad():
+        outputs, last_input = by_hand(backbone, images)
+        high = last_keys(backbone.model, last_input) if dino else backbone.model.norm(outputs[-1])
+    got = maps.concat.split(channels, dim=2)
+    for one, want in zip(got, (outputs[0], outputs[1], high), strict=True):
+        assert one.shape == (2, h * w, channels)
+        torch.testing.assert_close(one, want[:, prefix:], atol=1e-4, rtol=1e-4)
+    assert torch.equal(maps.high, got[2])
+
+
+def test_backbones_of_the_papers_tables_are_among_the_named():
+    assert {row.backbone for table in TABLES.values() for row in table.rows.values()} <= set(NAMED)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -79,15 +147,10 @@ def test_transformer_maps_are_its_blocks(family, images):
 
 def test_keys_are_those_of_the_last_attention(images):
     backbone = small("vit_small_patch16_224.dino", keys=True, depth=3, embed_dim=48, num_heads=3)
-    model, c = backbone.model, backbone.dim
+    model = backbone.model
     maps = backbone(images)
     with torch.no_grad():
-        _, last_input = by_hand(backbone, images)
-        attention = model.blocks[-1].attn
-        rows = slice(c, 2 * c)  # query, key, value are stacked in this order
-        keys = F.linear(
-            model.blocks[-1].norm1(last_input), attention.qkv.weight[rows], attention.qkv.bias[rows]
-        )
+        keys = last_keys(model, by_hand(backbone, images)[1])
     torch.testing.assert_close(maps.high, keys[:, 1:], atol=2e-5, rtol=2e-5)
     assert not model.blocks[-1].attn.qkv._forward_hooks, "the hook must not outlive the call"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import numpy as np
@@ -13,8 +14,9 @@ from nefkern import evaluate, train
 from nefkern.baselines.methods import METHODS
 from nefkern.evaluator import Evaluator
 from nefkern.options import CLASSES, resolve
-from nefkern.paper import TABLES
-from nefkern.reproduce import Planner, main, parser
+from nefkern.reproduce import main, parser
+from nefkern.reproduction.paper import TABLES
+from nefkern.reproduction.planning import Planner
 from nefkern.runs import CHECKPOINT, Run
 from nefkern.trainer import Trainer
 
@@ -165,6 +167,13 @@ def test_given_options_win_and_what_rows_compare_takes_one_row(capsys):
     assert main(["5", *line.split(), "--backbone test_vit --amp"]) == 0
 
 
+def test_methods_beside_those_of_the_paper(capsys):
+    line = ["7", "beta0.08", "--data-root", "DIR", "--dry-run", "--also", "hidden, deep-spectral"]
+    assert main(line) == 0
+    _, (_, scored) = commands(capsys.readouterr().out)
+    assert evaluate.parser().parse_args(scored).methods == "ours,ours*,deep-spectral"
+
+
 def test_transfer_between_two_folders(capsys):
     line = ["8", "pascal_context", "--data", "folder", "--data-root", "photos", "--dry-run"]
     assert main(line) == 2
@@ -207,6 +216,7 @@ def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
     assert f"| 27.8 | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} | 2 |" in text
     assert "in place of the paper's data sets" in text
     assert "K: the paper's times 0.125." in text
+    assert "--backbone test_vit in place of the rows' own." in text
 
     counted.clear()
     assert reproduce("5 K64 K128 --seeds 2") == 0
@@ -217,6 +227,16 @@ def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
     checkpoint.write_bytes(checkpoint.read_bytes())
     assert reproduce("5 K64 K128 --seeds 2") == 0
     assert counted == ["evaluation"]
+
+
+def test_a_method_without_a_number_of_the_paper(reproduce, tmp_path):
+    assert reproduce("5 K64 --also kmeans") == 0
+    ours, kmeans = json.loads((tmp_path / "out" / "table-5.json").read_text())["rows"]
+    assert (ours["method"], kmeans["method"]) == ("ours", "kmeans")
+    assert kmeans["paper"] == {"accuracy": None, "mean_iou": None}
+    (measured,) = kmeans["measured"]["mean_iou"]
+    text = (tmp_path / "out" / "table-5.md").read_text()
+    assert re.search(rf"\| kmeans \| IoU vote \|  \| [\d.]+ \|  \| {measured:.1f} \| 1 \|", text)
 
 
 def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch):
@@ -277,6 +297,7 @@ def test_missing_data_is_told_once_a_row(tmp_path, capsys):
         ("5", "--data-root: expected the folder"),
         ("5 --data-root D --seeds 0", "--seeds 0: expected at least 1"),
         ("5 --data-root D --scale-K 0", "--scale-K 0.0: expected more than 0"),
+        ("5 --data-root D --also kmean", "--also: expected names among ours,"),
         ("5 --data-root D --train='--lr fast'", "--lr: invalid float value: 'fast'"),
         ("5 --data-root D --train='--seed 3'", "--train: --seed is for this command to set"),
         ("5 --data-root D --evaluate='--limt 3'", "unrecognized arguments: --limt"),

@@ -88,6 +88,31 @@ def test_crf_follows_the_image(run, pictures, tmp_path, options):
     assert cuts(refined) <= cuts(plain)
 
 
+def test_crf_in_worker_processes_gives_the_same_files(run, pictures, tmp_path, capsys):
+    """A bad image among them is reported as it is without a CRF."""
+    pytest.importorskip("pydensecrf")
+    small = tmp_path / "small.png"
+    Image.new("RGB", (5, 40)).save(small)
+    images = [str(pictures / "wide.png"), str(small), str(pictures / "tall.jpg")]
+    for workers in ("0", "2"):
+        out = ["--out", str(tmp_path / workers), "--crf", "--crf-workers", workers]
+        assert main([str(run), *images, *out]) == 2
+        printed, errors = capsys.readouterr()
+        assert [line.rpartition(":")[0] for line in printed.splitlines()] == images[::2]
+        assert f"error: {small}: 5 × 40 pixels" in errors
+        assert "error: 1 of 3 images could not be segmented" in errors
+    names = sorted(p.name for p in (tmp_path / "0").iterdir())
+    assert len(names) == 4
+    for name in names:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_crf_workers_without_a_crf(run, pictures, tmp_path, capsys):
+    options = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--crf-workers", "1"]
+    assert main(options) == 2
+    assert "--crf-workers 1: expected --crf beside it" in capsys.readouterr().err
+
+
 def test_a_folder_is_all_of_its_images(run, pictures, tmp_path):
     assert main([str(run), str(pictures), "--out", str(tmp_path / "new" / "deep")]) == 0
     names = {p.name for p in (tmp_path / "new" / "deep").glob("*.clusters.png")}
@@ -172,5 +197,6 @@ def test_help_teaches_and_is_light():
     text = parser().format_help()
     assert "examples:" in text
     assert "exit code is 2" in text
+    assert "--crf-workers N" in text
     code = "import nefkern.segment as s, sys; s.parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -195,6 +195,15 @@ def test_resume_with_other_options(tiny, change):
     start(tiny(epochs=1, resume=True, pictures=7, checkpoint_seconds=3))  # decide no result
 
 
+def test_resume_with_the_feature_cache_elsewhere(tiny, tmp_path):
+    """Where it lies does not matter; whether there is one does: its maps are rounded."""
+    cached = {"epochs": 1, "views": 1, "feature_cache": str(tmp_path / "here")}
+    start(tiny(**cached)).train()
+    start(tiny(**cached | {"feature_cache": str(tmp_path / "there"), "resume": True}))
+    with pytest.raises(UserError, match=r"--resume: this run had --feature-cache .*, not None"):
+        start(tiny(**cached | {"feature_cache": None, "resume": True}))
+
+
 def test_the_graph_can_look_at_all_maps(tiny):
     first = start(tiny(epochs=1)).train()
     other = start(tiny(epochs=1, graph_features="all", out=tiny().out + "-all")).train()

@@ -12,10 +12,12 @@ from torch import Tensor
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral
 from nefkern.baselines.methods import Method
+from nefkern.data import Sample
 from nefkern.ops import CSRGraph
-from nefkern.segmentation.crf import crf, refine_clusters
+from nefkern.segmentation.crf import winners
 from nefkern.segmentation.matching import class_logits
 from nefkern.segmentation.metrics import count_matrix
+from nefkern.segmentation.refinement import Job, Refiner
 from nefkern.segmentation.windows import Replay, sliding_tiles, sliding_windows, window_crops
 
 _TILE_FLOATS = 1 << 24  # up-sampled logits held at once
@@ -102,53 +104,72 @@ class Comparison:
     @torch.inference_mode()
     def count(
         self,
-        pairs: Iterable[tuple[Tensor, Tensor]],
+        samples: Iterable[Sample],
         num_classes: int,
         *,
-        refine: bool = False,
-        watch: Callable[[Tensor, Tensor, dict[str, Tensor]], None] | None = None,
+        refiner: Refiner | None = None,
+        watch: Callable[[Sample, dict[str, Tensor]], None] = lambda sample, clusters: None,
+        done: Callable[[], object] = lambda: None,
     ) -> dict[str, dict[str, Tensor]]:
         """Count how clusters and classes meet over a data set.
 
         Args:
-            pairs: image uint8 ``[3, H, W]`` and labels ``[H, W]``, 255 = void.
-            refine: count the clusters once more after a CRF.
-            watch: called with every image, its labels and every method's clusters, int64
-                ``[H, W]``.
+            samples: with annotations.
+            refiner: count the clusters once more after this CRF.
+            watch: called with every sample and every method's clusters, int64 ``[H, W]``.
+            done: called whenever an image is counted.
 
         Returns:
             By method, "none" and perhaps "clusters": int64 counts ``[K, num_classes]``.
         """
         k = self.network.num_clusters
-        stages = ("none", "clusters") if refine else ("none",)
+        stages = ("none", "clusters") if refiner else ("none",)
         counts = {
             name: {stage: torch.zeros(k, num_classes, dtype=torch.int64) for stage in stages}
             for name in self.clusterers
         }
-        for image, labels in pairs:
-            replay = Replay(self._predict)
-            found = self._clusters(image, replay)
-            if watch:
-                watch(image, labels, found)
-            for name, clusters in found.items():
-                counts[name]["none"] += count_matrix(clusters, labels, k, num_classes).cpu()
-                if refine:
-                    refined = self._refined(image, replay, name, clusters)
-                    counts[name]["clusters"] += count_matrix(refined, labels, k, num_classes).cpu()
+
+        def add(stage: str, sample: Sample, name: str, clusters: Tensor) -> None:
+            counts[name][stage] += count_matrix(clusters, sample.annotation, k, num_classes).cpu()
+
+        def looked_at() -> Iterator[tuple[Sample, Replay, dict[str, Tensor]]]:
+            for sample in samples:
+                replay = Replay(self._predict)
+                found = self._clusters(sample.image, replay)
+                watch(sample, found)
+                for name, clusters in found.items():
+                    add("none", sample, name, clusters)
+                yield sample, replay, found
+
+        if refiner is None:
+            for _ in looked_at():
+                done()
+            return counts
+        jobs = (job for looked in looked_at() for job in self._cluster_jobs(*looked))
+        last = list(self.clusterers)[-1]
+        with refiner(jobs) as results:
+            for refined, (sample, name) in results:
+                add("clusters", sample, name, refined)
+                if name == last:
+                    done()
         return counts
 
     @torch.inference_mode()
     def count_refined_classes(
         self,
-        pairs: Iterable[tuple[Tensor, Tensor]],
+        samples: Iterable[Sample],
         assignments: dict[str, dict[str, Tensor]],
         num_classes: int,
+        *,
+        refiner: Refiner,
+        done: Callable[[], object] = lambda: None,
     ) -> dict[str, dict[str, Tensor]]:
         """Confusion after a CRF on *classes*, made of the clusters by a matching.
 
         Args:
-            pairs: as for :meth:`count`.
+            samples, done: as for :meth:`count`.
             assignments: by method and matching, int64 ``[K]``.
+            refiner: the CRF.
 
         Returns:
             By method and matching, int64 ``[num_classes, num_classes]``.
@@ -157,17 +178,17 @@ class Comparison:
             name: {m: torch.zeros(num_classes, num_classes, dtype=torch.int64) for m in matchings}
             for name, matchings in assignments.items()
         }
-        for image, labels in pairs:
-            replay = Replay(self._predict)
-            for _ in self._tiles(image, replay):
-                pass
-            for name, matchings in assignments.items():
-                for matching, assignment in matchings.items():
-                    merged = self._class_probabilities(image, replay, name, assignment, num_classes)
-                    refined = crf(image, merged).argmax(0)
-                    confusions[name][matching] += count_matrix(
-                        refined, labels, num_classes, num_classes
-                    ).cpu()
+        jobs = (
+            job for sample in samples for job in self._class_jobs(sample, assignments, num_classes)
+        )
+        last = [(name, m) for name, matchings in assignments.items() for m in matchings][-1]
+        with refiner(jobs) as results:
+            for refined, (sample, name, matching) in results:
+                confusions[name][matching] += count_matrix(
+                    refined, sample.annotation, num_classes, num_classes
+                ).cpu()
+                if (name, matching) == last:
+                    done()
         return confusions
 
     def _maps(self, crops: Tensor) -> tuple[dict[str, Tensor], tuple[int, int]]:
@@ -210,13 +231,36 @@ class Comparison:
     def _first_channel(self, name: str) -> int:
         return list(self.clusterers).index(name) * self.network.num_clusters
 
-    def _refined(self, image: Tensor, replay: Replay, name: str, clusters: Tensor) -> Tensor:
-        def probabilities(winners: Tensor) -> Tensor:
-            predict, w = replay.select(winners + self._first_channel(name)), self.windows
-            logits = sliding_windows(predict, image, w.window, w.stride, batch_size=w.batch_size)
-            return self.clusterers[name].probabilities(logits)
+    def _cluster_jobs(
+        self, sample: Sample, replay: Replay, found: dict[str, Tensor]
+    ) -> Iterator[Job]:
+        """For every method, the clusters that win a pixel of the image.
 
-        return refine_clusters(image, clusters, probabilities)
+        Only their probabilities are made: those of the hundreds of others would fill the memory.
+        """
+        w = self.windows
+        for name, clusters in found.items():
+            shown = clusters.unique()
+            logits = sliding_windows(
+                replay.select(shown + self._first_channel(name)),
+                *(sample.image, w.window, w.stride),
+                batch_size=w.batch_size,
+            )
+            probabilities = self.clusterers[name].probabilities(logits)
+            yield Job(sample.name, sample.image, probabilities, shown, (sample, name))
+
+    def _class_jobs(
+        self, sample: Sample, assignments: dict[str, dict[str, Tensor]], num_classes: int
+    ) -> Iterator[Job]:
+        """For every method and matching, the classes that win a pixel of the image."""
+        image, replay = sample.image, Replay(self._predict)
+        for _ in self._tiles(image, replay):
+            pass
+        for name, matchings in assignments.items():
+            for matching, assignment in matchings.items():
+                merged = self._class_probabilities(image, replay, name, assignment, num_classes)
+                shown = winners(merged)
+                yield Job(sample.name, image, merged[shown], shown, (sample, name, matching))
 
     def _class_probabilities(
         self, image: Tensor, replay: Replay, name: str, assignment: Tensor, num_classes: int

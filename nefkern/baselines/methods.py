@@ -73,8 +73,8 @@ ALIASES = {"hidden": "ours*", "untrained": "ours*-untrained"}
 """Names without a star, which shells would expand."""
 
 
-def parse_methods(names: list[str]) -> list[Method]:
-    """Methods by name, in order, each once.
+def parse_methods(names: list[str], flag: str = "--methods") -> list[Method]:
+    """Methods by name, in order, each once; ``flag`` is where the names came from.
 
     Raises:
         UserError: an unknown name.
@@ -84,6 +84,6 @@ def parse_methods(names: list[str]) -> list[Method]:
         method = METHODS.get(ALIASES.get(name, name))
         if method is None:
             known = ", ".join([*METHODS, *ALIASES])
-            raise UserError(f"--methods: expected names among {known}; got {name!r}")
+            raise UserError(f"{flag}: expected names among {known}; got {name!r}")
         methods[method.name] = method
     return list(methods.values())

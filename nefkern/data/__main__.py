@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from nefkern.commandline import command_parser
 from nefkern.data import BENCHMARKS
 from nefkern.data.check import check
 from nefkern.data.prepare import prepare_pascal_context
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.errors import UserError, command
 
 DESCRIPTION = """\
 The paper's data sets, as their publishers lay them out. Nothing is downloaded: check says what is
@@ -26,12 +27,7 @@ _SHOWN = 20  # problems of a split
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = ArgumentParser(
-        prog="python -m nefkern.data",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("data", DESCRIPTION, EXAMPLES)
     tasks = result.add_subparsers(dest="task", required=True, metavar="check|prepare")
     checked = tasks.add_parser("check", help="count the files and read them all")
     checked.add_argument(

@@ -28,7 +28,17 @@ def describe(evaluation: dict[str, Any]) -> str:
         if "no_hungarian" in stage
     }
     parts = [title, summary_table(evaluation), "IoU, majority by IoU:", class_table(evaluation)]
+    parts += [crf_times(evaluation["crf"])] if "crf" in evaluation else []
     return "\n\n".join([*parts, *sorted(reasons)])
+
+
+def crf_times(times: dict[str, float]) -> str:
+    """What the CRF took, in a line."""
+    return (
+        f"CRF: {times['seconds_per_image']:.2f} s an image in the pass with it, worker processes: "
+        f"{times['workers']}; {times['inferences']} inferences, each "
+        f"{times['seconds_per_inference']:.2f} s"
+    )
 
 
 def summary_table(evaluation: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from nefkern.errors import UserError
-from nefkern.segmentation.crf import CRFParameters, crf, require_pydensecrf
+from nefkern.segmentation.crf import as_arrays, crf
+from nefkern.segmentation.mean_field import CRFParameters, mean_field, require_pydensecrf
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,15 @@ def test_labels_that_win_nowhere_are_left_out(photograph):
     every = crf(photograph, probabilities, all_labels=True)
     assert (few[2:] == 0).all()
     assert (few.argmax(0) == every.argmax(0)).float().mean() > 0.99
+
+
+def test_arrays_that_cannot_be_written_to(photograph):
+    pytest.importorskip("pydensecrf")
+    image, probabilities = as_arrays(photograph, torch.full((2, 128, 128), 0.5))
+    expected = mean_field(image, probabilities, CRFParameters())
+    for array in (image, probabilities):
+        array.flags.writeable = False
+    np.testing.assert_array_equal(mean_field(image, probabilities, CRFParameters()), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3)])

@@ -1,0 +1,62 @@
+"""What the commands have in common: how they read their options, and how they speak."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from nefkern.errors import ArgumentParser, UserError
+
+
+def command_parser(name: str, description: str, examples: str) -> ArgumentParser:
+    """The parser of ``python -m nefkern.<name>``; both texts are shown as they are laid out."""
+    return ArgumentParser(
+        prog=f"python -m nefkern.{name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def log_to_stderr() -> None:
+    """Messages as plain lines, beside the output; timm's own only where they warn."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+
+
+# ---- options that several commands have ----
+
+
+def add_run(parser: Any) -> None:
+    """``RUN``, the run folder to work on."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
+
+
+def add_device(parser: Any, beside: str = "") -> None:
+    """``--device``; ``beside`` is what its help has to add."""
+    text = "cpu, cuda, cuda:1 ..." + (f"; {beside}" if beside else "")
+    parser.add_argument("--device", default="auto", help=f"{text} [auto]")
+
+
+def add_crf_workers(parser: Any) -> None:
+    """``--crf-workers``, where there is ``--crf``."""
+    parser.add_argument(
+        "--crf-workers",
+        type=int,
+        metavar="N",
+        help="processes that refine images by the CRF, side by side; 0: the main process does; the "
+        "result is the same [one less than the processor's cores, at most 8]",
+    )
+
+
+def check_crf_workers(arguments: argparse.Namespace) -> None:
+    """Raise a UserError if ``--crf-workers`` is out of range, or has no CRF beside it."""
+    if arguments.crf_workers is None:
+        return
+    if arguments.crf_workers < 0:
+        raise UserError(f"--crf-workers {arguments.crf_workers}: expected 0 or more")
+    if not arguments.crf:
+        raise UserError(f"--crf-workers {arguments.crf_workers}: expected --crf beside it")

@@ -1,0 +1,1 @@
+"""The paper's experiments: its tables, the commands they become, the runs, and the results."""

@@ -1,0 +1,103 @@
+"""Rows become runs: what is not trained and scored yet is, and what comes of it is collected."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nefkern import evaluate, train
+from nefkern.errors import UserError, first_line
+from nefkern.options import TrainOptions
+from nefkern.reproduction.paper import Row, Table
+from nefkern.reproduction.planning import Job, Planner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Measured:
+    """What came of a row: an evaluation for each seed, or why there are none (more)."""
+
+    row: Row
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    def scores(self, method: str, matching: str, name: str) -> list[float]:
+        """One figure of every seed, in percent; after the CRF where there was one."""
+        found = []
+        for evaluation in self.evaluations:
+            stage = evaluation["methods"][method]["stages"][evaluation["settings"]["crf"] or "none"]
+            if matching in stage["matchings"]:  # Hungarian needs as many clusters as classes
+                found.append(100 * stage["matchings"][matching][name])
+        return found
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Train and evaluate what is not done yet; returns the evaluation.
+
+    Raises:
+        UserError: an option, a data set or weights that cannot be used.
+    """
+    from nefkern.evaluator import Evaluator
+
+    options, scoring = job.train_options(), job.evaluate_options()
+    if not is_trained(options):
+        train.train(options)
+    found = find_evaluation(job.folder, scoring)
+    if found is None:
+        return Evaluator(scoring, evaluate.chosen_methods(scoring)).run()
+    log.info("%s: done", job.folder)
+    return found
+
+
+def is_trained(options: TrainOptions) -> bool:
+    """Whether the run is complete, up to its report.
+
+    Raises:
+        UserError: the folder holds a run of other options.
+    """
+    from nefkern.report import REPORT
+    from nefkern.runs import CHECKPOINT, Run
+
+    if not Run(options.run_folder()).path(CHECKPOINT).exists():
+        return False
+    run = Run.create(options)
+    return run.path(REPORT).exists() and run.epochs_done() >= options.epochs
+
+
+def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any] | None:
+    """The evaluation of this checkpoint, asked for alike, that has all the methods; if any."""
+    from nefkern.evaluator import asked
+    from nefkern.runs import CHECKPOINT
+
+    methods = {method.name for method in evaluate.chosen_methods(scoring)}
+    trained_at = (folder / CHECKPOINT).stat().st_mtime_ns
+    for file in sorted(folder.glob("evaluation-*.json")):
+        content = json.loads(file.read_text())
+        same = content.get("asked") == asked(scoring)
+        if same and methods <= content["methods"].keys() and file.stat().st_mtime_ns >= trained_at:
+            return content
+    return None
+
+
+def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measured:
+    """Run a row with every seed, up to the first that fails."""
+    result = Measured(row)
+    for seed in range(planner.options.seeds):
+        try:
+            job = planner.job(table, row, rows, seed)
+            log.info("table %s, %s, seed %d", table.number, row.name, seed)
+            result.evaluations.append(perform(job))
+            result.runs.append(str(job.folder))
+        except (UserError, OSError, RuntimeError) as error:
+            result.error = first_line(error, limit=1000)
+            place = f"table {table.number}, {row.name}, seed {seed}"
+            print(f"error: {place}: {result.error}", file=sys.stderr)
+            break
+    return result
