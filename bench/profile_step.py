@@ -19,7 +19,13 @@ from nefkern.errors import ArgumentParser, command
 #: The first group whose key is part of an operator's name takes its time.
 GROUPS = {
     "knn": ("nefkern::knn", "nefkern_native::knn"),
-    "graph assembly": ("normalized_adjacency", "nefkern::add", "nefkern_native::add", "csr"),
+    "graph assembly": (
+        "kappa",
+        "normalized_adjacency",
+        "nefkern::add",
+        "nefkern_native::add",
+        "csr",
+    ),
     "objective": ("neuralef_loss", "spmm"),
     "attention": ("linear_attention",),
     "dense products": ("::mm", "::addmm", "::bmm", "::linear", "mkldnn"),

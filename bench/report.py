@@ -8,6 +8,7 @@ anew. Then the table between README.md's markers is written, and the plots besid
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ PUBLISHED = HERE / "published.json"
 PLOTS = HERE / "plots"
 BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it wrote -->"
 OURS = "nefkern"
+#: The bare product writes into a buffer that it is handed: it has no memory of its own to show.
+GIVEN_MEMORY = "torch.mm alone"
 
 
 def merge(files: list[Path]) -> dict:
@@ -102,6 +105,7 @@ def with_table(
 def draw_scaling(document: dict, path: Path) -> bool:
     """Time by N² and memory by N over N, ours against the opponents; False without such cases."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     curves: dict[str, list[dict]] = {}
     for case, entries in by_case(document).items():
@@ -117,15 +121,23 @@ def draw_scaling(document: dict, path: Path) -> bool:
         entries.sort(key=lambda e: e["sizes"]["N"])
         rows = [e["sizes"]["N"] for e in entries]
         style = "o-" if name.endswith(OURS) else "s--"
-        left.plot(rows, [1e9 * e["seconds"] / e["sizes"]["N"] ** 2 for e in entries], style)
-        bytes_ = [max(e["peak_bytes"] or 0, 1) / e["sizes"]["N"] / 1024 for e in entries]
-        right.plot(rows, bytes_, style, label=name)
+        times_ = [1e9 * e["seconds"] / e["sizes"]["N"] ** 2 for e in entries]
+        (line,) = left.plot(rows, times_, style, label=name)
+        if name.endswith(GIVEN_MEMORY):
+            continue
+        bytes_ = [(e["peak_bytes"] or math.nan) / e["sizes"]["N"] / 1024 for e in entries]
+        right.plot(rows, bytes_, style, color=line.get_color())
     left.set(ylabel="time / N², nanoseconds", title="Time by N²")
     right.set(ylabel="peak extra memory / N, KiB", title="Memory by N")
+    ticks = sorted({e["sizes"]["N"] for entries in curves.values() for e in entries})
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="rows N")
-        axes.grid(alpha=0.3, which="both")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks], minor=False)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _save(figure, path)
     return True
 

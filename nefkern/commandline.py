@@ -41,6 +41,17 @@ def add_device(parser: Any, beside: str = "") -> None:
     parser.add_argument("--device", default="auto", help=f"{text} [auto]")
 
 
+def add_ignore_class(parser: Any) -> None:
+    """``--ignore-class``, of commands that score."""
+    parser.add_argument(
+        "--ignore-class",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a class, by name or index, whose pixels are void; may be repeated",
+    )
+
+
 def add_crf_workers(parser: Any) -> None:
     """``--crf-workers``, where there is ``--crf``."""
     parser.add_argument(

@@ -13,6 +13,7 @@ from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
 from nefkern.commandline import (
     add_crf_workers,
     add_device,
+    add_ignore_class,
     add_run,
     check_crf_workers,
     command_parser,
@@ -90,13 +91,7 @@ def _add_data(group: Any) -> None:
     )
     group.add_argument("--split", default="val", help="images to score on [val]")
     group.add_argument("--fit-split", default="train", help="images to fit K-means on [train]")
-    group.add_argument(
-        "--ignore-class",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a class, by name or index, whose pixels are void; may be repeated",
-    )
+    add_ignore_class(group)
     group.add_argument("--limit", type=int, metavar="N", help="only the first N images of a split")
 
 

@@ -163,10 +163,10 @@ class TrainOptions:
     gumbel: bool = _option(
         True, "quantise by Gumbel-Softmax; off: continuous eigenfunctions", "eigenfunctions"
     )
-    standardize: bool = _option(
-        False,
-        "scale ψ's input channels to mean 0 and variance 1 over the first batch; for backbones "
-        "whose maps differ in scale, such as convolutional ones",
+    standardize: bool | None = _option(
+        None,
+        "scale ψ's input channels to mean 0 and variance 1 over the first batch [on for backbones "
+        "that are not transformers: their maps differ in scale]",
         "eigenfunctions",
     )
     temperature: str = _option(

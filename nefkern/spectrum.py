@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nefkern.backends import check_environment
-from nefkern.commandline import add_device, add_run, command_parser, log_to_stderr
+from nefkern.commandline import add_device, add_ignore_class, add_run, command_parser, log_to_stderr
 from nefkern.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nefkern.data import ImageDataset
-    from nefkern.segmenter import Segmenter
+    from nefkern.data import ImageDataset, Sample
+    from nefkern.ops import CSRGraph
+    from nefkern.segmenter import Maps, Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ examples:
   python -m nefkern.spectrum runs/voc                        a batch of the images it was trained on
   python -m nefkern.spectrum runs/voc --split val            of others, that it has not seen
   python -m nefkern.spectrum runs/voc --data-root DIR --images 4
+  python -m nefkern.spectrum runs/voc --data-root DIR --split val --images 60 --score
 
 what to expect:
   A quantised ψ (training's default) gives indicator-like functions: near 1 on the patches of a
@@ -71,7 +73,14 @@ def parser() -> argparse.ArgumentParser:
     add("--data-root", type=Path, metavar="DIR", help="folder of images [the run's data]")
     add("--split", help="which images [the run's split; train with --data-root]")
     add("--images", type=int, metavar="N", help="images of the batch [the run's batch size]")
-    add("--seed", type=int, default=0, help="of the choice of images and of the untrained ψ [0]")
+    add("--seed", type=int, default=0, help="of images, untrained ψ and K-means [0]")
+    add(
+        "--score",
+        action="store_true",
+        help="of annotated images: whether κ's spectrum is semantic. K-means on the exact "
+        "eigenvectors of their patches, on F and on all maps, scored beside the argmax of ψ",
+    )
+    add_ignore_class(result)
     add_device(result, "eigenvectors: CPU")
     return result
 
@@ -96,10 +105,12 @@ def spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
     segmenter = Segmenter.load(arguments.run, arguments.device)
     dataset, where = _open(arguments, segmenter)
     count = arguments.images or min(segmenter.options.batch_size, len(dataset))
-    images = choose_images(dataset, count, segmenter, arguments.seed)
+    if arguments.score and not dataset.annotated:
+        raise UserError(f"--score: expected annotated images, {where['data_root']} has none")
+    samples = choose_samples(dataset, count, segmenter, arguments.seed, arguments.score)
     result = {
         "settings": {**where, "images": count, "seed": arguments.seed},
-        **compare(segmenter, images, arguments.seed),
+        **compare(segmenter, samples, arguments.seed, num_classes=len(dataset.classes)),
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
     }
@@ -122,67 +133,112 @@ def _open(
         name, root, split = options.data, options.data_root, arguments.split or options.split
     else:
         name, root, split = "folder", str(arguments.data_root), arguments.split or "train"
-    dataset = open_dataset(name, root=root, split=split)
+    ignored = arguments.ignore_class if arguments.score else ()
+    dataset = open_dataset(name, root=root, split=split, ignore_classes=ignored)
     return dataset, {"data_root": root or name, "split": split}
 
 
-def choose_images(dataset: ImageDataset, count: int, segmenter: Segmenter, seed: int) -> Tensor:
-    """``count`` images drawn by the seed, ``[count, 3, crop, crop]`` uint8; bad ones are skipped.
+def choose_samples(
+    dataset: ImageDataset, count: int, segmenter: Segmenter, seed: int, annotated: bool = False
+) -> list[Sample]:
+    """``count`` images drawn by the seed, ``[3, crop, crop]``; bad ones are skipped.
 
-    Each is resized to the training crop by its shorter side and cut to its centre.
+    Each is resized to the training crop by its shorter side and cut to its centre, and so is its
+    annotation if they are to be ``annotated``.
 
     Raises:
         UserError: fewer images than asked for.
     """
-    import torch
-
     from nefkern.data import Sample, eval_transform
 
     transform = eval_transform("crop320", size=segmenter.options.crop)
-    chosen: list[Tensor] = []
+    chosen: list[Sample] = []
     for index in random.Random(seed).sample(range(len(dataset)), len(dataset)):
         try:
-            chosen.append(transform(Sample(dataset.names[index], dataset.image(index))).image)
+            whole = (
+                dataset[index] if annotated else Sample(dataset.names[index], dataset.image(index))
+            )
+            chosen.append(transform(whole))
         except UserError as error:
             log.warning("skipped: %s", error)
         if len(chosen) == count:
-            return torch.stack(chosen)
+            return chosen
     raise UserError(f"--images {count}: expected at most {len(chosen)}, the readable images")
 
 
-def compare(segmenter: Segmenter, images: Tensor, seed: int) -> dict[str, Any]:
-    """Exact eigenvalues, and the fit of ψ, of its argmax and of an untrained ψ; JSON-ready."""
-    from nefkern.eigenpairs import leading_eigenpairs, span_fit
+def compare(
+    segmenter: Segmenter, samples: list[Sample], seed: int, *, num_classes: int = 0
+) -> dict[str, Any]:
+    """Exact eigenvalues, and the fit of ψ, of its argmax and of an untrained ψ; JSON-ready.
 
+    With annotated samples, of ``num_classes`` classes, "scores" too: see
+    :mod:`nefkern.patch_scores`.
+    """
+    import torch
+
+    from nefkern.eigenpairs import leading_eigenpairs
+
+    images = torch.stack([sample.image for sample in samples])
     maps = segmenter.maps(images)
     graph = segmenter.kappa(images, maps)
     count = min(segmenter.num_clusters, graph.num_nodes)
     log.info("%d eigenvectors of %s", count, graph)
     values, vectors = leading_eigenpairs(graph, count, seed=seed)
-    total = values.sum().item()
-    functions = {}
-    for name, psi in _functions(segmenter, maps, seed).items():
-        fit = span_fit(psi, graph, vectors)
-        functions[name] = {
-            "captured": fit.ritz.sum().item() / total,
-            "dead": int((psi.norm(dim=0) < segmenter.options.min_norm).sum()),
-            "rank": fit.rank,
-            "ritz": fit.ritz.tolist(),
-            "rayleigh": fit.rayleigh.tolist(),
-            "inside": fit.inside.tolist(),
-            "angles": fit.angles.tolist(),
-        }
-    return {
+    result = {
         "num_eigenfunctions": segmenter.num_clusters,
         "nodes": graph.num_nodes,
         "edges": graph.nnz,
         "quantized": segmenter.options.gumbel,
         "eigenvalues": values.tolist(),
-        "functions": functions,
+        "functions": {
+            name: _fit(psi, graph, vectors, values, segmenter.options.min_norm)
+            for name, psi in _functions(segmenter, maps, seed).items()
+        },
+    }
+    if samples[0].annotation is not None:
+        annotations = torch.stack([sample.annotation for sample in samples])
+        result["scores"] = _scores(segmenter, maps, vectors, annotations, num_classes, seed)
+    return result
+
+
+def _fit(
+    psi: Tensor, graph: CSRGraph, vectors: Tensor, values: Tensor, min_norm: float
+) -> dict[str, Any]:
+    from nefkern.eigenpairs import span_fit
+
+    fit = span_fit(psi, graph, vectors)
+    return {
+        "captured": (fit.ritz.sum() / values.sum()).item(),
+        "dead": int((psi.norm(dim=0) < min_norm).sum()),
+        "rank": fit.rank,
+        "ritz": fit.ritz.tolist(),
+        "rayleigh": fit.rayleigh.tolist(),
+        "inside": fit.inside.tolist(),
+        "angles": fit.angles.tolist(),
     }
 
 
-def _functions(segmenter: Segmenter, maps: Any, seed: int) -> dict[str, Tensor]:
+def _scores(
+    segmenter: Segmenter,
+    maps: Maps,
+    vectors: Tensor,
+    annotations: Tensor,
+    num_classes: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    from nefkern.patch_scores import clusterings, patch_scores
+
+    log.info("K-means on eigenvectors and features")
+    found = clusterings(
+        {name: getattr(maps, name).cpu() for name in ("logits", "graph", "concat")},
+        vectors,
+        seed=seed,
+    )
+    grid = tuple(maps.graph.shape[2:])
+    return patch_scores(found, annotations, grid, segmenter.patch, num_classes)
+
+
+def _functions(segmenter: Segmenter, maps: Maps, seed: int) -> dict[str, Tensor]:
     """The outputs to compare by name, ``[N, K]`` each, as training saw them but without noise."""
     import torch.nn.functional as F
 
@@ -238,7 +294,20 @@ def describe(result: dict[str, Any]) -> str:
             cells = [_cell(fit[c], j, ".1f" if c == "angles" else ".3f") for c in columns]
             rows.append((str(j), f"{values[j - 1]:.3f}", *cells))
         tables.append(f"{name}:\n{aligned(rows, left=0)}")
-    return "\n\n".join([title, aligned(summary, left=1), *tables])
+    parts = [title, aligned(summary, left=1), *tables]
+    if "scores" in result:
+        parts.append(describe_scores(result["scores"]))
+    return "\n\n".join(parts)
+
+
+def describe_scores(scores: dict[str, dict[str, float]]) -> str:
+    """The table of ``--score``."""
+    from nefkern.segmentation.tables import aligned
+
+    rows = [("patches clustered by", "IoU vote: accuracy", "mIoU", "count vote: accuracy", "mIoU")]
+    for name, score in scores.items():
+        rows.append((name, *(f"{100 * value:.1f}" for value in score.values())))
+    return f"Scores in %, every pixel with its patch's cluster:\n{aligned(rows, left=1)}"
 
 
 def _cell(values: list[float], j: int, form: str) -> str:

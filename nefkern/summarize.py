@@ -7,11 +7,13 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nefkern.commandline import command_parser
 from nefkern.errors import UserError, command
+from nefkern.options import TrainOptions
 from nefkern.runs import FREE_OPTIONS, Run
 
 EXAMPLES = """\
@@ -80,7 +82,8 @@ def title(settings: dict[str, Any]) -> str:
 
 def differing_options(runs: list[Path]) -> dict[Path, str]:
     """How each run was trained, as far as the runs differ in more than the seed."""
-    options = {run: Run(run).config()["options"] for run in runs}
+    # A run from before an option existed was trained with what is now its default.
+    options = {run: {**asdict(TrainOptions()), **Run(run).config()["options"]} for run in runs}
     apart = FREE_OPTIONS | {"seed", "feature_cache"}
     names = [
         name

@@ -73,6 +73,9 @@ def choose_device(name: str) -> torch.device:
 
 def build_eigenfunction(options: TrainOptions, backbone: Backbone) -> Eigenfunction:
     """ψ as the options describe it, for the maps of ``backbone``."""
+    standardize = options.standardize
+    if standardize is None:
+        standardize = not backbone.is_transformer
     config = EigenfunctionConfig(
         num_eigenfunctions=options.num_eigenfunctions,
         blocks=options.blocks,
@@ -81,7 +84,7 @@ def build_eigenfunction(options: TrainOptions, backbone: Backbone) -> Eigenfunct
         feature_map=options.feature_map,
         orthogonal=options.orthogonal_head,
         quantize=options.gumbel,
-        standardize=options.standardize,
+        standardize=standardize,
     )
     return Eigenfunction(backbone.concat_dim, backbone.dim, config)
 
@@ -438,7 +441,7 @@ class Trainer:
             group["lr"] = lr
         images = images.to(self.device, non_blocking=True)
         batches = images.chunk(self.options.accumulate)
-        if self.position.total == 0 and self.options.standardize:
+        if self.position.total == 0 and self.psi.config.standardize:
             self._fit_scale(batches[0])
         self.optimizer.zero_grad(set_to_none=True)
         # Graphs of a process's own need no messages: an error in any is then an error of all.

@@ -133,6 +133,24 @@ def test_files_table_and_report(run, capsys):
     assert "not readable" in write_report(Run(run)).read_text()
 
 
+def test_score_of_annotated_images(run, photos, photograph, capsys):
+    for kind, image in (("images", photograph(80, 70, 1)), ("annotations", None)):
+        (photos / kind / "val").mkdir(parents=True)
+        for number in range(3):
+            pixels = np.zeros((70, 80), np.uint8)
+            pixels[:, 40:] = 1
+            (image or Image.fromarray(pixels)).save(photos / kind / "val" / f"{number}.png")
+    (photos / "classes.txt").write_text("left\nright\n")
+    options = ("--data-root", photos, "--split", "val", "--images", 3, "--score")
+    scores = result(run, *options)["scores"]
+    assert len(scores) == 4
+    assert next(iter(scores)) == "K-means on κ's exact eigenvectors"
+    assert all(0.4 < score["accuracy"] <= 1 for score in scores.values())
+    assert "every pixel with its patch's cluster" in capsys.readouterr().out
+    ignored = result(run, *options, "--ignore-class", "left")["scores"]
+    assert all(score["accuracy"] == 1 for score in ignored.values())  # one class is left
+
+
 def test_the_seed_chooses_the_images(run):
     first, again, other = (result(run, "--images", 4, "--seed", s) for s in (1, 1, 2))
     assert first["eigenvalues"] == again["eigenvalues"]
@@ -160,6 +178,7 @@ def test_other_images_and_a_bad_one(run, photograph, tmp_path, capsys, caplog):
         (["--images", "0"], "--images 0: expected at least 1"),
         (["--images", "11"], "--images 11: expected at most 10"),
         (["--split", "test"], "no split 'test'"),
+        (["--score"], "--score: expected annotated images"),
         (["--data-root", "nowhere"], "nowhere"),
         (["--device", "cuda:77"], "--device cuda:77: not usable"),
         (["--images", "many"], "argument --images: invalid int value"),

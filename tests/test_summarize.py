@@ -8,6 +8,7 @@ from nefkern import summarize
 def scored(folder, accuracy, mean_iou, name="evaluation-set-val-crop320.json", **changed):
     folder.mkdir(exist_ok=True)
     trained = {"backbone": changed.pop("backbone", "vit"), "seed": 0, "out": str(folder)}
+    trained |= changed.pop("options", {})
     (folder / "config.yaml").write_text(json.dumps({"options": trained}))  # JSON is YAML
     matchings = {"iou": {"accuracy": accuracy, "mean_iou": mean_iou}}
     settings = {"data_root": "data/set", "split": "val", "protocol": "crop320", "crf": None}
@@ -45,6 +46,15 @@ def test_runs_trained_differently_are_not_averaged(tmp_path):
     table = summarize.table(summarize.collect(runs))
     assert "**backbone vit; set-val-crop320**, 1 runs" in table
     assert "**backbone cnn; set-val-crop320**, 1 runs" in table
+
+
+def test_an_option_that_an_older_run_does_not_know_had_its_default(tmp_path):
+    older = scored(tmp_path / "older", 0.2, 0.5)
+    default = scored(tmp_path / "default", 0.4, 0.5, options={"graph_features": "high"})
+    other = scored(tmp_path / "other", 0.9, 0.9, options={"graph_features": "all"})
+    table = summarize.table(summarize.collect([older, default, other]))
+    assert "| ours | 30.0 ± 14.1 | 50.0 ± 0.0 |" in table
+    assert "| ours | 90.0 | 90.0 |" in table
 
 
 def test_what_is_averaged_is_told_by_the_settings_not_by_the_file(tmp_path):

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from nefkern.errors import UserError
 from nefkern.options import TrainOptions
 from nefkern.runs import CHECKPOINT, CONFIG, METRICS, Run
 from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer, choose_device
+from nefkern.trainer import Trainer, build_eigenfunction, choose_device
 
 THREADS = torch.get_num_threads()
 
@@ -184,6 +185,16 @@ def test_an_error_before_training_leaves_the_folder_free(tiny):
     with pytest.raises(UserError, match="--crop 15: expected at least 16, a patch"):
         start(tiny(crop=15))
     start(tiny(epochs=1)).train()
+
+
+@pytest.mark.parametrize(
+    ("asked", "transformer", "standardize"),
+    [(None, True, False), (None, False, True), (True, True, True), (False, False, False)],
+)
+def test_the_scale_of_the_input_is_fitted_where_the_maps_differ(asked, transformer, standardize):
+    backbone = SimpleNamespace(is_transformer=transformer, concat_dim=64, dim=32)
+    options = TrainOptions(standardize=asked, num_eigenfunctions=8, blocks=0, head_dim=32)
+    assert build_eigenfunction(options, backbone).config.standardize is standardize
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.5}, {"k": "17"}, {"epochs": 9}, {"backbone": "x"}])

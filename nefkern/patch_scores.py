@@ -1,0 +1,84 @@
+"""What K-means on exact eigenvectors of κ would score: whether κ's spectrum is semantic at all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nefkern.baselines.clusterer import Clusterer
+from nefkern.baselines.kmeans import KMeans
+from nefkern.baselines.methods import parse_methods
+from nefkern.segmentation.matching import majority_vote, matched_confusion
+from nefkern.segmentation.metrics import count_matrix, scores
+
+
+@dataclass(frozen=True)
+class PatchScore:
+    """Scores of a clustering of patches, as fractions: majority vote by IoU and by count."""
+
+    accuracy: float
+    mean_iou: float
+    accuracy_by_count: float
+    mean_iou_by_count: float
+
+
+def clusterings(maps: dict[str, Tensor], vectors: Tensor, *, seed: int) -> dict[str, Tensor]:
+    """The batch's patches in K clusters, int64 ``[N]``, by what they were clustered on.
+
+    All but ψ's own are fitted on the very patches that they are scored on, which makes them higher
+    than scores of images not seen before; compare them with each other. Eigenvectors enter as the
+    rows of V Λ^(1/2), whose inner products are κ's best approximation of rank K.
+
+    Args:
+        maps: "logits", "graph" and "concat" of the batch, ``[B, ·, h, w]``.
+        vectors: V ``[N, m]`` of :func:`nefkern.eigenpairs.leading_eigenpairs`.
+        seed: of K-means.
+    """
+    num_clusters, found = maps["logits"].shape[1], {}
+    for method in parse_methods(["ours", "kmeans", "kmeans-concat"]):
+        clusterer = Clusterer(method, num_clusters, seed=seed)
+        clusterer.observe(maps)
+        found[method.title] = clusterer.finish(vectors.device).logits(maps).argmax(1).flatten()
+    rows = F.normalize(vectors).float()
+    exact = KMeans(num_clusters, seed).fit(rows).predict(rows)
+    return {"K-means on κ's exact eigenvectors": exact, **found}
+
+
+def patch_score(
+    clusters: Tensor, annotations: Tensor, grid: tuple[int, int], patch: int, num_classes: int
+) -> PatchScore:
+    """Score a clustering of patches: every pixel has its patch's cluster.
+
+    Args:
+        clusters: int64 ``[B·h·w]``.
+        annotations: uint8 ``[B, H, W]``, 255 void; h and w patches cover at least H × W pixels.
+        grid: ``(h, w)``.
+        patch: its side in pixels.
+        num_classes: C.
+    """
+    height, width = annotations.shape[1:]
+    pixels = clusters.view(-1, *grid).cpu()
+    pixels = pixels.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    counts = count_matrix(
+        pixels[:, :height, :width], annotations, int(clusters.max()) + 1, num_classes
+    )
+    iou, count = (
+        scores(matched_confusion(counts, majority_vote(counts, by))) for by in ("iou", "count")
+    )
+    return PatchScore(iou.accuracy, iou.mean_iou, count.accuracy, count.mean_iou)
+
+
+def patch_scores(
+    found: dict[str, Tensor],
+    annotations: Tensor,
+    grid: tuple[int, int],
+    patch: int,
+    num_classes: int,
+) -> dict[str, dict[str, float]]:
+    """:func:`patch_score` of every clustering; JSON-ready. Arguments as there."""
+    return {
+        name: asdict(patch_score(clusters, annotations, grid, patch, num_classes))
+        for name, clusters in found.items()
+    }
