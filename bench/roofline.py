@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.graph_inputs import SIZES
 from bench.harness import Rates, Work
 from bench.report import with_table
-from nefkern.errors import ArgumentParser, command
+from nefkern.errors import ArgumentParser, UserError, command
 from nefkern.files import replace_file
 from nefkern.triton.rates import GPUS, Gpu
 
