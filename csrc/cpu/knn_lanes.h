@@ -13,6 +13,9 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // the vectors never cross a call that isn't inlined
 
 namespace nefkern::cpu::NEFKERN_ISA {
+// A name of its own to the linker: simd.h has functions of these names for vectors of the
+// processor's width.
+inline namespace sixteen {
 
 constexpr int kLanes = 16;
 typedef float Lanes __attribute__((vector_size(64)));
@@ -63,4 +66,5 @@ inline void for_each_bit(uint32_t mask, const F& f) {
   for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
 }
 
+}  // namespace sixteen
 }  // namespace nefkern::cpu::NEFKERN_ISA
