@@ -404,7 +404,7 @@ def condensed(found: Sequence) -> str:
         "| kernel | arch | variants | registers | shared | occupancy | spilled | tensor cores |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
-    for (name, arch), rows in sorted(groups.items()):
+    for (name, arch), rows in sorted(groups.items(), key=lambda g: (g[0][0], int(g[0][1][3:]))):
         lines.append(
             _row(
                 name, arch, str(len(rows)),

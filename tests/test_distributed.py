@@ -320,8 +320,15 @@ def test_the_shared_objective_is_that_of_all_rows(folder):
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("global")])
 def test_global_scope_equals_one_process(folder, name):
     train(options(folder, f"{name}-1", **{**RUNS[name], "graph_scope": "rank"}))
-    tolerance = {"rel": 1e-2, "rtol": 1e-2, "atol": 1e-3} if name == "global-amp" else ROUNDING
-    assert_close(folder / f"{name}-1", folder / f"{name}-2", **tolerance)
+    one, two = folder / f"{name}-1", folder / f"{name}-2"
+    if name != "global-amp":
+        assert_close(one, two, **ROUNDING)
+        return
+    # Adam moves a weight whose gradient is all rounding by lr a step, whichever way: four steps.
+    assert_close(one, two, rel=1e-2, rtol=0, atol=4e-3)
+    (weights, _), (others, _) = outcome(one), outcome(two)
+    for key, tensor in weights.items():
+        assert (tensor - others[key]).norm() <= 1e-2 * tensor.norm(), key
 
 
 def test_rank_scope_is_accumulation_over_the_processes_graphs(folder):

@@ -167,6 +167,8 @@ def endless(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests are a shell's background job, SIGINT is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert [program.stdout.readline() for _ in range(4)] == ["one\n"] * 4
     yield program
