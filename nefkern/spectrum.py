@@ -102,6 +102,8 @@ def spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     if arguments.images is not None and arguments.images < 1:
         raise UserError(f"--images {arguments.images}: expected at least 1")
+    if arguments.ignore_class and not arguments.score:
+        raise UserError(f"--ignore-class {arguments.ignore_class[0]}: expected --score beside it")
     segmenter = Segmenter.load(arguments.run, arguments.device)
     dataset, where = _open(arguments, segmenter)
     count = arguments.images or min(segmenter.options.batch_size, len(dataset))
@@ -133,9 +135,8 @@ def _open(
         name, root, split = options.data, options.data_root, arguments.split or options.split
     else:
         name, root, split = "folder", str(arguments.data_root), arguments.split or "train"
-    ignored = arguments.ignore_class if arguments.score else ()
-    dataset = open_dataset(name, root=root, split=split, ignore_classes=ignored)
-    return dataset, {"data_root": root or name, "split": split}
+    dataset = open_dataset(name, root=root, split=split, ignore_classes=arguments.ignore_class)
+    return dataset, {"data_root": root or name, "split": split, "ignored": arguments.ignore_class}
 
 
 def choose_samples(

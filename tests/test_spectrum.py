@@ -147,8 +147,9 @@ def test_score_of_annotated_images(run, photos, photograph, capsys):
     assert next(iter(scores)) == "K-means on κ's exact eigenvectors"
     assert all(0.4 < score["accuracy"] <= 1 for score in scores.values())
     assert "every pixel with its patch's cluster" in capsys.readouterr().out
-    ignored = result(run, *options, "--ignore-class", "left")["scores"]
-    assert all(score["accuracy"] == 1 for score in ignored.values())  # one class is left
+    found = result(run, *options, "--ignore-class", "left")
+    assert found["settings"]["ignored"] == ["left"]
+    assert all(score["accuracy"] == 1 for score in found["scores"].values())  # one class is left
 
 
 def test_the_seed_chooses_the_images(run):
@@ -179,6 +180,7 @@ def test_other_images_and_a_bad_one(run, photograph, tmp_path, capsys, caplog):
         (["--images", "11"], "--images 11: expected at most 10"),
         (["--split", "test"], "no split 'test'"),
         (["--score"], "--score: expected annotated images"),
+        (["--ignore-class", "sky"], "--ignore-class sky: expected --score beside it"),
         (["--data-root", "nowhere"], "nowhere"),
         (["--device", "cuda:77"], "--device cuda:77: not usable"),
         (["--images", "many"], "argument --images: invalid int value"),
