@@ -65,18 +65,32 @@ class Clusterer:
         return self
 
     def logits(self, maps: dict[str, Tensor]) -> Tensor:
-        """Cluster logits ``[B, K, h, w]`` of a batch's maps; their argmax is the cluster."""
+        """Cluster logits ``[B, K, h, w]`` of a batch's maps; their argmax is the cluster.
+
+        Segments have their cluster as a whole: 1 for it and 0 for the others. Their scores would
+        lie about the pixels between two segments: on the way from one feature to another far away,
+        up-sampling passes by centres of neither.
+        """
         features = maps[self.method.map_name]
         if self.kmeans is None:
             return features
-        return self.kmeans.logits(self._prepared(features.movedim(1, -1))).movedim(-1, 1)
+        rows = self._prepared(features.movedim(1, -1))
+        if self.method.per_segment:
+            found = F.one_hot(self.kmeans.predict(rows), self.num_clusters).float()
+        else:
+            found = self.kmeans.logits(rows)
+        return found.movedim(-1, 1)
 
     def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
         """Cluster logits as probabilities, as the CRF needs them.
 
         K-means becomes the mixture of equal spherical Gaussians that it is the limit of, with the
-        variance of the clusters (:attr:`KMeans.variance`).
+        variance of the clusters (:attr:`KMeans.variance`). What up-sampling leaves of segments are
+        shares already.
         """
+        if self.method.per_segment:
+            shares = logits.clamp(min=0)  # a class without a cluster has −inf
+            return shares / shares.sum(dim, keepdim=True).clamp(min=1e-12)
         if self.kmeans is not None:
             logits = logits / max(self.kmeans.variance, 1e-12)
         return logits.softmax(dim)

@@ -8,6 +8,7 @@ from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral, diagonal_blocks
 from nefkern.baselines.methods import METHODS
 from nefkern.graph import GraphConfig, image_kappa
+from nefkern.segmentation.upsample import upsample
 
 GRID = (12, 15)
 COLOURS = torch.tensor([[220, 30, 40], [40, 200, 60], [60, 60, 230], [240, 240, 250]])
@@ -98,6 +99,23 @@ def test_clusters_across_images_are_the_regions():
     clusterer.finish("cpu")
     assert clusterer.kmeans.counts.tolist() == [3, 3, 3, 3]
     assert agree(clusterer.logits({"segments": means}).argmax(1), regions)
+
+
+def test_no_other_cluster_between_two_segments():
+    """Up-sampled *scores* would show the middle centre where the outer two meet."""
+    rows = torch.tensor([[-4.0, 0.0], [0.0, 0.5], [4.0, 0.0]])
+    clusterer = Clusterer(METHODS["deep-spectral"], 3)
+    clusterer.observe({"segments": rows.T[None, :, None]})
+    clusterer.finish("cpu")
+    outer = {"segments": rows[[0, 0, 2, 2]].T[None, :, None]}
+    logits = upsample(clusterer.logits(outer), (8, 32))[0]
+    clusters, shares = logits.argmax(0), clusterer.probabilities(logits)
+    left, right = clusterer.kmeans.predict(rows[[0, 2]]).tolist()
+    assert clusters.eq(left).logical_or(clusters.eq(right)).all()
+    torch.testing.assert_close(shares, logits)  # sums to 1, as a CRF takes it
+    torch.testing.assert_close(shares.sum(0), torch.ones(8, 32))
+    without = torch.cat([shares[:1] * 0 - torch.inf, shares[1:]])  # a class without a cluster
+    assert clusterer.probabilities(without)[0].eq(0).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2)])
