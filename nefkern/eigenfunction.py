@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from nefkern import distributed
-from nefkern.errors import UserError
+from nefkern.errors import UserError, first_line
 from nefkern.ops import linear_attention
 
 
@@ -128,6 +128,20 @@ class Eigenfunction(nn.Module):
         if config.orthogonal:
             # Weight rows of nn.Linear are the columns of the head's matrix.
             register_parametrization(self.head, "weight", OrthonormalRows())
+
+    def load(self, weights: dict[str, Tensor], source: object) -> None:
+        """Take the weights of a checkpoint; ``source`` is where they came from, for the message.
+
+        Raises:
+            UserError: they are of another version of nefkern.
+        """
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(
+                f"{source}: its checkpoint does not fit this version of nefkern "
+                f"({first_line(error)})"
+            ) from None
 
     def hidden(self, x: Tensor) -> Tensor:
         """The features before the head, ``[B, n, D] → [B, n, D]``; what Ours* clusters."""

@@ -15,6 +15,7 @@ import yaml
 from nefkern.errors import UserError
 
 if TYPE_CHECKING:
+    from nefkern.eigenfunction import EigenfunctionConfig
     from nefkern.graph import GraphConfig
 
 
@@ -214,6 +215,21 @@ class TrainOptions:
         from nefkern.graph import GraphConfig  # here: --help should not wait for torch
 
         return GraphConfig(self.k, self.alpha, parse_pairs("--pixel-graphs", self.pixel_graphs))
+
+    def eigenfunction(self, *, transformer: bool) -> EigenfunctionConfig:
+        """The options of ψ, for a backbone that is a transformer or not."""
+        from nefkern.eigenfunction import EigenfunctionConfig
+
+        return EigenfunctionConfig(
+            num_eigenfunctions=self.num_eigenfunctions,
+            blocks=self.blocks,
+            head_dim=self.head_dim,
+            mlp_ratio=self.mlp_ratio,
+            feature_map=self.feature_map,
+            orthogonal=self.orthogonal_head,
+            quantize=self.gumbel,
+            standardize=not transformer if self.standardize is None else self.standardize,
+        )
 
     def temperatures(self) -> tuple[float, float]:
         """Start and end of the Gumbel-Softmax temperature."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from nefkern.data import read_image
+from nefkern.devices import choose_device
 from nefkern.eigenfunction import Eigenfunction
 from nefkern.errors import UserError
 from nefkern.features import Backbone, FeatureCache, load_backbone
@@ -19,7 +20,6 @@ from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
-from nefkern.trainer import build_eigenfunction, choose_device, load_eigenfunction
 
 
 @dataclass
@@ -95,15 +95,16 @@ class Segmenter:
                 f"{run}: was trained on other weights of {options.backbone} than are found now "
                 f"({backbone.identity}); see --weights in its config.yaml"
             )
-        psi = build_eigenfunction(options, backbone).to(backbone.mean.device)
-        load_eigenfunction(psi, found[0], run)
+        config = options.eigenfunction(transformer=backbone.is_transformer)
+        psi = Eigenfunction(backbone.concat_dim, backbone.dim, config).to(backbone.mean.device)
+        psi.load(found[0], run)
         return cls(backbone, psi, options, cache=cache)
 
     def untrained(self, seed: int) -> Segmenter:
         """The same backbone with ψ freshly initialised: the control of what training adds."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            psi = build_eigenfunction(self.options, self.backbone)
+            psi = Eigenfunction(self.backbone.concat_dim, self.backbone.dim, self.psi.config)
         return Segmenter(self.backbone, psi.to(self.device), self.options)
 
     @property

@@ -1,4 +1,4 @@
-"""The training loop: images → features → κ → ψ → objective, with a record and checkpoints."""
+"""The training loop: steps over epochs, with a record, checkpoints and their resumption."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import contextlib
 import itertools
 import json
 import logging
-import math
-import os
-import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from nefkern import distributed
 from nefkern.data import TrainLoader, TrainTransform, open_dataset, train_loader
+from nefkern.devices import choose_device
 from nefkern.distributed import (
     SharedOutOfMemory,
     agreed,
@@ -29,78 +28,16 @@ from nefkern.distributed import (
     is_out_of_memory,
     together,
 )
-from nefkern.eigenfunction import (
-    Eigenfunction,
-    EigenfunctionConfig,
-    annealed_temperature,
-    cosine_schedule,
-    live_clusters,
-)
-from nefkern.errors import UserError, first_line
-from nefkern.features import Backbone, FeatureCache, Features, load_backbone
-from nefkern.graph import kappa, resolve_neighbours, standardized
-from nefkern.objective import objective, scaled_beta
-from nefkern.ops import CSRGraph
+from nefkern.eigenfunction import Eigenfunction
+from nefkern.errors import UserError
+from nefkern.features import FeatureCache, load_backbone
+from nefkern.graph import resolve_neighbours
+from nefkern.interrupts import Interrupts
 from nefkern.options import TrainOptions
 from nefkern.runs import METRICS, Run
+from nefkern.step import TrainingStep
 
 log = logging.getLogger(__name__)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of ``--device``; "auto" is CUDA where there is one.
-
-    Of several processes on a machine each has the GPU of its number.
-
-    Raises:
-        UserError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if distributed.ranks() > 1 and name.startswith("cuda"):
-        if ":" in name:
-            raise UserError(f"--device {name}: expected cuda; each process takes a GPU of its own")
-        name = f"cuda:{distributed.local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name}: not usable on this machine ({first_line(error)})"
-        ) from None
-    return device
-
-
-def build_eigenfunction(options: TrainOptions, backbone: Backbone) -> Eigenfunction:
-    """ψ as the options describe it, for the maps of ``backbone``."""
-    standardize = options.standardize
-    if standardize is None:
-        standardize = not backbone.is_transformer
-    config = EigenfunctionConfig(
-        num_eigenfunctions=options.num_eigenfunctions,
-        blocks=options.blocks,
-        head_dim=options.head_dim,
-        mlp_ratio=options.mlp_ratio,
-        feature_map=options.feature_map,
-        orthogonal=options.orthogonal_head,
-        quantize=options.gumbel,
-        standardize=standardize,
-    )
-    return Eigenfunction(backbone.concat_dim, backbone.dim, config)
-
-
-def load_eigenfunction(psi: Eigenfunction, weights: dict[str, Tensor], run: str | Path) -> None:
-    """Load a run's checkpoint into ψ.
-
-    Raises:
-        UserError: it is of another version of nefkern.
-    """
-    try:
-        psi.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"{run}: its checkpoint does not fit this version of nefkern ({first_line(error)})"
-        ) from None
 
 
 @dataclass
@@ -127,7 +64,7 @@ class Trainer:
     def __init__(self, options: TrainOptions, run: Run) -> None:
         self.options, self.run = options, run
         self.loader: TrainLoader | None = None
-        self.interrupted = False
+        self.interrupts = Interrupts()
         with together():
             self._build()
         self._resume()
@@ -143,18 +80,8 @@ class Trainer:
         self.backbone = load_backbone(
             options.backbone, options.weights, high=options.high, device=self.device
         )
-        folder = self._cache_folder()
-        self.features = FeatureCache(folder, self.backbone, amp=options.amp)
-        # Seeded again, so that ψ does not depend on how the backbone was initialised. All processes
-        # have this seed: they start with the same ψ, and draw the same noise for the whole batch.
-        torch.manual_seed(options.seed)
-        self.psi = build_eigenfunction(options, self.backbone).to(self.device)
-        self.logits = torch.compile(self.psi, fullgraph=True) if options.compile else self.psi
-        self.optimizer = torch.optim.Adam(self.psi.parameters(), lr=options.lr, fused=True)
-        self.graph_config = options.graph()
-        self.shared = options.graph_scope == "global" and distributed.ranks() > 1
-        self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
-        self.temperatures = options.temperatures()
+        features = FeatureCache(self._cache_folder(), self.backbone, amp=options.amp)
+        self.step = TrainingStep(options, self.backbone, features)
         self.position = Position(batch_size=self._batch_size())
         self._check_rows()
 
@@ -189,7 +116,7 @@ class Trainer:
                 "a patch of the backbone"
             )
         side = -(-self.options.crop // self.backbone.patch)
-        images = self.position.batch_size // (1 if self.shared else distributed.ranks())
+        images = self.position.batch_size // (1 if self.step.shared else distributed.ranks())
         rows = images * side * side  # of a graph
         resolve_neighbours(self.options.k, rows)
         if self.options.num_eigenfunctions > rows:
@@ -206,8 +133,8 @@ class Trainer:
             return
         weights, state = found
         with together():
-            load_eigenfunction(self.psi, weights, self.run.folder)
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.psi.load(weights, self.run.folder)
+            self.step.optimizer.load_state_dict(state["optimizer"])
             self.position = Position(**state["position"])
             if self.position.batch_size % distributed.ranks():
                 raise UserError(
@@ -261,7 +188,7 @@ class Trainer:
         if not is_main():
             return
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
             "position": vars(self.position).copy(),
             **self._generators(),
         }
@@ -290,25 +217,38 @@ class Trainer:
         self.saved_at = time.monotonic()
         rows = self.run.metrics() if is_main() else []
         last = rows[-1] if rows else {}
-        with self._interrupts(), self._record() as write:
+        waits = []
+        with self.interrupts.noted(), self._record() as write:
             for last in self._steps():
+                waits.append(last["input_wait"])
                 with together():
                     write(last)
                     if time.monotonic() - self.saved_at >= self.options.checkpoint_seconds:
                         self.save()
-                if distributed.any_rank(self.interrupted):
-                    self.interrupted = True
+                if distributed.any_rank(self.interrupts.received):
+                    self.interrupts.received = True
                     break
         self.loader = None  # ends its processes
         with together():
             self.save()
-        if self.interrupted:
+        self._tell_of_stalls(waits)
+        if self.interrupts.received:
             if not is_main():
                 raise SystemExit(130)  # the main process says it
             raise KeyboardInterrupt(
                 f"the checkpoint after step {self.position.total} is written; --resume goes on"
             )
         return last
+
+    def _tell_of_stalls(self, waits: list[float]) -> None:
+        """One line, if more than a fifth of the usual step's time went into its input."""
+        if is_main() and waits and (wait := statistics.median(waits)) > 0.2:
+            log.info(
+                "%.0f %% of the time of a step went into waiting for images: raise --workers "
+                "(now %d), or see each image in a few --views only",
+                100 * wait,
+                self.options.workers,
+            )
 
     @contextlib.contextmanager
     def _record(self) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -333,6 +273,11 @@ class Trainer:
             yield write
 
     @property
+    def psi(self) -> Eigenfunction:
+        """The eigenfunctions in training."""
+        return self.step.psi
+
+    @property
     def finished(self) -> bool:
         """Whether every epoch is done."""
         return self.position.epoch >= self.options.epochs
@@ -345,7 +290,7 @@ class Trainer:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                agreed_on = isinstance(error, SharedOutOfMemory) and not self.shared
+                agreed_on = isinstance(error, SharedOutOfMemory) and not self.step.shared
                 if distributed.ranks() > 1 and not agreed_on:
                     # The others may be waiting for what this process cannot send.
                     raise UserError(
@@ -364,7 +309,7 @@ class Trainer:
         old, accumulate, ranks = self.position, self.options.accumulate, distributed.ranks()
         seen = old.step * old.batch_size * accumulate
         self.loader = None
-        self.optimizer.zero_grad(set_to_none=True)
+        self.step.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         # Memory ran out before or after the step's noise was drawn, here and there.
@@ -390,6 +335,7 @@ class Trainer:
                 workers=self.options.workers,
                 seed=self.options.seed,
                 views=self.options.views if self.options.augment else 1,
+                pin_memory=self.device.type == "cuda",
                 shard=(distributed.rank(), distributed.ranks()),
             )
         return self.loader
@@ -420,10 +366,12 @@ class Trainer:
             started = time.perf_counter()
             for images in agreed(self._images(loader)):
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
-                row = self._step(images, progress)
+                loaded = time.perf_counter()
+                row = self.step(images, progress, self.position.total + 1)
                 now = time.perf_counter()
                 count = len(images) * distributed.ranks()
                 row["images_per_second"] = count / (now - started)  # with loading
+                row["input_wait"] = (loaded - started) / (now - started)
                 started = now
                 self.position.step += 1
                 self.position.total += 1
@@ -432,139 +380,6 @@ class Trainer:
                 yield {"step": self.position.total, "epoch": self.position.epoch + 1, **row}
         self.position.epoch += 1
         self.position.step = 0
-
-    def _step(self, images: Tensor, progress: float) -> dict[str, float]:
-        """One optimiser step on ``[B, 3, crop, crop]`` uint8 images, this process's share."""
-        temperature = annealed_temperature(progress, *self.temperatures)
-        lr = cosine_schedule(progress, self.options.lr, self.options.final_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        images = images.to(self.device, non_blocking=True)
-        batches = images.chunk(self.options.accumulate)
-        if self.position.total == 0 and self.psi.config.standardize:
-            self._fit_scale(batches[0])
-        self.optimizer.zero_grad(set_to_none=True)
-        # Graphs of a process's own need no messages: an error in any is then an error of all.
-        with contextlib.nullcontext() if self.shared else together():
-            graphs = [self._accumulate(batch, temperature) for batch in batches]
-        figures = _figures(graphs)
-        with together():
-            if not math.isfinite(figures["loss"]):
-                raise UserError(
-                    f"the loss is {figures['loss']} at step {self.position.total + 1}; "
-                    "a lower --lr may help"
-                )
-        distributed.total_gradients(self.psi.parameters())
-        with together():
-            self.optimizer.step()
-        return {**figures, "temperature": temperature, "lr": lr}
-
-    def _fit_scale(self, images: Tensor) -> None:
-        """Take the scale of ψ's input from the whole first batch."""
-        with together():
-            concat = self.features(images).concat
-        self.psi.fit_scale(distributed.gather_rows(concat))
-
-    def _accumulate(self, images: Tensor, temperature: float) -> _Graph:
-        """Forward and backward on one graph; its share of the mean loss goes to the gradients."""
-        with together() if self.shared else contextlib.nullcontext():
-            maps = self.features(images)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-                logits = self.logits(maps.concat)
-            outputs = self.psi.quantize(logits, temperature).flatten(0, 1)
-        parts = objective(
-            outputs,
-            self._kappa(images, maps),
-            beta=self.beta,
-            t=self.options.t,
-            minimum=self.options.min_norm,
-            shared=self.shared,
-        )
-        # The gradients of processes are summed: right as it is for the one loss of a shared graph,
-        # and a mean for the losses of graphs of their own.
-        graphs = self.options.accumulate * (1 if self.shared else distributed.ranks())
-        (parts.loss / graphs).backward()
-        flat = logits.detach().float().flatten(0, 1)
-        confidence = (flat / temperature).softmax(-1).amax(-1).mean()
-        figures = torch.stack([parts.loss.detach(), confidence, *parts.figures])
-        return _Graph(figures, live_clusters(flat))
-
-    def _kappa(self, images: Tensor, maps: Features) -> CSRGraph:
-        """κ of this process's images, or of those of all."""
-        every = self.options.graph_features == "all"
-        near_by, images = maps.concat if every else maps.high, self.backbone.pad(images)
-        if self.shared:  # features have no gradient, so that every process can make the same κ
-            near_by, images = distributed.gather_rows(near_by), distributed.gather_rows(images)
-        near_by = standardized(near_by) if every else near_by
-        return kappa(near_by, images, maps.grid, self.graph_config)
-
-    @contextlib.contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """Let Ctrl-C and a polite kill end the current step first; a second one ends it at once."""
-
-        owner, first = os.getpid(), 0.0
-
-        def note(number: int, frame: Any) -> None:
-            if os.getpid() != owner:  # a loading process; it ends with its owner
-                return
-            nonlocal first
-            now = time.monotonic()
-            # torchrun passes on what the terminal or the scheduler may have sent here as well.
-            if self.interrupted and (distributed.ranks() == 1 or now > first + _ECHO_SECONDS):
-                raise KeyboardInterrupt
-            if not self.interrupted:
-                first = now
-            self.interrupted = True
-            if is_main():
-                tqdm.write("stopping after this step; once more to stop at once")
-
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-#: A second signal this soon after the first is the same one, come another way.
-_ECHO_SECONDS = 5.0
-
-
-class _Graph(NamedTuple):
-    """What is recorded of one graph, still on the device.
-
-    Attributes:
-        figures: ``[6]``: loss, confidence, trace, penalty, off_diagonal, dead.
-        live: bool ``[K]``: the clusters that win somewhere.
-    """
-
-    figures: Tensor
-    live: Tensor
-
-
-def _figures(graphs: list[_Graph]) -> dict[str, float]:
-    """A step's record over its graphs, those of other processes included.
-
-    Means; but clusters are live if they win anywhere, and ``dead`` is the largest number.
-    """
-    # One message from the device a step: each would wait for all work before it.
-    rows = torch.stack([torch.cat([figures, live.to(figures.dtype)]) for figures, live in graphs])
-    rows = rows.cpu()
-    means = distributed.mean(rows[:, :5].double().mean(0)).tolist()
-    loss, confidence, trace, penalty, off_diagonal = means
-    dead, *live = distributed.largest(rows[:, 5:].amax(0).long()).tolist()
-    return {
-        "loss": loss,
-        "trace": trace,
-        "penalty": penalty,
-        "live": sum(live),
-        "dead": dead,
-        "off_diagonal": off_diagonal,
-        "confidence": confidence,
-    }
 
 
 def _shown(row: dict[str, float]) -> dict[str, str]:

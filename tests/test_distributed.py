@@ -30,6 +30,7 @@ from nefkern.objective import objective
 from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
 from nefkern.runs import METRICS, Run
+from nefkern.step import TrainingStep
 from nefkern.trainer import Trainer
 
 RANKS, PATIENCE = 2, 300  # seconds, for a busy machine
@@ -64,20 +65,20 @@ def train(chosen: TrainOptions) -> Trainer:
 
 def interrupt_in_step(step: int, who: int) -> contextlib.AbstractContextManager:
     """Process ``who`` gets a signal in the course of a step, twice as from a scheduler."""
-    original = Trainer._step
+    original = TrainingStep.__call__
 
-    def stepping(self, images, progress):
-        if self.position.total + 1 == step and distributed.rank() == who:
+    def stepping(self, images, progress, number):
+        if number == step and distributed.rank() == who:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, images, progress)
+        return original(self, images, progress, number)
 
-    return replaced(Trainer, "_step", stepping)
+    return replaced(TrainingStep, "__call__", stepping)
 
 
-def fail_in_features(who: int, when: Callable[[Trainer, int], bool], error: Callable):
-    """The backbone of process ``who`` raises ``error()`` where ``when(trainer, images)``."""
-    original = Trainer._accumulate
+def fail_in_features(who: int, when: Callable[[TrainingStep, int], bool], error: Callable):
+    """The backbone of process ``who`` raises ``error()`` where ``when(step, images)``."""
+    original = TrainingStep.accumulate
 
     def accumulate(self, images, temperature):
         if distributed.rank() != who or not when(self, len(images)):
@@ -89,7 +90,7 @@ def fail_in_features(who: int, when: Callable[[Trainer, int], bool], error: Call
         with replaced(self, "features", features):
             return original(self, images, temperature)
 
-    return replaced(Trainer, "_accumulate", accumulate)
+    return replaced(TrainingStep, "accumulate", accumulate)
 
 
 @contextlib.contextmanager
@@ -146,8 +147,8 @@ def resuming(folder: Path) -> None:
 
 
 def memory(folder: Path) -> None:
-    def too_many(trainer: Trainer, images: int) -> bool:
-        return images > 1 and trainer.position.total >= 1
+    def too_many(step: TrainingStep, images: int) -> bool:
+        return images > 1 and len(step.optimizer.state) > 0  # not in the first step
 
     with fail_in_features(1, too_many, MemoryError):
         check_alike(train(options(folder, "memory-rank")))
@@ -159,7 +160,7 @@ def mistakes(folder: Path) -> None:
     """What ends all processes, whichever it happens in; none may wait for another in vain."""
     for scope in ("rank", "global"):
         chosen = options(folder, f"mistake-{scope}", graph_scope=scope)
-        with fail_in_features(1, lambda trainer, images: True, lambda: UserError("no such light")):
+        with fail_in_features(1, lambda step, images: True, lambda: UserError("no such light")):
             note(folder, f"mistake-{scope}", ending(lambda c=chosen: train(c)))
     with replaced(Views, "view", unreadable_in_the_second):
         note(folder, "unreadable", ending(lambda: train(options(folder, "unreadable"))))
@@ -287,7 +288,7 @@ def said(folder: Path, name: str) -> list[str]:
 def outcome(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     rows = Run(path).metrics()
     for row in rows:
-        del row["images_per_second"]
+        del row["images_per_second"], row["input_wait"]
     return Run(path).load()[0], rows
 
 
@@ -428,9 +429,9 @@ def test_accumulated_graphs_have_objectives_of_their_own(folder):
     losses, gradients = [], []
     for batch in images.chunk(2):
         trainer.psi.zero_grad()
-        losses.append(trainer._accumulate(batch, 1.0).figures[0].item())
+        losses.append(trainer.step.accumulate(batch, 1.0).figures[0].item())
         gradients.append([p.grad.clone() for p in trainer.psi.parameters()])
-    row = trainer._step(images, 0.0)
+    row = trainer.step(images, 0.0, 1)
     assert losses[0] != losses[1]
     assert row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     for parameter, first, second in zip(trainer.psi.parameters(), *gradients, strict=True):
@@ -456,7 +457,7 @@ def test_compiled_psi_trains_as_it_is(folder):
     changes = {"blocks": 1, "epochs": 1}
     train(options(folder, "plain", **changes))
     trainer = train(options(folder, "compiled", compile=True, **changes))
-    assert trainer.logits is not trainer.psi
+    assert trainer.step.logits is not trainer.psi
     (weights, rows), (others, other_rows) = outcome(folder / "plain"), outcome(folder / "compiled")
     assert weights.keys() == others.keys(), "the checkpoint does not tell"
     for row, other in zip(rows, other_rows, strict=True):

@@ -18,6 +18,7 @@ from nefkern.reproduce import main, parser
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Planner
 from nefkern.runs import CHECKPOINT, Run
+from nefkern.step import TrainingStep
 from nefkern.trainer import Trainer
 
 TINY = (
@@ -57,8 +58,8 @@ def reproduce(scenes, tmp_path):
 def counted(monkeypatch):
     """What was really done: "step" and "evaluation" in order."""
     done = []
-    step, run = Trainer._step, Evaluator.run
-    monkeypatch.setattr(Trainer, "_step", lambda *a: done.append("step") or step(*a))
+    step, run = TrainingStep.__call__, Evaluator.run
+    monkeypatch.setattr(TrainingStep, "__call__", lambda *a: done.append("step") or step(*a))
     monkeypatch.setattr(Evaluator, "run", lambda *a: done.append("evaluation") or run(*a))
     return done
 
@@ -251,7 +252,7 @@ def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch)
     assert counted == []
 
     def interrupted(trainer):
-        trainer.interrupted = True
+        trainer.interrupts.received = True
         return epoch(trainer)
 
     epoch = Trainer._epoch

@@ -102,7 +102,7 @@ def test_continuous_outputs_are_taken_as_they_are(tiny, photos):
 @pytest.mark.parametrize("graph_features", ["high", "all"])
 def test_kappa_is_the_trainers(tiny, images, monkeypatch, graph_features):
     """The graph that a training step builds of the same images, whatever neighbours it takes."""
-    from nefkern import trainer as module
+    from nefkern import step as module
 
     options = tiny(graph_features=graph_features, k="3%")
     trainer = Trainer(options, Run.create(options))
@@ -113,7 +113,7 @@ def test_kappa_is_the_trainers(tiny, images, monkeypatch, graph_features):
         return graphs[-1]
 
     monkeypatch.setattr(module, "kappa", keep)
-    trainer._step(images, 0.0)
+    trainer.step(images, 0.0, 1)
     segmenter = Segmenter(trainer.backbone, trainer.psi, trainer.options)
     found = segmenter.kappa(images, segmenter.maps(images))
     torch.testing.assert_close(found.to_dense(), graphs[0].to_dense())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -13,18 +14,19 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from nefkern import files
+from nefkern.data import TrainLoader
 from nefkern.errors import UserError
 from nefkern.options import TrainOptions
 from nefkern.runs import CHECKPOINT, CONFIG, METRICS, Run
 from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer, build_eigenfunction, choose_device
+from nefkern.step import TrainingStep
+from nefkern.trainer import Trainer
 
 THREADS = torch.get_num_threads()
 
@@ -40,21 +42,21 @@ def start(options: TrainOptions) -> Trainer:
 
 def stop_after(step: int, monkeypatch) -> None:
     """Interrupt training in the course of its ``step``-th step, as Ctrl-C does."""
-    original = Trainer._step
+    original = TrainingStep.__call__
 
-    def stepping(self, images, progress):
-        if self.position.total + 1 == step:
+    def stepping(self, images, progress, number):
+        if number == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, images, progress)
+        return original(self, images, progress, number)
 
-    monkeypatch.setattr(Trainer, "_step", stepping)
+    monkeypatch.setattr(TrainingStep, "__call__", stepping)
 
 
 def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     run = Run(folder)
     rows = run.metrics()
     for row in rows:
-        del row["images_per_second"]  # the only thing that a clock decides
+        del row["images_per_second"], row["input_wait"]  # the only things that a clock decides
     return run.load()[0], rows
 
 
@@ -76,7 +78,7 @@ def test_a_run_falls_and_records_all(tiny):
     assert last == rows[-1]
     keys = {
         "loss", "trace", "penalty", "temperature", "live", "dead", "off_diagonal", "confidence",
-        "lr", "images_per_second", "step", "epoch",
+        "lr", "images_per_second", "input_wait", "step", "epoch",
     }  # fmt: skip
     assert set(last) == keys
     assert rows[0]["temperature"] == 1.0
@@ -192,9 +194,8 @@ def test_an_error_before_training_leaves_the_folder_free(tiny):
     [(None, True, False), (None, False, True), (True, True, True), (False, False, False)],
 )
 def test_the_scale_of_the_input_is_fitted_where_the_maps_differ(asked, transformer, standardize):
-    backbone = SimpleNamespace(is_transformer=transformer, concat_dim=64, dim=32)
-    options = TrainOptions(standardize=asked, num_eigenfunctions=8, blocks=0, head_dim=32)
-    assert build_eigenfunction(options, backbone).config.standardize is standardize
+    options = TrainOptions(standardize=asked)
+    assert options.eigenfunction(transformer=transformer).standardize is standardize
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.5}, {"k": "17"}, {"epochs": 9}, {"backbone": "x"}])
@@ -291,11 +292,10 @@ def test_no_run(tmp_path):
 # ---- kills and full disks
 
 
-def save_forever(folder: str, begun) -> None:
-    run, step = Run(folder), 0
-    begun.set()
-    while True:
-        step += 1
+def save_forever(folder: str, saving) -> None:
+    run = Run(folder)
+    for step in itertools.count(1):
+        saving.value = step
         tensors = {name: torch.full((300, 300), float(step)) for name in "ab"}
         run.save(tensors, {"step": step, "blob": torch.full((200_000,), float(step))}, step)
 
@@ -305,11 +305,13 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     context = multiprocessing.get_context("fork")
     run, steps = Run(tmp_path), []
     for _ in range(25):
-        begun = context.Event()
-        saver = context.Process(target=save_forever, args=(str(tmp_path), begun))
+        saving = context.RawValue("i", 0)
+        saver = context.Process(target=save_forever, args=(str(tmp_path), saving))
         saver.start()
-        begun.wait()  # however long a busy machine takes to start it
-        time.sleep(dice.uniform(0.005, 0.08))
+        last = dice.randint(1, 6)
+        while saving.value < last:  # however long a busy machine takes
+            time.sleep(1e-4)
+        time.sleep(dice.uniform(0, 0.01))
         os.kill(saver.pid, signal.SIGKILL)
         saver.join()
         found = run.load()
@@ -375,16 +377,17 @@ def test_checkpoints_in_between(tiny, monkeypatch):
 def watch(monkeypatch, limit: int, at: int, error: Callable[[], Exception]) -> list[tuple]:
     """Record (epoch, image) of every step; from step ``at`` on, more than ``limit`` is too many."""
     seen: list[tuple] = []
-    original = Trainer._step
+    original = TrainingStep.__call__
 
-    def stepping(self, images, progress):
-        if len(images) > limit and self.position.total + 1 >= at:
+    def stepping(self, images, progress, number):
+        if len(images) > limit and number >= at:
             raise error()
+        epoch = int(progress * self.options.epochs + 1e-9)
         names = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in images]
-        seen.extend((self.position.epoch, name) for name in names)
-        return original(self, images, progress)
+        seen.extend((epoch, name) for name in names)
+        return original(self, images, progress, number)
 
-    monkeypatch.setattr(Trainer, "_step", stepping)
+    monkeypatch.setattr(TrainingStep, "__call__", stepping)
     return seen
 
 
@@ -439,14 +442,14 @@ def test_another_runtime_error_is_not_taken_for_it(tiny, monkeypatch):
 def test_non_finite_loss_is_told_and_nothing_is_lost(tiny, monkeypatch):
     options = tiny(checkpoint_seconds=0.0)
     trainer = start(options)
-    original = Trainer._step
+    original = TrainingStep.__call__
 
-    def spoiled(self, images, progress):
-        if self.position.total == 7:
+    def spoiled(self, images, progress, number):
+        if number == 8:
             self.psi.norm.weight.data.fill_(float("nan"))
-        return original(self, images, progress)
+        return original(self, images, progress, number)
 
-    monkeypatch.setattr(Trainer, "_step", spoiled)
+    monkeypatch.setattr(TrainingStep, "__call__", spoiled)
     with pytest.raises(UserError, match="the loss is nan at step 8; a lower --lr may help"):
         trainer.train()
     weights, metadata = Run(options.out).load()
@@ -466,22 +469,37 @@ def test_one_bad_image_is_reported_once_and_skipped(tiny, photos, caplog, worker
     assert len(Run(tiny().out).metrics()) == 15
 
 
+@pytest.mark.parametrize("wait", [0.3, 0.01])
+def test_a_stalling_input_is_told(tiny, monkeypatch, caplog, wait):
+    """A second step's worth of time for every step, or hardly any, goes into loading."""
+    original, loaded = TrainingStep.__call__, TrainLoader.__iter__
+
+    def stepping(*args):
+        row = original(*args)
+        time.sleep(0.3)
+        return row
+
+    def loading(self):
+        for images in loaded(self):
+            time.sleep(wait)
+            yield images
+
+    monkeypatch.setattr(TrainingStep, "__call__", stepping)
+    monkeypatch.setattr(TrainLoader, "__iter__", loading)
+    with caplog.at_level(logging.INFO):
+        last = start(tiny(epochs=1, workers=0)).train()
+    assert (last["input_wait"] > 0.2) == (wait == 0.3)
+    told = [r.getMessage() for r in caplog.records if "waiting for images" in r.getMessage()]
+    assert len(told) == (wait == 0.3)
+    assert all("--workers (now 0)" in line for line in told)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_strict_makes_it_an_error(tiny, photos, workers):
     bad = photos / "images" / "train" / "4.png"
     bad.write_bytes(b"")
     with pytest.raises(UserError, match=str(bad)):
         start(tiny(strict=True, workers=workers)).train()
-
-
-def test_devices():
-    assert choose_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="--device nonsense: not usable on this machine"):
-        choose_device("nonsense")
-    if not torch.cuda.is_available():
-        assert choose_device("auto").type == "cpu"
-        with pytest.raises(UserError, match="--device cuda: not usable on this machine"):
-            choose_device("cuda")
 
 
 # ---- the trained run

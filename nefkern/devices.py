@@ -1,0 +1,32 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from nefkern import distributed
+from nefkern.errors import UserError, first_line
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``--device``; "auto" is CUDA where there is one.
+
+    Of several processes on a machine each has the GPU of its number.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.ranks() > 1 and name.startswith("cuda"):
+        if ":" in name:
+            raise UserError(f"--device {name}: expected cuda; each process takes a GPU of its own")
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name}: not usable on this machine ({first_line(error)})"
+        ) from None
+    return device
