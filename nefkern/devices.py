@@ -1,6 +1,8 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how many cores it has."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -30,3 +32,13 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: not usable on this machine ({first_line(error)})"
         ) from None
     return device
+
+
+def cores() -> int:
+    """This process's share of the processor's cores, at least 1.
+
+    The processes that torchrun starts on a machine share its cores.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -95,7 +95,12 @@ class TrainOptions:
     strict: bool = _option(
         False, "an unreadable image is an error, not reported and skipped", "data"
     )
-    workers: int = _option(2, "processes that load images; 0: none beside the main one", "data")
+    workers: int | None = _option(
+        None,
+        "processes that load images; 0: none beside the main one [half the cores of a process, "
+        "at most 8]",
+        "data",
+    )
 
     # backbone
     backbone: str = _option("vit_small_patch16_384", "any timm model name", "backbone")

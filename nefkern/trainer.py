@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nefkern import distributed
 from nefkern.data import TrainLoader, TrainTransform, open_dataset, train_loader
-from nefkern.devices import choose_device
+from nefkern.devices import choose_device, cores
 from nefkern.distributed import (
     SharedOutOfMemory,
     agreed,
@@ -38,6 +38,9 @@ from nefkern.runs import METRICS, Run
 from nefkern.step import TrainingStep
 
 log = logging.getLogger(__name__)
+
+#: Loading processes that are started unasked: they bring more images than a GPU trains on.
+_MOST_WORKERS = 8
 
 
 @dataclass
@@ -247,7 +250,7 @@ class Trainer:
                 "%.0f %% of the time of a step went into waiting for images: raise --workers "
                 "(now %d), or see each image in a few --views only",
                 100 * wait,
-                self.options.workers,
+                self.workers,
             )
 
     @contextlib.contextmanager
@@ -271,6 +274,12 @@ class Trainer:
                         events.add_scalar(name, value, row["step"])
 
             yield write
+
+    @property
+    def workers(self) -> int:
+        """Processes that load images."""
+        asked = self.options.workers
+        return min(_MOST_WORKERS, cores() // 2) if asked is None else asked
 
     @property
     def psi(self) -> Eigenfunction:
@@ -332,7 +341,7 @@ class Trainer:
                 self.dataset,
                 self._transform(),
                 batch_size=self.position.batch_size,
-                workers=self.options.workers,
+                workers=self.workers,
                 seed=self.options.seed,
                 views=self.options.views if self.options.augment else 1,
                 pin_memory=self.device.type == "cuda",

@@ -469,6 +469,14 @@ def test_one_bad_image_is_reported_once_and_skipped(tiny, photos, caplog, worker
     assert len(Run(tiny().out).metrics()) == 15
 
 
+@pytest.mark.parametrize(("cores", "processes", "loading"), [(1, 1, 0), (16, 2, 4), (64, 1, 8)])
+def test_loading_processes_unasked(tiny, monkeypatch, cores, processes, loading):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert start(tiny(workers=None)).workers == loading
+    assert start(tiny(workers=3, out=f"{tiny().out}-3")).workers == 3
+
+
 @pytest.mark.parametrize("wait", [0.3, 0.01])
 def test_a_stalling_input_is_told(tiny, monkeypatch, caplog, wait):
     """A second step's worth of time for every step, or hardly any, goes into loading."""

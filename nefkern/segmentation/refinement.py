@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nefkern.devices import cores
 from nefkern.errors import UserError, first_line
 from nefkern.segmentation.crf import as_arrays
 from nefkern.segmentation.mean_field import AUTHORS, CRFParameters, best_labels
@@ -64,13 +65,9 @@ class _Pending(NamedTuple):
 def default_workers() -> int:
     """One less than this process's share of the processor's cores, 0 to 8.
 
-    The main process needs a core to feed the workers. The processes that torchrun starts on a
-    machine share its cores.
+    The main process needs a core to feed the workers.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(_MOST_WORKERS, share - 1))
+    return min(_MOST_WORKERS, cores() - 1)
 
 
 class Refiner:
