@@ -133,7 +133,8 @@ class TrainLoader:
     Batch ``s`` of epoch ``e`` is a function of the seed, ``e`` and ``s``: it does not depend on
     the number of workers, nor on where iteration began. A short last batch is dropped unless it
     is the only one; which images that leaves out changes with the epoch. Worker processes live
-    from one epoch to the next, until :meth:`close`.
+    from one epoch to the next, until :meth:`close`, and read ahead across the end of an epoch: the
+    first batch of the next is there as soon as any other.
 
     An unreadable image is replaced (:class:`Views`) and reported once, as a logged warning from
     the main process.
@@ -148,8 +149,7 @@ class TrainLoader:
 
     Attributes:
         views, batch_size: as given.
-        start_step: the batch that the next iteration begins with, see :meth:`set_epoch`.
-        epoch: the epoch of it.
+        epoch, start_step: what the next iteration begins with, see :meth:`set_epoch`.
 
     Raises:
         UserError: ``batch_size`` below 1 or ``workers`` below 0. In iteration: an unreadable
@@ -171,22 +171,17 @@ class TrainLoader:
         if workers < 0:
             raise UserError(f"workers: expected 0 or more, got {workers}")
         self.views, self.batch_size = views, batch_size
+        self.epoch, self.start_step = 0, 0
         self._steps = _Steps(len(views), batch_size, views.seed, shard)
         self._reported: set[str] = set()
         self._workers, self._pin_memory = workers, pin_memory
         self._loader: DataLoader | None = None
+        self._outcomes: Iterator[tuple[Tensor, list[str]] | str] | None = None
+        self._next: tuple[int, int] | None = None  # position of the next outcome
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
         return self._steps.per_epoch
-
-    @property
-    def epoch(self) -> int:
-        return self._steps.epoch
-
-    @property
-    def start_step(self) -> int:
-        return self._steps.start_step
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose what the next iteration yields: ``epoch`` from batch ``start_step`` on.
@@ -196,26 +191,35 @@ class TrainLoader:
         """
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step: expected 0 to {len(self)}, got {start_step}")
-        self._steps.epoch, self._steps.start_step = epoch, start_step
+        self.epoch, self.start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self._loader is None:
-            self._loader = self._start()
-        error = None
-        for outcome in self._loader:
+        epoch, first, last = self.epoch, self.start_step, len(self)
+        if first < last:
+            self._go_to((epoch, first))
+        for step in range(first, last):
+            self._next = None  # should the outcome be an exception
+            outcome = next(self._outcomes)
             if isinstance(outcome, str):
-                error = outcome
-                break
+                self.close()  # now: a traceback may keep this loader for long
+                raise UserError(outcome)
+            self._next = (epoch, step + 1) if step + 1 < last else (epoch + 1, 0)
             images, problems = outcome
             self._report(problems)
             yield images
-        if error is not None:
-            self.close()  # now: a traceback may keep this loader for long
-            raise UserError(error)
+
+    def _go_to(self, position: tuple[int, int]) -> None:
+        """Let the next outcome be that of a position, an (epoch, step)."""
+        if self._next == position:
+            return
+        if self._loader is None:
+            self._loader = self._start()
+        self._steps.begin = self._next = position
+        self._outcomes = iter(self._loader)
 
     def close(self) -> None:
         """End the worker processes, if any; another iteration starts new ones."""
-        self._loader = None
+        self._loader = self._outcomes = self._next = None
 
     def _start(self) -> DataLoader:
         return DataLoader(
@@ -237,7 +241,7 @@ class TrainLoader:
 
 
 class _Steps:
-    """The sampler: one key a batch, from ``start_step`` of ``epoch`` on.
+    """The sampler: one key a batch, from ``begin``, an (epoch, step), on and without an end.
 
     Workers outlive an epoch, so every key says which epoch it means.
     """
@@ -254,17 +258,20 @@ class _Steps:
                 f"{parts}, got {batch_size}"
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self._begin = part * (batch_size // parts)
-        self._end = self._begin + batch_size // parts
+        begin = part * (batch_size // parts)
+        self._own = slice(begin, begin + batch_size // parts)
         self.per_epoch = max(1, num_images // batch_size)
-        self.epoch, self.start_step = 0, 0
+        self.begin = (0, 0)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        generator = _generator(self.seed, self.epoch)
-        order = torch.randperm(self.num_images, generator=generator).tolist()
-        for step in range(self.start_step, self.per_epoch):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.epoch, batch[self._begin : self._end]
+        epoch, first = self.begin
+        while True:
+            generator = _generator(self.seed, epoch)
+            order = torch.randperm(self.num_images, generator=generator).tolist()
+            for step in range(first, self.per_epoch):
+                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                yield epoch, batch[self._own]
+            epoch, first = epoch + 1, 0
 
 
 class _Batches(Dataset):

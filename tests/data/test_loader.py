@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -77,9 +78,7 @@ def test_epochs_and_seeds_differ_and_repeat(images_folder):
 def test_each_epoch_shuffles_without_repetition(images_folder):
     each = loader(images_folder, batch_size=7)
     orders = []
-    for number in range(4):
-        each.set_epoch(number)
-        ((key_epoch, order),) = list(each._steps)
+    for number, (key_epoch, order) in zip(range(4), each._steps, strict=False):
         assert key_epoch == number
         assert sorted(order) == list(range(7))
         orders.append(tuple(order))
@@ -104,6 +103,23 @@ def test_an_abandoned_epoch_leaves_nothing_behind(images_folder, workers):
     abandoned = loader(images_folder, workers=workers)
     next(iter(abandoned))
     assert torch.equal(epoch(abandoned, 1), epoch(loader(images_folder), 1))
+
+
+def test_the_next_epoch_is_read_ahead(images_folder):
+    """Its first batches are there although the images are gone since."""
+    expected = epoch(loader(images_folder), 1)
+    ahead = loader(images_folder, workers=1)
+    epoch(ahead, 0)
+    deadline = time.monotonic() + 30
+    while ahead._outcomes._worker_result_queue.qsize() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    shutil.rmtree(images_folder)
+    ahead.set_epoch(1)
+    batches = iter(ahead)
+    assert torch.equal(next(batches), expected[0])
+    assert torch.equal(next(batches), expected[1])
+    ahead.close()
 
 
 @pytest.mark.parametrize("step", [-1, 4])
