@@ -1,16 +1,22 @@
-"""Input for training: decode and augment a batch of JPEGs in one process, images a second.
+"""Input for training: JPEGs decoded and augmented in one process, alone and beside a step.
 
 A step that takes t seconds for a batch of 16 does not wait for its input while the processes that
-load (``--workers``) bring 16 / t images a second between them.
+load (``--workers``) bring 16 / t images a second between them. The second case lets one process
+load beside steps that leave the processor alone, as those of a GPU do, and take as long as
+docs/gpu.md expects of the paper's card with ``--amp``.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from nefkern.data import ImageDataset, TrainTransform
@@ -18,6 +24,8 @@ from nefkern.data.constants import FLIP, RESIZE_RATIO
 from nefkern.data.loader import train_loader
 
 WIDTH, HEIGHT = 500, 375  # as Pascal Context's
+SECONDS_AN_IMAGE = 0.095 / 16  # of a training step on an RTX 3090
+STEPS = 12
 # images a batch, base of the random resize, crop
 BATCHES = {"small": (4, 104, 96), "paper": (16, 520, 480), "large": (16, 1024, 768)}
 
@@ -36,7 +44,7 @@ def write_photographs(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-class Torchvision:
+class Torchvision(Dataset):
     """The same augmentation as one writes it with torchvision's transforms."""
 
     def __init__(self, paths: list[Path], resize: int, crop: int, *, tensors: bool) -> None:
@@ -54,7 +62,10 @@ class Torchvision:
             ]
         )
 
-    def __call__(self) -> torch.Tensor:
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, step: int) -> torch.Tensor:
         return torch.stack([self.pipeline(Image.open(p).convert("RGB")) for p in self.paths])
 
 
@@ -95,10 +106,11 @@ def test_input(race, size, tmp_path):
         (batch,) = loader
         return batch
 
+    tensors, images = (Torchvision(paths, resize, crop, tensors=t) for t in (True, False))
     contestants = {
         "nefkern": ours,
-        "torchvision, tensors": Torchvision(paths, resize, crop, tensors=True),
-        "torchvision, PIL": Torchvision(paths, resize, crop, tensors=False),
+        "torchvision, tensors": lambda: tensors[0],
+        "torchvision, PIL": lambda: images[0],
     }
     for contestant in contestants.values():
         batch = contestant()
@@ -107,4 +119,49 @@ def test_input(race, size, tmp_path):
         "input: decode and augment",
         contestants,
         sizes={"images": count, "width": WIDTH, "height": HEIGHT, "crop": crop},
+    )
+
+
+class StepsAlone:
+    """The floor: steps whose input is there."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def floor(self, rates: object) -> float:
+        return self.seconds
+
+
+def ours_in_a_process(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
+    loader = train_loader(
+        ImageDataset(paths), TrainTransform(resize, crop), batch_size=len(paths), workers=1
+    )
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def torchvision_in_a_process(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
+    batches = Torchvision(paths, resize, crop, tensors=True)
+    return iter(DataLoader(batches, batch_size=None, num_workers=1))
+
+
+def test_input_beside_a_step(race, size, tmp_path):
+    count, resize, crop = BATCHES[size]
+    paths = write_photographs(tmp_path, count)
+    seconds = count * SECONDS_AN_IMAGE
+
+    def steps(batches: Iterator[torch.Tensor]) -> None:
+        for images in itertools.islice(batches, STEPS):
+            assert images.shape == (count, 3, crop, crop)
+            time.sleep(seconds)
+
+    ours, others = (
+        make(paths, resize, crop) for make in (ours_in_a_process, torchvision_in_a_process)
+    )
+    race(
+        f"input beside {STEPS} steps of a GPU",
+        {"nefkern": lambda: steps(ours), "torchvision, tensors": lambda: steps(others)},
+        sizes={"images": STEPS * count, "width": WIDTH, "height": HEIGHT, "crop": crop},
+        work=StepsAlone(STEPS * seconds),
     )
