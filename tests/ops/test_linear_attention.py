@@ -435,7 +435,11 @@ def check_random_shape(data, name, largest):
         tensors = inputs(sizes, seed=seed, scale=1.0)
         expected = with_gradients(naive, *tensors, **options)
         got = with_gradients(linear_attention, *tensors, **options)
-        assert_near(got, expected, 3e-5, floor=1.0)
+        # Gradients of the maps are sums of grad · v that may cancel to nothing: one key has all the
+        # attention whatever it is.
+        _, _, v, grad = tensors
+        terms = (grad.abs() @ v.abs().mT).max().item()
+        assert_near(got, expected, 2e-5, floor=max(1.0, 0.1 * terms))
 
 
 @pytest.mark.parametrize("name", backends_of("linear_attention", compiled=True))
