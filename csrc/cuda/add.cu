@@ -2,7 +2,6 @@
 // that no lane waits for another's merge.
 #include "cuda/add.h"
 #include "cuda/two_steps.cuh"
-#include "cuda/workspace.h"
 
 namespace nefkern::cuda {
 namespace {
@@ -90,41 +89,22 @@ __global__ void __launch_bounds__(kThreads) fill_union(const AddArgs args) {
   });
 }
 
-struct Memory {
-  Summary* summary;
-  void* temporary;
-  size_t temporary_bytes, bytes;
-};
-
-cudaError_t cut(const AddArgs& args, Memory* memory) {
-  if (args.num_nodes < 0 || args.num_nodes >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const cudaError_t error = scan_bytes(args.num_nodes + 1, &memory->temporary_bytes);
+Scratch cut(const AddArgs& args) {
+  size_t for_scan = 0;
+  const cudaError_t error = offsets_bytes(args.num_nodes, &for_scan);
   Workspace space(args.workspace);
-  memory->summary = space.take<Summary>(1);
-  memory->temporary = space.take<char>(static_cast<int64_t>(memory->temporary_bytes));
-  memory->bytes = space.bytes();
-  return error;
+  return take_scratch(space, for_scan, error);
 }
 
 }  // namespace
 
-cudaError_t add_bytes(const AddArgs& args, size_t* bytes) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  *bytes = memory.bytes;
-  return error;
-}
+cudaError_t add_bytes(const AddArgs& args, size_t* bytes) { return bytes_of(cut(args), bytes); }
 
 cudaError_t add_count(const AddArgs& args, int64_t* nnz, cudaStream_t stream) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  if (error != cudaSuccess) return error;
-  Launches launch(stream);
-  launch.zero(memory.summary, sizeof(Summary));
-  launch(count_union, blocks_of_warps(args.num_nodes), kThreads, 0, args, memory.summary);
-  offsets_from_sizes(launch, memory.temporary, memory.temporary_bytes, args.row_offsets,
-                     args.num_nodes, memory.summary);
-  return read_nnz(launch, memory.summary, nnz);
+  const Scratch scratch = cut(args);
+  return count_step(args, scratch, nnz, stream, [&](Launches& launch) {
+    launch(count_union, blocks_of_warps(args.num_nodes), kThreads, 0, args, scratch.summary);
+  });
 }
 
 cudaError_t add_fill(const AddArgs& args, cudaStream_t stream) {

@@ -4,12 +4,6 @@
 namespace nefkern::cuda {
 namespace {
 
-// d^(-1/2) in either graph, [N] each.
-struct Scales {
-  float* features;
-  float* pixels;
-};
-
 __device__ __forceinline__ float feature_weight(const Merged& entry) {
   return fabsf(0.5f * (entry.listed + entry.mirrored));  // no sign, a NaN's neither
 }
@@ -51,54 +45,32 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-struct Memory {
-  SortedEdges edges;
-  Scales scales;
-  size_t bytes;
-};
-
-cudaError_t cut(const KappaArgs& args, Memory* memory) {
-  Workspace space(args.workspace);
-  const int64_t listed = args.num_nodes * (args.features.size + args.pixels.size);
-  const cudaError_t error = cut_edges(space, args.num_nodes, listed, &memory->edges);
-  memory->scales = {space.take<float>(args.num_nodes), space.take<float>(args.num_nodes)};
-  memory->bytes = space.bytes();
-  return error;
+SortedEdges cut(const KappaArgs& args) {
+  return cut_edges(args.workspace, args.num_nodes, args.features.size + args.pixels.size, 2);
 }
 
 }  // namespace
 
 cudaError_t kappa_bytes(const KappaArgs& args, size_t* bytes) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  *bytes = memory.bytes;
-  return error;
+  return bytes_of(cut(args).scratch, bytes);
 }
 
 cudaError_t kappa_count(KappaArgs& args, int64_t* nnz, cudaStream_t stream) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  if (error != cudaSuccess) return error;
-  SortedEdges& edges = memory.edges;
-  Launches launch(stream);
-  launch.zero(edges.summary, sizeof(Summary));
-  const int64_t pixels = emit(launch, edges, args.features, 0, 0);
-  emit(launch, edges, args.pixels, kPixels, pixels);
-  args.sorted_half = sort_edges(launch, edges);
-  launch(count_both, blocks_of_warps(args.num_nodes), kThreads, 0, row_pairs(edges, 0),
-         args.row_offsets, memory.scales);
-  offsets_from_sizes(launch, edges.temporary, edges.temporary_bytes, args.row_offsets,
-                     args.num_nodes, edges.summary);
-  return read_nnz(launch, edges.summary, nnz);
+  SortedEdges edges = cut(args);
+  return count_step(args, edges.scratch, nnz, stream, [&](Launches& launch) {
+    const int64_t pixels = emit(launch, edges, args.features, 0, 0);
+    emit(launch, edges, args.pixels, kPixels, pixels);
+    args.sorted_half = sort_edges(launch, edges);
+    launch(count_both, blocks_of_warps(args.num_nodes), kThreads, 0, row_pairs(edges, 0),
+           args.row_offsets, edges.scales);
+  });
 }
 
 cudaError_t kappa_fill(const KappaArgs& args, cudaStream_t stream) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  if (error != cudaSuccess) return error;
-  Launches launch(stream);
+  const SortedEdges edges = cut(args);
+  Launches launch(stream, edges.scratch.error);
   launch(fill_both, blocks_of_warps(args.num_nodes), kThreads, 0,
-         row_pairs(memory.edges, args.sorted_half), memory.scales, args);
+         row_pairs(edges, args.sorted_half), edges.scales, args);
   return launch.error();
 }
 

@@ -14,10 +14,11 @@ constexpr int64_t round_up(int64_t size, int64_t multiple) {
   return tiles(size, multiple) * multiple;
 }
 
-// Enqueues work on a stream, up to the first error.
+// Enqueues work on a stream, up to the first error; none at all if `error` came before.
 class Launches {
  public:
-  explicit Launches(cudaStream_t stream) : stream_(stream) {}
+  explicit Launches(cudaStream_t stream, cudaError_t error = cudaSuccess)
+      : stream_(stream), error_(error) {}
 
   // kernel<<<blocks, threads, shared_bytes>>>(args...); no blocks: no launch.
   template <class... Params, class... Args>
@@ -45,7 +46,7 @@ class Launches {
   }
 
   cudaStream_t stream_;
-  cudaError_t error_ = cudaSuccess;
+  cudaError_t error_;
 };
 
 }  // namespace nefkern::cuda

@@ -36,53 +36,31 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-struct Memory {
-  SortedEdges edges;
-  float* scale;  // [N], d^(-1/2)
-  size_t bytes;
-};
-
-cudaError_t cut(const AdjacencyArgs& args, Memory* memory) {
-  Workspace space(args.workspace);
-  const cudaError_t error =
-      cut_edges(space, args.num_nodes, args.num_nodes * args.lists.size, &memory->edges);
-  memory->scale = space.take<float>(args.num_nodes);
-  memory->bytes = space.bytes();
-  return error;
+SortedEdges cut(const AdjacencyArgs& args) {
+  return cut_edges(args.workspace, args.num_nodes, args.lists.size, 1);
 }
 
 }  // namespace
 
 cudaError_t adjacency_bytes(const AdjacencyArgs& args, size_t* bytes) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  *bytes = memory.bytes;
-  return error;
+  return bytes_of(cut(args).scratch, bytes);
 }
 
 cudaError_t adjacency_count(AdjacencyArgs& args, int64_t* nnz, cudaStream_t stream) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  if (error != cudaSuccess) return error;
-  SortedEdges& edges = memory.edges;
-  Launches launch(stream);
-  launch.zero(edges.summary, sizeof(Summary));
-  emit(launch, edges, args.lists, 0, 0);
-  args.sorted_half = sort_edges(launch, edges);
-  launch(count_entries, blocks_of_warps(args.num_nodes), kThreads, 0, row_pairs(edges, 0),
-         args.take_union, args.row_offsets, memory.scale);
-  offsets_from_sizes(launch, edges.temporary, edges.temporary_bytes, args.row_offsets,
-                     args.num_nodes, edges.summary);
-  return read_nnz(launch, edges.summary, nnz);
+  SortedEdges edges = cut(args);
+  return count_step(args, edges.scratch, nnz, stream, [&](Launches& launch) {
+    emit(launch, edges, args.lists, 0, 0);
+    args.sorted_half = sort_edges(launch, edges);
+    launch(count_entries, blocks_of_warps(args.num_nodes), kThreads, 0, row_pairs(edges, 0),
+           args.take_union, args.row_offsets, edges.scales.features);
+  });
 }
 
 cudaError_t adjacency_fill(const AdjacencyArgs& args, cudaStream_t stream) {
-  Memory memory{};
-  const cudaError_t error = cut(args, &memory);
-  if (error != cudaSuccess) return error;
-  Launches launch(stream);
+  const SortedEdges edges = cut(args);
+  Launches launch(stream, edges.scratch.error);
   launch(fill_rows, blocks_of_warps(args.num_nodes), kThreads, 0,
-         row_pairs(memory.edges, args.sorted_half), memory.scale, args);
+         row_pairs(edges, args.sorted_half), edges.scales.features, args);
   return launch.error();
 }
 

@@ -6,7 +6,6 @@
 
 #include "cuda/neighbour_lists.h"
 #include "cuda/two_steps.cuh"
-#include "cuda/workspace.h"
 
 namespace nefkern::cuda {
 
@@ -25,15 +24,20 @@ __host__ __device__ __forceinline__ uint64_t key_of_none(int64_t num_nodes) {
   return key_of(num_nodes, num_nodes, 0, 0);
 }
 
+// d^(-1/2) in either graph, [N] each.
+struct Scales {
+  float* features;
+  float* pixels;  // null where there is one graph
+};
+
 // The pairs of one graph or of two, and what is found out about them.
 struct SortedEdges {
   int64_t num_nodes;  // N
   int64_t count;      // of pairs: two a listed neighbour
   SortBuffers pairs;
   int64_t* bounds;  // [N + 1], where a row's pairs begin
-  Summary* summary;
-  void* temporary;
-  size_t temporary_bytes;
+  Scales scales;
+  Scratch scratch;
 };
 
 // What a kernel reads of them.
@@ -127,22 +131,23 @@ __device__ __forceinline__ float inverse_root(double degree) {
 
 // ---- the host's side ----
 
-// Takes the memory of `listed` neighbours' pairs. cudaErrorInvalidValue: keys don't fit 64 bits.
-inline cudaError_t cut_edges(Workspace& space, int64_t num_nodes, int64_t listed,
-                             SortedEdges* edges) {
-  if (num_nodes < 0 || num_nodes >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  edges->num_nodes = num_nodes;
-  edges->count = 2 * listed;
+// Cuts the workspace for nodes of `listed` neighbours each, in one graph or two together.
+inline SortedEdges cut_edges(void* workspace, int64_t num_nodes, int64_t listed, int graphs) {
+  SortedEdges edges{};
   size_t for_scan = 0, for_sort = 0;
-  cudaError_t error = scan_bytes(num_nodes + 1, &for_scan);
-  if (error == cudaSuccess) error = sort_bytes(edges->count, &for_sort);
-  for (uint64_t*& keys : edges->pairs.keys) keys = space.take<uint64_t>(edges->count);
-  for (float*& values : edges->pairs.values) values = space.take<float>(edges->count);
-  edges->bounds = space.take<int64_t>(num_nodes + 1);
-  edges->summary = space.take<Summary>(1);
-  edges->temporary_bytes = for_scan > for_sort ? for_scan : for_sort;
-  edges->temporary = space.take<char>(static_cast<int64_t>(edges->temporary_bytes));
-  return error;
+  edges.scratch.error = offsets_bytes(num_nodes, &for_scan);
+  if (edges.scratch.error != cudaSuccess) return edges;
+  edges.num_nodes = num_nodes;
+  edges.count = 2 * num_nodes * listed;
+  const cudaError_t error = sort_bytes(edges.count, &for_sort);
+  Workspace space(workspace);
+  for (uint64_t*& keys : edges.pairs.keys) keys = space.take<uint64_t>(edges.count);
+  for (float*& values : edges.pairs.values) values = space.take<float>(edges.count);
+  edges.bounds = space.take<int64_t>(num_nodes + 1);
+  edges.scales.features = space.take<float>(num_nodes);
+  if (graphs == 2) edges.scales.pixels = space.take<float>(num_nodes);
+  edges.scratch = take_scratch(space, for_scan > for_sort ? for_scan : for_sort, error);
+  return edges;
 }
 
 inline int bits_of(uint64_t number) {
@@ -157,7 +162,7 @@ inline int64_t emit(Launches& launch, const SortedEdges& edges, const NeighbourL
   const int64_t listed = edges.num_nodes * lists.size;
   launch(lists.wide_indices ? emit_pairs<int64_t> : emit_pairs<int32_t>, blocks_of_threads(listed),
          kThreads, 0, edges.num_nodes, lists, kind, edges.pairs.keys[0] + begin,
-         edges.pairs.values[0] + begin, edges.summary);
+         edges.pairs.values[0] + begin, edges.scratch.summary);
   return begin + 2 * listed;
 }
 
@@ -165,8 +170,8 @@ inline int64_t emit(Launches& launch, const SortedEdges& edges, const NeighbourL
 inline int sort_edges(Launches& launch, SortedEdges& edges) {
   uint64_t* const first_half = edges.pairs.keys[0];
   launch.then([&](cudaStream_t stream) {
-    return sort_pairs(edges.temporary, edges.temporary_bytes, edges.pairs, edges.count,
-                      bits_of(key_of_none(edges.num_nodes)), stream);
+    return sort_pairs(edges.scratch.temporary, edges.scratch.temporary_bytes, edges.pairs,
+                      edges.count, bits_of(key_of_none(edges.num_nodes)), stream);
   });
   launch(find_rows, blocks_of_threads(edges.num_nodes + 1), kThreads, 0, edges.num_nodes,
          edges.count, edges.pairs.keys[0], edges.bounds);
