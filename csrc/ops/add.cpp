@@ -7,12 +7,11 @@
 
 #include <tuple>
 
+#include "ops/assemble.h"
 #include "ops/csr_checks.h"
-#include "ops/large_empty.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // (row_offsets, columns, values) of a + alpha b, and whether both graphs' offsets made sense.
@@ -32,28 +31,23 @@ std::tuple<Tensor, Tensor, Tensor, bool> add(const Tensor& row_offsets_a, const 
                                     graph[1].const_data_ptr<int32_t>(),
                                     graph[2].const_data_ptr<float>()};
   };
-  const int64_t n = a[0].numel() - 1;
-  const bool valid =
-      nefkern::never_falls(a[0], a[1].numel()) && nefkern::never_falls(b[0], b[1].numel());
-  Tensor row_offsets = torch::stable::new_empty(a[0], {n + 1});
   nefkern::cpu::AddArgs args{
-      .num_nodes = n,
+      .num_nodes = a[0].numel() - 1,
       .a = rows(a),
       .b = rows(b),
       .alpha = static_cast<float>(alpha),
-      .row_offsets = row_offsets.mutable_data_ptr<int64_t>(),
+      .row_offsets = nullptr,
       .columns = nullptr,
       .values = nullptr,
   };
   const nefkern::cpu::Isa isa = nefkern::cpu::best_isa();
-  if (valid) nefkern::cpu::add_count_for(isa)(args);
-  const int64_t nnz = valid ? args.row_offsets[n] : 0;
-  Tensor columns = nefkern::large_empty(a[1], {nnz}, ScalarType::Int);
-  Tensor values = nefkern::large_empty(a[2], {nnz}, ScalarType::Float);
-  args.columns = columns.mutable_data_ptr<int32_t>();
-  args.values = values.mutable_data_ptr<float>();
-  if (valid) nefkern::cpu::add_fill_for(isa)(args);
-  return {row_offsets, columns, values, valid};
+  const auto count = [&](const nefkern::cpu::AddArgs& its) {
+    const bool valid =
+        nefkern::never_falls(a[0], a[1].numel()) && nefkern::never_falls(b[0], b[1].numel());
+    if (valid) nefkern::cpu::add_count_for(isa)(its);
+    return valid;
+  };
+  return nefkern::assemble(a[1], args.num_nodes, args, count, nefkern::cpu::add_fill_for(isa));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "ops/assemble.h"
 #include "ops/neighbour_lists.h"
 
 namespace {
@@ -17,8 +18,8 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, bool> kappa(const Tensor& indices, std::optional<Tensor> weights,
                                                const Tensor& pixel_indices, double alpha,
                                                double clamp_min) {
-  nefkern::ListTensors features(indices, weights, clamp_min);
-  nefkern::ListTensors pixels(pixel_indices, std::nullopt, 0.0);
+  nefkern::ListTensors features("kappa", indices, weights, clamp_min);
+  nefkern::ListTensors pixels("kappa", pixel_indices, std::nullopt, 0.0);
   const int64_t n = features.num_nodes();
   STD_TORCH_CHECK(pixels.num_nodes() == n && pixels.wide() == features.wide(),
                   "kappa: expected lists of as many nodes and of one index type");

@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "ops/assemble.h"
 #include "ops/neighbour_lists.h"
 
 namespace {
@@ -17,7 +18,7 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, bool> normalized_adjacency(const Tensor& indices,
                                                               std::optional<Tensor> weights,
                                                               bool take_union, double clamp_min) {
-  nefkern::ListTensors lists(indices, weights, clamp_min);
+  nefkern::ListTensors lists("normalized_adjacency", indices, weights, clamp_min);
   const int64_t n = lists.num_nodes();
   nefkern::RowTensors rows(indices, n, lists.edges());
   Tensor scale = nefkern::large_empty(indices, {n}, torch::headeronly::ScalarType::Float);

@@ -5,8 +5,8 @@
 
 #include <optional>
 
+#include "ops/checked_lists.h"
 #include "ops/cuda/assemble.h"
-#include "ops/cuda/gpu_lists.h"
 
 namespace {
 
@@ -16,14 +16,14 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, bool> kappa(const Tensor& indices, std::optional<Tensor> weights,
                                                const Tensor& pixel_indices, double alpha,
                                                double clamp_min) {
-  const nefkern::GpuLists features("kappa", indices, weights, clamp_min);
-  const nefkern::GpuLists pixels("kappa", pixel_indices, std::nullopt, 0.0);
+  const nefkern::CheckedLists features("kappa", indices, weights, clamp_min);
+  const nefkern::CheckedLists pixels("kappa", pixel_indices, std::nullopt, 0.0);
   STD_TORCH_CHECK(pixels.num_nodes() == features.num_nodes(),
                   "kappa: expected lists of as many nodes");
   nefkern::cuda::KappaArgs args{};
   args.num_nodes = features.num_nodes();
-  args.features = features.args();
-  args.pixels = pixels.args();
+  args.features = features.args<nefkern::cuda::NeighbourLists>();
+  args.pixels = pixels.args<nefkern::cuda::NeighbourLists>();
   args.alpha = static_cast<float>(alpha);
   return nefkern::assemble_on_gpu("kappa", features.indices(), args, nefkern::cuda::kappa_bytes,
                                   nefkern::cuda::kappa_count, nefkern::cuda::kappa_fill);

@@ -6,8 +6,8 @@
 
 #include <optional>
 
+#include "ops/checked_lists.h"
 #include "ops/cuda/assemble.h"
-#include "ops/cuda/gpu_lists.h"
 
 namespace {
 
@@ -17,10 +17,10 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, bool> normalized_adjacency(const Tensor& indices,
                                                               std::optional<Tensor> weights,
                                                               bool take_union, double clamp_min) {
-  const nefkern::GpuLists lists("normalized_adjacency", indices, weights, clamp_min);
+  const nefkern::CheckedLists lists("normalized_adjacency", indices, weights, clamp_min);
   nefkern::cuda::AdjacencyArgs args{};
   args.num_nodes = lists.num_nodes();
-  args.lists = lists.args();
+  args.lists = lists.args<nefkern::cuda::NeighbourLists>();
   args.take_union = take_union;
   return nefkern::assemble_on_gpu("normalized_adjacency", lists.indices(), args,
                                   nefkern::cuda::adjacency_bytes, nefkern::cuda::adjacency_count,

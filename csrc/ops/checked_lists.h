@@ -1,4 +1,4 @@
-// Neighbour lists in tensors, as the CUDA graph kernels take them.
+// Neighbour lists in tensors, as far as the kernels of processor and GPU take them alike.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,15 +6,13 @@
 
 #include <optional>
 
-#include "cuda/neighbour_lists.h"
-
 namespace nefkern {
 
 // Checked lists [N, k]; keeps what args() points to alive.
-class GpuLists {
+class CheckedLists {
  public:
-  GpuLists(const char* op, const torch::stable::Tensor& indices,
-           const std::optional<torch::stable::Tensor>& weights, double clamp_min)
+  CheckedLists(const char* op, const torch::stable::Tensor& indices,
+               const std::optional<torch::stable::Tensor>& weights, double clamp_min)
       : index_(torch::stable::contiguous(indices)), clamp_min_(static_cast<float>(clamp_min)) {
     const ScalarType type = index_.scalar_type();
     STD_TORCH_CHECK(index_.dim() == 2 && (type == ScalarType::Int || type == ScalarType::Long), op,
@@ -28,19 +26,25 @@ class GpuLists {
 
   const torch::stable::Tensor& indices() const { return index_; }
   int64_t num_nodes() const { return index_.size(0); }
+  int64_t edges() const { return index_.numel(); }
+  bool wide() const { return index_.scalar_type() == ScalarType::Long; }
 
-  cuda::NeighbourLists args() const {
-    return {
-        .indices = index_.const_data_ptr(),
-        .wide_indices = index_.scalar_type() == ScalarType::Long,
-        .size = index_.size(1),
-        .weights = weight_ ? weight_->const_data_ptr<float>() : nullptr,
-        .clamp_min = clamp_min_,
-    };
+  // `Lists`: cpu::NeighbourLists, whose workspaces are left null, or cuda::NeighbourLists.
+  template <class Lists>
+  Lists args() const {
+    Lists lists{};
+    lists.size = index_.size(1);
+    lists.indices = index_.const_data_ptr();
+    lists.wide_indices = wide();
+    lists.weights = weight_ ? weight_->const_data_ptr<float>() : nullptr;
+    lists.clamp_min = clamp_min_;
+    return lists;
   }
 
- private:
+ protected:
   using ScalarType = torch::headeronly::ScalarType;
+
+ private:
   torch::stable::Tensor index_;
   std::optional<torch::stable::Tensor> weight_;
   float clamp_min_;
