@@ -56,15 +56,17 @@ def native_accepts(row_offsets, columns, values, x, *_) -> bool:
     return values.dtype == torch.float32 and x.dtype != torch.float64
 
 
-def native_spmm(row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """kappa x in float32, by the compiled kernel; half-precision ``x`` is read as it is, except
-    float16 on the CPU.
+def native_spmm(
+    row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor, *, accumulated: bool = True
+) -> Tensor:
+    """kappa x by the compiled kernel, in float32 if ``accumulated``, else in the dtype of ``x``;
+    half-precision ``x`` is read as it is, except float16 on the CPU, which becomes float32.
 
     On a GPU nothing waits for the host, so that a graph's content is not checked there
     (:meth:`CSRGraph.validate` does): a node out of range counts as absent.
     """
     x = x.float() if x.dtype == torch.float16 and x.device.type == "cpu" else x
-    y, valid = torch.ops.nefkern_native.spmm(row_offsets, columns, values, x, True)
+    y, valid = torch.ops.nefkern_native.spmm(row_offsets, columns, values, x, accumulated)
     if not valid:
         raise_invalid_content()
     return y
@@ -72,17 +74,12 @@ def native_spmm(row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor)
 
 @registry.kernel("spmm", "cpu", accepts=native_accepts)
 def _cpu(row_offsets, columns, values, x, symmetric):
-    if x.dtype != torch.bfloat16:
-        return native_spmm(row_offsets, columns, values, x).to(x.dtype)
-    y, valid = torch.ops.nefkern_native.spmm(row_offsets, columns, values, x, False)
-    if not valid:
-        raise_invalid_content()
-    return y
+    return native_spmm(row_offsets, columns, values, x, accumulated=False).to(x.dtype)
 
 
 @registry.kernel("spmm", "cuda", accepts=native_accepts)
 def _cuda(row_offsets, columns, values, x, symmetric):
-    return torch.ops.nefkern_native.spmm(row_offsets, columns, values, x, False)[0]
+    return native_spmm(row_offsets, columns, values, x, accumulated=False)
 
 
 @registry.kernel("spmm", "triton", accepts=native_accepts)
