@@ -48,7 +48,22 @@ def crowded(n: int, channels: int, spread: float = 1e-3, seed: int = 0) -> torch
 
 def several_tiles(n: int) -> int:
     """n rows; a fifth where an interpreter takes a millisecond for each."""
-    return n // 5 if backends.current() == "triton" and backends.interpreting() else n
+    return n // 5 if interpreted() else n
+
+
+def interpreted() -> bool:
+    return backends.current() == "triton" and backends.interpreting()
+
+
+@pytest.fixture
+def narrow_tiles(backend, monkeypatch):
+    """In the interpreter, half as wide tiles or less, so that a fifth of the rows fill three."""
+    if interpreted():
+        kernels = pytest.importorskip("nefkern.triton.knn")
+        narrow = {"SELECT": 64, "RERANK": 32, "EXACT": 128, "FLAT": 1 << 13}
+        for tile, width in narrow.items():
+            assert 2 * width <= getattr(kernels, tile)["BN"]
+            monkeypatch.setitem(getattr(kernels, tile), "BN", width)
 
 
 # ---- the dense formulas ----
@@ -187,9 +202,15 @@ def test_negative_similarities():
 
 
 @pytest.mark.parametrize("include_self", [False, True])
-@pytest.mark.parametrize(("n", "channels", "k"), [(60, 5, 7), (400, 8, 50), (1100, 70, 200)])
+@pytest.mark.parametrize(("n", "channels", "k"), [(60, 5, 7), (400, 8, 50)])
 def test_ties_cosine(n, channels, k, include_self):
     assert_identical(exact_rows(n, channels), k, include_self=include_self)
+
+
+@pytest.mark.parametrize("include_self", [False, True])
+def test_ties_cosine_over_several_tiles(include_self, narrow_tiles):
+    x = exact_rows(several_tiles(1100), 70)
+    assert_identical(x, several_tiles(200), include_self=include_self)
 
 
 @pytest.mark.parametrize(
@@ -437,10 +458,18 @@ def test_a_method_that_is_none(monkeypatch):
 @triton_only
 @triton_methods()
 @pytest.mark.parametrize("k", [1024, 1300])
-def test_k_of_a_thousand_and_more(k, method, monkeypatch):
-    """Of 1,200 candidates nearly all, and more than there are; ties to the lower index."""
+def test_k_of_nearly_all_and_of_more_than_there_are(k, method, narrow_tiles, monkeypatch):
+    """Of 1,200 candidates; ties to the lower index."""
     monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
-    assert_identical(exact_rows(1200, 20), k)
+    n = several_tiles(1200)
+    assert_identical(exact_rows(n, 20), several_tiles(k) if k < 1200 else k)
+
+
+@triton_only
+def test_k_of_a_thousand_and_more(monkeypatch):
+    """More than 1,024 keys a row, and indices above 1,024, at their full size everywhere."""
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", "ieee")  # the estimates would take four times as long
+    assert_identical(exact_rows(1200, 20), 1300)
 
 
 @triton_only
