@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,10 +33,10 @@ from nefkern.options import CLASSES, WINDOWS
 from nefkern.progress import image_bar
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
-from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars
+from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
 from nefkern.segmentation.evaluation import Matched, match
 from nefkern.segmentation.mean_field import require_pydensecrf
-from nefkern.segmentation.pictures import write_png
+from nefkern.segmentation.pictures import palette, write_png
 from nefkern.segmentation.refinement import Refiner
 from nefkern.segmenter import Segmenter
 
@@ -89,6 +90,13 @@ class Evaluator:
     def classes(self) -> list[str]:
         """Names of the classes that are scored, the ignored left out."""
         return [self.dataset.classes[i] for i in self.kept]
+
+    @property
+    def colours(self) -> np.ndarray:
+        """RGB of the classes that are scored, uint8 ``[C, 3]``: the publisher's, if there are."""
+        if not self.dataset.colours:
+            return palette(len(self.kept))
+        return np.array(self.dataset.colours, np.uint8)[self.kept]
 
     def run(self) -> dict[str, Any]:
         """Fit, score and write ``evaluation-*.json``, pictures in the folder of the same name, and
@@ -195,7 +203,8 @@ class Evaluator:
         }
 
     def draw(self, result: dict[str, Any], folder: Path) -> None:
-        """Bars of IoU, confusion matrices, and the first images in the matched classes."""
+        """Bars of IoU, confusion matrices, the first images in the matched classes, and a legend
+        of those that they show."""
         folder.mkdir(exist_ok=True)
         for old in folder.iterdir():  # of an earlier evaluation with these settings
             old.unlink()
@@ -203,11 +212,16 @@ class Evaluator:
         for name, matched in self.matched.items():
             chart = confusion_matrix(matched.confusions["iou"], self.classes, name)
             replace_file(folder / f"confusion-{_plain(name)}.svg", chart)
-        methods = "-".join(_plain(name) for name in self.matched)
+        methods, colours = "-".join(_plain(name) for name in self.matched), self.colours
+        shown: set[int] = set()
         for number, (sample, clusters) in enumerate(self.shown):
             classes = [self.matched[name].assignments["iou"][c] for name, c in clusters.items()]
-            picture = comparison_row(sample.image, sample.annotation, classes, len(self.classes))
+            picture = comparison_row(sample.image, sample.annotation, classes, colours)
             write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
+            shown.update(*(painted.unique().tolist() for painted in (sample.annotation, *classes)))
+        if names := [i for i in range(len(self.classes)) if i in shown]:
+            chart = legend([self.classes[i] for i in names], colours[names])
+            replace_file(folder / "classes.svg", chart)
 
     def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
         """Keep this process's share of the first images for :meth:`draw`."""

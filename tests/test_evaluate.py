@@ -234,7 +234,7 @@ def test_pictures_beside_the_scores(run, folder, pointwise):
     (drawn,) = (path for path in run.glob("evaluation-*") if path.is_dir())
     names = sorted(path.name for path in drawn.iterdir())
     assert names[:3] == [f"{i:03d}-image-annotation-ours-ours_.png" for i in range(3)]
-    assert names[3:] == ["confusion-ours.svg", "confusion-ours_.svg", "iou.svg"]
+    assert names[3:] == ["classes.svg", "confusion-ours.svg", "confusion-ours_.svg", "iou.svg"]
     page = (run / "report.html").read_text()
     assert all(f"{drawn.name}/{name}" in page for name in names)
     evaluate(run, folder, "--methods", "ours,ours*", "--pictures", "0")
@@ -410,6 +410,15 @@ def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path):
     result = evaluate_cityscapes(out, cityscapes, "--size", "48", "--methods", "ours,kmeans")
     assert list(result["methods"]) == ["ours", "kmeans"]
     assert figures(result, matching="count")["accuracy"] > 0.3
+    drawn = out / Path(result["name"]).stem
+    picture = np.array(Image.open(next(drawn.glob("000-image-annotation-*.png"))))
+    annotation = {tuple(rgb) for rgb in picture[:48, 56:104].reshape(-1, 3).tolist()}
+    road, parking, car = (128, 64, 128), (250, 170, 160), (0, 0, 142)
+    assert annotation == {road, parking, car, (0, 0, 0)}, "as the publisher paints them"
+    names = (drawn / "classes.svg").read_text()
+    assert "<!-- road -->" in names
+    assert "<!-- train -->" not in names, "only what the pictures show"
+    assert "classes.svg" in (out / "report.html").read_text()
 
 
 # ---- the real segmenter ----

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nefkern.segmentation.pictures import colorize, grid, palette
+from nefkern.segmentation.pictures import colorize, grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAMED = 30  # classes whose names and numbers still fit a confusion matrix
+_HEAD = 24  # pixels of a line of names above pictures
 
 
 def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
@@ -75,8 +76,28 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str) -> s
     return svg(figure)
 
 
+def legend(classes: Sequence[str], colours: np.ndarray) -> str:
+    """The colour of every class, as SVG.
+
+    Args:
+        classes: C names.
+        colours: uint8 ``[C, 3]``.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = min(6, max(1, len(classes)))
+    figure = Figure(figsize=(1.9 * columns, 0.3 + 0.24 * -(-len(classes) // columns)))
+    patches = [
+        Patch(color=colour / 255, label=name)
+        for name, colour in zip(classes, colours.astype(float), strict=True)
+    ]
+    figure.legend(handles=patches, ncols=columns, fontsize=8, frameon=False, loc="center")
+    return svg(figure)
+
+
 def comparison_row(
-    image: Tensor, labels: Tensor, predicted: Sequence[Tensor], num_classes: int
+    image: Tensor, labels: Tensor, predicted: Sequence[Tensor], colours: np.ndarray
 ) -> Image.Image:
     """The picture "image | annotation | first method | second | ..." of the paper's figure 2.
 
@@ -84,10 +105,27 @@ def comparison_row(
         image: uint8 ``[3, H, W]``.
         labels: ``[H, W]``, 255 = void, black.
         predicted: every method's classes, int64 ``[H, W]``, −1 = unmatched, black.
+        colours: of the classes, uint8 ``[C, 3]``.
     """
-    colours = palette(num_classes)
     panels = [colorize(classes.long(), colours) for classes in (labels, *predicted)]
     return grid([[image.permute(1, 2, 0).numpy(), *panels]])
+
+
+def comparison_sheet(rows: Sequence[Image.Image], heads: Sequence[str]) -> Image.Image:
+    """Pictures of :func:`comparison_row` below each other, as the paper's figures 2 and 3 are.
+
+    Args:
+        rows: at least one.
+        heads: what their panels show, written above them.
+    """
+    sheet = grid([[row] for row in rows])
+    result = Image.new("RGB", (sheet.width, sheet.height + _HEAD), "white")
+    result.paste(sheet, (0, _HEAD))
+    draw, font = ImageDraw.Draw(result), ImageFont.load_default(14)
+    for number, head in enumerate(heads):
+        middle = (number + 0.5) * rows[0].width / len(heads)
+        draw.text((middle, _HEAD / 2), head, "black", font, anchor="mm")
+    return result
 
 
 def eigenfunction_maps(image: Tensor, probabilities: Tensor, count: int = 15) -> Image.Image:

@@ -7,11 +7,13 @@ import torch
 
 from nefkern.segmentation.charts import (
     comparison_row,
+    comparison_sheet,
     confusion_matrix,
     eigenfunction_maps,
     iou_bars,
+    legend,
 )
-from nefkern.segmentation.pictures import BACKGROUND, palette
+from nefkern.segmentation.pictures import BACKGROUND, grid
 
 EVALUATION = {
     "pixels": {"sky": 10, "road": 90},
@@ -55,13 +57,33 @@ def test_comparison_row_paints_classes_and_leaves_void_black():
     labels[0, 0] = 255
     predicted = torch.ones(4, 6, dtype=torch.int64)
     predicted[1, 1] = -1
-    picture = np.array(comparison_row(image, labels, [predicted], 3))
+    colours = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    picture = np.array(comparison_row(image, labels, [predicted], colours))
     left, middle, right = picture[:, :6], picture[:, 14:20], picture[:, 28:34]
     assert (left == 9).all()
     assert tuple(middle[0, 0]) == BACKGROUND
-    assert (middle[1:] == palette(3)[0]).all()
+    assert (middle[1:] == colours[0]).all()
     assert tuple(right[1, 1]) == BACKGROUND
-    assert (right[2:] == palette(3)[1]).all()
+    assert (right[2:] == colours[1]).all()
+
+
+def test_legend_names_every_class_in_its_colour():
+    text = words(legend(["sky", "road"], np.array([[70, 130, 180], [128, 64, 128]], np.uint8)))
+    assert "<!-- sky -->" in text
+    assert text.index("#4682b4") < text.index("#804080")
+    assert len(words(legend([f"class {i}" for i in range(150)], np.zeros((150, 3))))) > 0
+
+
+def test_comparison_sheet_stacks_rows_below_heads():
+    rows = [grid([[np.full((20, 60, 3), shade, np.uint8)] * 2]) for shade in (10, 20)]
+    picture = np.array(comparison_sheet(rows, ["image", "ours"]))
+    height, width = picture.shape[:2]
+    assert width == rows[0].width
+    above = picture[: height - 48]
+    for half in (above[:, : width // 2], above[:, width // 2 :]):
+        assert (half < 100).any(), "a head above each column"
+    assert (picture[-48:-28, :60] == 10).all()
+    assert (picture[-20:, -60:] == 20).all()
 
 
 def test_eigenfunction_maps_take_the_heaviest_and_scale_each():
