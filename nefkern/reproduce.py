@@ -1,4 +1,4 @@
-"""``python -m nefkern.reproduce``: the paper's tables, measured beside the paper's numbers."""
+"""``python -m nefkern.reproduce``: the paper's tables and figures, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nefkern.commandline import command_parser, log_to_stderr
 from nefkern.errors import UserError, command
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Job, Planner, also_methods, chosen, command_lines
-from nefkern.reproduction.rendering import as_dict, listing, markdown
+from nefkern.reproduction.rendering import as_dict, figure, listing, markdown
 from nefkern.reproduction.running import Measured, measure
 
 DESCRIPTION = """\
-Every experiment of the paper as a command: tables 1 to 9, and 4.4, the comparison in the text of
-that section. Each row is trained and scored by python -m nefkern.train and nefkern.evaluate, and
+Every experiment of the paper as a command: tables 1 to 9; 4.4, the comparison in the text of that
+section; figure-2 and figure-3, the segments of K-means and ours beside the annotation. Each row is trained and scored by python -m nefkern.train and nefkern.evaluate, and
 printed beside the paper's numbers. It goes on where it was interrupted: what is trained or scored
 already, here or by the commands that --dry-run prints, is not done again, and rows that train alike
 (five tables have a row of table 1) share a run. A row that fails is told in one line, the others go
@@ -30,6 +30,7 @@ examples:
   python -m nefkern.reproduce --list                          tables and their rows
   python -m nefkern.reproduce 1 --data-root DIR               DIR/pascal_context/..., as published
   python -m nefkern.reproduce 1 vit-s --data-root DIR --seeds 3
+  python -m nefkern.reproduce figure-2 --data-root DIR --evaluate="--pictures 12"
   python -m nefkern.reproduce all --data-root DIR --dry-run   commands to spread over machines
   python -m nefkern.reproduce 1 --data-root DIR --evaluate="--crf classes"
                                                               with a CRF, as the paper's numbers are
@@ -49,7 +50,8 @@ on a machine with several GPUs, rows side by side; the last line collects the ta
   wait; python -m nefkern.reproduce 1 --data-root DIR
 one row on several GPUs: its lines of --dry-run, by torchrun (python -m nefkern.train --help)
 
-It writes OUT/table-N.md, OUT/table-N.json, and a run folder with report.html for every run.
+It writes OUT/table-N.md, OUT/table-N.json, OUT/figure-N.png, and a run folder with report.html for
+every run.
 """
 
 
@@ -129,7 +131,7 @@ def check(options: argparse.Namespace) -> None:
     for name in options.rows:
         if name not in TABLES[options.table].rows:
             known = ", ".join(TABLES[options.table].rows)
-            raise UserError(f"ROW: table {options.table} has {known}; got {name}")
+            raise UserError(f"ROW: {TABLES[options.table]} has {known}; got {name}")
     also_methods(options)
     if options.data_root is None:
         raise UserError("--data-root: expected the folder with the data sets")
@@ -146,6 +148,7 @@ def reproduce(options: argparse.Namespace, line: str) -> int:
     """Run the chosen rows and write their tables, anew after every row; returns the exit code."""
     from nefkern.backends import check_environment
     from nefkern.files import replace_file
+    from nefkern.segmentation.pictures import write_png
 
     check_environment()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -158,10 +161,12 @@ def reproduce(options: argparse.Namespace, line: str) -> int:
             measured.append(measure(planner, TABLES[number], row, rows))
             code = 2 if measured[-1].error else code
             text = markdown(TABLES[number], measured, planner, line)
-            replace_file(options.out / f"table-{number}.md", text)
+            replace_file(options.out / f"{TABLES[number].stem}.md", text)
+            if TABLES[number].is_figure and (sheet := figure(measured)):
+                write_png(sheet, options.out / f"{TABLES[number].stem}.png")
             content = {"command": line, **as_dict(TABLES[number], measured)}
             replace_file(
-                options.out / f"table-{number}.json",
+                options.out / f"{TABLES[number].stem}.json",
                 json.dumps(content, indent=1, ensure_ascii=False),
             )
         print(f"\n{text}")
@@ -177,7 +182,7 @@ def dry_run(options: argparse.Namespace) -> int:
             try:
                 jobs += [planner.job(TABLES[number], row, rows, s) for s in range(options.seeds)]
             except UserError as error:
-                print(f"error: table {number}, {row.name}: {error}", file=sys.stderr)
+                print(f"error: {TABLES[number]}, {row.name}: {error}", file=sys.stderr)
                 code = 2
     print(*command_lines(jobs), sep="\n")
     return code

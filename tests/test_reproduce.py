@@ -47,7 +47,7 @@ def reproduce(scenes, tmp_path):
     """reproduce("5 K64", ...): the exit code of a tiny run on the scenes."""
 
     def run(*texts: str) -> int:
-        arguments = shlex.split(" ".join([*texts, TINY]))
+        arguments = shlex.split(" ".join([TINY, *texts]))
         where = ["--data", "folder", "--data-root", str(scenes), "--out", str(tmp_path / "out")]
         return main([*arguments, *where])
 
@@ -104,6 +104,10 @@ def test_hungarian_beside_the_majority():
 
 def test_settings_that_tables_share_have_the_same_numbers():
     ours = dict(TABLES["1"].rows["vit-s"].numbers)["ours"]
+    for number, name in (("1", "figure-2"), ("2", "figure-3")):
+        table = dict(TABLES[number].rows["vit-s"].numbers)
+        del table["ours*"]
+        assert dict(TABLES[name].rows["vit-s"].numbers) == table
     assert dict(TABLES["5"].rows["K256"].numbers)["ours"] == ours
     for table, row in (("6", "pascal_context-alpha0.3"), ("7", "beta0.08")):
         assert dict(TABLES[table].rows[row].numbers)["ours"].mean_iou == ours.mean_iou
@@ -131,8 +135,9 @@ def test_dry_run_lines_are_commands(capsys):
             assert evaluate.chosen_methods(scored[-1])
     assert len({options.out for options in trained}) == len(trained)
     assert {str(options.run) for options in scored} == {options.out for options in trained}
-    # Of 32 rows 6 repeat the training of table 1 or 2's ViT-S (3, 5, 6, 7), one that of table 8.
-    assert len(trained) == 2 * (sum(len(t.rows) for t in TABLES.values()) - 7)
+    # Of 34 rows 8 repeat the training of table 1 or 2's ViT-S (3, 5, 6, 7, the figures), one that
+    # of table 8.
+    assert len(trained) == 2 * (sum(len(t.rows) for t in TABLES.values()) - 9)
     # Only table 3's two rows and table 8's second score a run anew.
     assert len(scored) == len(trained) + 2 * 3
 
@@ -262,6 +267,24 @@ def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch)
     assert counted == ["step"]
     assert reproduce("6 pascal_context-alpha0.5") == 0
     assert counted == ["step", "step", "evaluation"]
+
+
+def test_a_figure_is_a_picture_of_table_1(reproduce, counted, tmp_path, capsys):
+    assert reproduce("1 vit-s --evaluate='--size 48 --pictures 1'") == 0
+    counted.clear()
+    asked = "figure-2 --evaluate='--size 48 --pictures 2'"
+    assert reproduce(asked) == 0
+    assert counted == ["evaluation"], "the run is table 1's; a picture more is to be drawn"
+    sheet = Image.open(tmp_path / "out" / "figure-2.png")
+    panels, rows = 2 + 2, 2
+    assert sheet.width == 48 * panels + 8 * (panels - 1)
+    assert 0 < sheet.height - (48 * rows + 8 * (rows - 1)) < 40, "and heads above them"
+    text = (tmp_path / "out" / "figure-2.md").read_text()
+    assert "**Figure 2: segments on Pascal Context" in text
+    assert "![figure 2](figure-2.png)" in text
+    counted.clear()
+    assert reproduce(asked) == 0
+    assert counted == []
 
 
 def test_a_failing_row_does_not_stop_the_others(reproduce, tmp_path, capsys):

@@ -76,10 +76,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or a comparison that stands in its text.
+    """A table or a figure of the paper, or a comparison that stands in its text.
 
     Attributes:
-        number: as the paper counts them.
+        number: as the paper counts tables; "figure-2" is a figure.
         title: what it shows.
         rows: by name.
         protocol: how images are scored, of ``python -m nefkern.evaluate``.
@@ -89,6 +89,19 @@ class Table:
     title: str
     rows: Mapping[str, Row] = field(repr=False)
     protocol: Literal["crop320", "sliding"] = "crop320"
+
+    @property
+    def is_figure(self) -> bool:
+        """Whether pictures are what it shows."""
+        return self.number.startswith("figure-")
+
+    @property
+    def stem(self) -> str:
+        """Its files' name, without a suffix."""
+        return self.number if self.is_figure else f"table-{self.number}"
+
+    def __str__(self) -> str:
+        return self.stem.replace("-", " ")
 
 
 def _table(
@@ -221,7 +234,20 @@ _TABLES = (
         "ours/hungarian ours",
         [("classes", "K = number of classes", PASCAL, {"clusters": "classes"}, "-/23.5 -/27.7")],
     ),
+    # The numbers are table 1's and 2's: these are pictures of the same segments.
+    _table(
+        "figure-2",
+        "segments on Pascal Context: image, annotation, K-means, ours",
+        "kmeans ours",
+        [("vit-s", "ViT-S", PASCAL, {}, "61.9/28.9 70.4/38.8")],
+    ),
+    _table(
+        "figure-3",
+        "segments on Cityscapes: image, annotation, K-means, ours",
+        "kmeans ours",
+        [("vit-s", "ViT-S", CITY, {}, "77.0/22.4 83.4/28.2")],
+    ),
 )
 
-#: Every table by its number.
+#: Every table and figure by its number.
 TABLES = {table.number: table for table in _TABLES}

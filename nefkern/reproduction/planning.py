@@ -155,7 +155,7 @@ class Planner:
             return self.options.data_root
         if self.options.transfer_root is None:
             raise UserError(
-                f"--transfer-root: table {table.number} trains on --data-root and is scored on "
+                f"--transfer-root: {table} trains on --data-root and is scored on "
                 "another data set; expected its folder"
             )
         return self.options.transfer_root

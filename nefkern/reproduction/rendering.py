@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nefkern.reproduction.paper import TABLES, Number, Table
 from nefkern.reproduction.planning import COMPARED, Planner
 from nefkern.reproduction.running import Measured
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def _lines(measured: list[Measured]) -> Iterator[tuple[Measured, str, Number]]:
@@ -21,7 +24,7 @@ def markdown(table: Table, measured: list[Measured], planner: Planner, command_l
     from nefkern.summarize import COUNTED, spread
 
     lines = [
-        f"**Table {table.number}: {table.title}** (protocol {table.protocol}, %)",
+        f"**{str(table).capitalize()}: {table.title}** (protocol {table.protocol}, %)",
         "",
         "| | method | matching | accuracy: paper | measured | mIoU: paper | measured | runs |",
         "|---" * 8 + "|",
@@ -40,6 +43,8 @@ def markdown(table: Table, measured: list[Measured], planner: Planner, command_l
             str(len(mean_ious)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if table.is_figure:
+        lines[2:2] = [f"![{table}]({table.stem}.png)", ""]
     notes = [f"`{command_line}`", *_notes(measured, planner)]
     notes += [f"{m.row.title} failed: {m.error}" for m in measured if m.error]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
@@ -96,12 +101,27 @@ def as_dict(table: Table, measured: list[Measured]) -> dict[str, Any]:
     }
 
 
+def figure(measured: list[Measured]) -> Image.Image | None:
+    """The pictures of a figure's rows, each of its first seed, below each other; None if there are
+    none (yet)."""
+    from PIL import Image
+
+    from nefkern.segmentation.charts import comparison_sheet
+
+    files = [file for result in measured if result.pictures for file in result.pictures[0]]
+    if not files:
+        return None
+    methods = next(result.evaluations[0]["methods"] for result in measured if result.pictures)
+    return comparison_sheet([Image.open(f) for f in files], ["image", "annotation", *methods])
+
+
 def listing() -> str:
     """Every table and its rows."""
     width = max(len(name) for table in TABLES.values() for name in table.rows)
+    numbers = 1 + max(map(len, TABLES))
     lines = []
     for table in TABLES.values():
-        lines.append(f"{table.number:4}{table.title} ({table.protocol})")
+        lines.append(f"{table.number:{numbers}}{table.title} ({table.protocol})")
         for row in table.rows.values():
             lines.append(f"    {row.name:{width}}  {row.title}: {', '.join(row.methods)}")
     return "\n".join(lines)

@@ -21,11 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Measured:
-    """What came of a row: an evaluation for each seed, or why there are none (more)."""
+    """What came of a row: an evaluation for each seed, with its run folder and the pictures that it
+    drew, or why there are none (more)."""
 
     row: Row
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
+    pictures: list[list[Path]] = field(default_factory=list)
     error: str | None = None
 
     def scores(self, method: str, matching: str, name: str) -> list[float]:
@@ -72,7 +74,8 @@ def is_trained(options: TrainOptions) -> bool:
 
 
 def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any] | None:
-    """The evaluation of this checkpoint, asked for alike, that has all the methods; if any."""
+    """The evaluation of this checkpoint, asked for alike, that has all the methods and as many
+    pictures; if any."""
     from nefkern.evaluator import asked
     from nefkern.runs import CHECKPOINT
 
@@ -81,23 +84,36 @@ def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any]
     for file in sorted(folder.glob("evaluation-*.json")):
         content = json.loads(file.read_text())
         same = content.get("asked") == asked(scoring)
-        if same and methods <= content["methods"].keys() and file.stat().st_mtime_ns >= trained_at:
+        drawn = len(drawn_pictures(file.with_suffix("")))
+        enough = drawn >= min(scoring.pictures, content["images"])
+        new = file.stat().st_mtime_ns >= trained_at
+        if same and methods <= content["methods"].keys() and enough and new:
             return content
     return None
 
 
+def drawn_pictures(folder: Path) -> list[Path]:
+    """The comparisons of single images that an evaluation drew to ``folder``, in their order."""
+    return sorted(folder.glob("*-image-annotation-*.png"))
+
+
 def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measured:
     """Run a row with every seed, up to the first that fails."""
+    from nefkern.evaluator import free_name
+
     result = Measured(row)
     for seed in range(planner.options.seeds):
         try:
             job = planner.job(table, row, rows, seed)
-            log.info("table %s, %s, seed %d", table.number, row.name, seed)
-            result.evaluations.append(perform(job))
+            log.info("%s, %s, seed %d", table, row.name, seed)
+            evaluation = perform(job)
+            result.evaluations.append(evaluation)
             result.runs.append(str(job.folder))
+            file = free_name(job.folder, evaluation["settings"])
+            result.pictures.append(drawn_pictures(file.with_suffix("")))
         except (UserError, OSError, RuntimeError) as error:
             result.error = first_line(error, limit=1000)
-            place = f"table {table.number}, {row.name}, seed {seed}"
+            place = f"{table}, {row.name}, seed {seed}"
             print(f"error: {place}: {result.error}", file=sys.stderr)
             break
     return result
