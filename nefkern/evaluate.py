@@ -20,14 +20,14 @@ from nefkern.commandline import (
     log_to_stderr,
 )
 from nefkern.errors import UserError, command
-from nefkern.options import PRESETS
+from nefkern.options import ANNOTATED, PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
-over all images, in up to three ways (majority vote by IoU, as the paper's authors do; by count;
-Hungarian, where there are as many clusters as classes). Pixel accuracy and mean IoU are then those
-of one confusion matrix. Baselines are fitted on the training split; all methods share each pass of
-the backbone.
+over all images, in up to four ways (majority vote by IoU, as the paper's authors do, or by count;
+Hungarian, by count or, as the authors do, by IoU, where there are as many clusters as classes).
+Pixel accuracy and mean IoU are then those of one confusion matrix. Baselines are fitted on the
+training split; all methods share each pass of the backbone.
 
 Mean IoU is over the classes that occur in the annotations or in the prediction.
 """
@@ -37,13 +37,14 @@ methods:
   {aliases}
 
 examples:
-  python -m nefkern.evaluate runs/voc --data folder --data-root voc --split val
+  python -m nefkern.evaluate runs/voc                        on the data set it was trained on
+  python -m nefkern.evaluate runs/voc --data folder --data-root camvid --split val
   python -m nefkern.evaluate runs/voc --data-root voc --methods ours,hidden,kmeans,untrained
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
   python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
-  python -m nefkern.evaluate runs/cityscapes --data cityscapes --data-root DIR
+  python -m nefkern.evaluate runs/imagenet --data cityscapes --data-root DIR
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
 the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.png (class indices,
@@ -79,9 +80,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_data(group: Any) -> None:
-    annotated = tuple(name for name in PRESETS if name != "samples")
-    group.add_argument("--data", default="folder", choices=annotated, help="[folder]")
-    group.add_argument("--data-root", type=Path, metavar="DIR", help="the data set's folder")
+    group.add_argument(
+        "--data",
+        choices=tuple(name for name in PRESETS if name != "samples"),
+        help=f"[the run's, if that is one of {', '.join(ANNOTATED)}; else folder]",
+    )
+    group.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="the data set's folder [the run's, if it was trained on this data set]",
+    )
     group.add_argument(
         "--classes",
         type=int,
@@ -168,8 +177,6 @@ def check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     check_crf_workers(arguments)
-    if arguments.data_root is None:
-        raise UserError("--data-root: expected the folder with the annotated images")
     if arguments.protocol == "crop320" and (arguments.window or arguments.stride):
         raise UserError("--window, --stride: only for --protocol sliding")
 

@@ -29,7 +29,7 @@ from nefkern.baselines.methods import Method
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
-from nefkern.options import CLASSES, WINDOWS
+from nefkern.options import ANNOTATED, CLASSES, WINDOWS
 from nefkern.progress import image_bar
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
@@ -65,6 +65,7 @@ class Evaluator:
 
     def _build(self) -> None:
         options, methods = self.options, self.methods
+        self._complete()
         self.refiner = None
         if options.crf:
             require_pydensecrf()
@@ -85,6 +86,19 @@ class Evaluator:
             seed=options.seed,
             sample_rows=options.sample_rows,
         )
+
+    def _complete(self) -> None:
+        """Take the data set from the run where none is given."""
+        options, trained = self.options, Run(self.options.run).options()
+        if options.data is None:
+            options.data = trained.data if trained.data in ANNOTATED else "folder"
+        if options.data_root is None and options.data == trained.data:
+            options.data_root = Path(trained.data_root)
+        if options.data_root is None:
+            raise UserError(
+                "--data-root: expected the folder with the annotated images; the run was trained "
+                f"on {trained.data}"
+            )
 
     @property
     def classes(self) -> list[str]:

@@ -47,6 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Window and stride of protocol B, in pixels.
 WINDOWS = {"pascal_context": (480, 320), "cityscapes": (768, 512), "ade20k": (512, 512)}
 
+#: Data sets that can be scored on.
+ANNOTATED = ("folder", *WINDOWS)
+
 #: Number of classes by protocol, where a data set has two ways to count them.
 CLASSES = {
     "pascal_context": {"crop320": 59, "sliding": 60},

@@ -19,11 +19,12 @@ from nefkern.reproduction.running import Measured, measure
 
 DESCRIPTION = """\
 Every experiment of the paper as a command: tables 1 to 9; 4.4, the comparison in the text of that
-section; figure-2 and figure-3, the segments of K-means and ours beside the annotation. Each row is trained and scored by python -m nefkern.train and nefkern.evaluate, and
-printed beside the paper's numbers. It goes on where it was interrupted: what is trained or scored
-already, here or by the commands that --dry-run prints, is not done again, and rows that train alike
-(five tables have a row of table 1) share a run. A row that fails is told in one line, the others go
-on, and the exit code is 2.
+section; figure-2 and figure-3, the segments of K-means and ours beside the annotation. Each row is
+trained and scored by python -m nefkern.train and nefkern.evaluate, and printed beside the paper's
+numbers. It goes on where it was interrupted: what is trained or scored already, here or by the
+commands that --dry-run prints, is not done again, and rows that train alike (five tables have a row
+of table 1) share a run. A row that fails is told in one line, the others go on, and the exit code
+is 2.
 """
 EXAMPLES = """\
 examples:

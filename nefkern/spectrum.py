@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nefkern.backends import check_environment
 from nefkern.commandline import add_device, add_ignore_class, add_run, command_parser, log_to_stderr
 from nefkern.errors import UserError, command
+from nefkern.options import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,7 @@ examples:
   python -m nefkern.spectrum runs/voc                        a batch of the images it was trained on
   python -m nefkern.spectrum runs/voc --split val            of others, that it has not seen
   python -m nefkern.spectrum runs/voc --data-root DIR --images 4
+  python -m nefkern.spectrum runs/voc --data cityscapes --data-root DIR --split val
   python -m nefkern.spectrum runs/voc --data-root DIR --split val --images 60 --score
 
 what to expect:
@@ -70,8 +72,14 @@ def parser() -> argparse.ArgumentParser:
     result = command_parser("spectrum", DESCRIPTION, EXAMPLES)
     add = result.add_argument
     add_run(result)
-    add("--data-root", type=Path, metavar="DIR", help="folder of images [the run's data]")
-    add("--split", help="which images [the run's split; train with --data-root]")
+    add("--data", choices=tuple(PRESETS), help="[the run's]")
+    add(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="the data set's folder [the run's, if it was trained on this data set]",
+    )
+    add("--split", help="which images [the run's split; train of other data]")
     add("--images", type=int, metavar="N", help="images of the batch [the run's batch size]")
     add("--seed", type=int, default=0, help="of images, untrained ψ and K-means [0]")
     add(
@@ -131,10 +139,14 @@ def _open(
     from nefkern.data import open_dataset
 
     options = segmenter.options
-    if arguments.data_root is None:
-        name, root, split = options.data, options.data_root, arguments.split or options.split
-    else:
-        name, root, split = "folder", str(arguments.data_root), arguments.split or "train"
+    name, root, split = arguments.data or options.data, options.data_root, options.split
+    if arguments.data_root is not None:
+        root, split = str(arguments.data_root), "train"
+        if name == "samples" and not arguments.data:
+            name = "folder"
+    elif name != options.data:
+        root, split = None, "train"
+    split = arguments.split or split
     dataset = open_dataset(name, root=root, split=split, ignore_classes=arguments.ignore_class)
     return dataset, {"data_root": root or name, "split": split, "ignored": arguments.ignore_class}
 

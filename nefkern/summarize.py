@@ -25,7 +25,12 @@ example: three seeds, scored and summarised
   python -m nefkern.summarize runs/voc-*
 """
 
-COUNTED = {"iou": "IoU vote", "count": "count vote", "hungarian": "Hungarian"}
+COUNTED = {
+    "iou": "IoU vote",
+    "count": "count vote",
+    "hungarian": "Hungarian",
+    "hungarian-iou": "Hungarian by IoU",
+}
 
 
 class Score(NamedTuple):

@@ -264,8 +264,11 @@ def test_hungarian_when_there_are_as_many_clusters_as_classes(run, folder, point
     pointwise.num_clusters = 4
     pointwise.centres = pointwise.centres[:4]
     result = evaluate(run, folder, "--limit", "3")
-    assert sorted(figures(result, matching="hungarian")["assignment"]) == [0, 1, 2, 3]
-    assert "as many clusters" not in capsys.readouterr().out
+    for matching in ("hungarian", "hungarian-iou"):
+        assert sorted(figures(result, matching=matching)["assignment"]) == [0, 1, 2, 3]
+    out = capsys.readouterr().out
+    assert "as many clusters" not in out
+    assert "Hungarian by IoU" in out
 
 
 @pytest.mark.parametrize("on", ["clusters", "classes"])
@@ -399,7 +402,7 @@ def test_data_sets_that_cannot_be_scored(run, cityscapes, pointwise, tmp_path, c
     assert "imagenet is only to train on" in failure(capsys, *asked)
 
 
-def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path):
+def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path, capsys):
     """Trained by the command and scored, K-means fitted on the training split."""
     out = tmp_path / "city"
     assert train.main([
@@ -410,6 +413,11 @@ def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path):
     result = evaluate_cityscapes(out, cityscapes, "--size", "48", "--methods", "ours,kmeans")
     assert list(result["methods"]) == ["ours", "kmeans"]
     assert figures(result, matching="count")["accuracy"] > 0.3
+    assert main([str(out), "--size", "48", "--methods", "ours,kmeans"]) == 0
+    assert len(list(out.glob("evaluation-*.json"))) == 1, "the run knows its data set"
+    (scene_root := tmp_path / "other").mkdir()
+    assert main([str(out), "--data-root", str(scene_root)]) == 2
+    assert "expected Cityscapes, with the folder leftImg8bit" in capsys.readouterr().err
     drawn = out / Path(result["name"]).stem
     picture = np.array(Image.open(next(drawn.glob("000-image-annotation-*.png"))))
     annotation = {tuple(rgb) for rgb in picture[:48, 56:104].reshape(-1, 3).tolist()}
@@ -419,6 +427,14 @@ def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path):
     assert "<!-- road -->" in names
     assert "<!-- train -->" not in names, "only what the pictures show"
     assert "classes.svg" in (out / "report.html").read_text()
+
+
+def test_a_run_on_data_without_annotations_asks_for_some(run, cityscapes, pointwise, capsys):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("data: folder", "data: imagenet"))
+    line = failure(capsys, run)
+    assert "--data-root: expected the folder with the annotated images" in line
+    assert "trained on imagenet" in line
 
 
 # ---- the real segmenter ----

@@ -99,7 +99,8 @@ def test_numbers_of_the_paper(table, row, method, accuracy, mean_iou):
 
 def test_hungarian_beside_the_majority():
     numbers = TABLES["4.4"].rows["classes"].numbers
-    assert [(n.matching, n.mean_iou) for _, n in numbers] == [("hungarian", 23.5), ("iou", 27.7)]
+    found = [(n.matching, n.mean_iou) for _, n in numbers]
+    assert found == [("hungarian-iou", 23.5), ("iou", 27.7)]
 
 
 def test_settings_that_tables_share_have_the_same_numbers():

@@ -20,6 +20,7 @@ from nefkern.runs import Run
 from nefkern.segmenter import Segmenter
 from nefkern.spectrum import main, parser, shown_rows
 from nefkern.trainer import Trainer
+from tests.data import publisher
 
 K = 6
 
@@ -171,6 +172,25 @@ def test_other_images_and_a_bad_one(run, photograph, tmp_path, capsys, caplog):
     capsys.readouterr()
     assert main([str(run), *map(str, options), "--images", "3"]) == 2
     assert "error: --images 3: expected at most 2, the readable images" in capsys.readouterr().err
+
+
+def test_other_data_by_name(run, tmp_path, capsys):
+    """A run on a folder looks at Cityscapes' images, and at their annotations."""
+    root = publisher.cityscapes(tmp_path / "city", [7, 9, 26])
+    asked = ("--data", "cityscapes", "--data-root", root, "--split", "train", "--images", 2)
+    found = result(run, *asked, "--score")
+    assert found["settings"]["data_root"] == str(root)
+    assert found["nodes"] == 2 * 4 * 4
+    assert "scores" in found
+    assert main([str(run), "--data", "cityscapes"]) == 2
+    assert "data 'cityscapes': expected a data root" in capsys.readouterr().err
+
+
+def test_the_run_s_kind_of_data_at_another_place(run, tmp_path):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("data: folder", "data: cityscapes"))
+    root = publisher.cityscapes(tmp_path / "city", [7, 9, 26])
+    assert result(run, "--data-root", root, "--images", 2)["settings"]["split"] == "train"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from nefkern.segmentation.metrics import scores
 MATCHINGS = {
     "iou": "majority by IoU",
     "count": "majority by count",
-    "hungarian": "Hungarian",
+    "hungarian": "Hungarian by count",
+    "hungarian-iou": "Hungarian by IoU",
 }
 
 
@@ -70,7 +71,7 @@ def match(counts: Tensor) -> Matched:
     assignments = {by: majority_vote(counts, by) for by in ("iou", "count")}
     no_hungarian = None
     try:
-        assignments["hungarian"] = hungarian(counts)
+        assignments |= {"hungarian": hungarian(counts), "hungarian-iou": hungarian(counts, "iou")}
     except ValueError as error:
         no_hungarian = str(error)
     confusions = {name: matched_confusion(counts, a) for name, a in assignments.items()}

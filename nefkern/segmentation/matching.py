@@ -41,21 +41,30 @@ def majority_vote(counts: Tensor, by: Literal["iou", "count"] = "iou") -> Tensor
     return torch.where(counts.sum(1) > 0, score.argmax(1), UNMATCHED)
 
 
-def hungarian(counts: Tensor) -> Tensor:
-    """The one-to-one matching with the most pixels in agreement, for K = C.
+def hungarian(counts: Tensor, by: Literal["count", "iou"] = "count") -> Tensor:
+    """The one-to-one matching of the highest total, for K = C.
+
+    Args:
+        counts: int64 ``[K, C]``.
+        by: ``"count"``: the total of pixels in agreement, the best that one class a cluster can do
+            for pixel accuracy, and the custom of the field; ``"iou"``: that of the IoU of each
+            cluster with its class, the authors' implementation.
 
     Returns:
         int64 ``[K]``, a permutation.
 
     Raises:
-        ValueError: K and C differ: no one-to-one matching would cover both.
+        ValueError: K and C differ: no one-to-one matching would cover both; another ``by``.
     """
+    if by not in ("count", "iou"):
+        raise ValueError(f"by must be 'count' or 'iou', got {by!r}")
     k, c = counts.shape
     if k != c:
         raise ValueError(
             f"Hungarian matching needs as many clusters as classes, got {k} clusters, {c} classes"
         )
-    _, classes = linear_sum_assignment(counts.cpu().numpy(), maximize=True)
+    total = counts if by == "count" else cluster_iou(counts)
+    _, classes = linear_sum_assignment(total.cpu().numpy(), maximize=True)
     return torch.as_tensor(classes, dtype=torch.int64, device=counts.device)
 
 

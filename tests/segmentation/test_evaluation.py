@@ -55,9 +55,9 @@ def evaluation():
 
 def test_summary_has_a_line_for_each_matching_and_stage():
     lines = summary_table(evaluation()).splitlines()
-    assert len(lines) == 2 + 2 * 3
+    assert len(lines) == 2 + 2 * 4
     assert lines[2].split() == ["ours", "-", "majority", "by", "IoU", "94.0", "66.9", "2/3", "2/3"]
-    assert lines[5].split()[:2] == ["ours", "clusters"]
+    assert lines[6].split()[:2] == ["ours", "clusters"]
 
 
 def test_class_table_begins_with_the_largest_class():

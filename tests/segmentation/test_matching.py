@@ -89,6 +89,20 @@ def test_hungarian_is_the_best_permutation(n, seed):
     assert counts[torch.arange(n), assignment].sum().item() == best
 
 
+def test_hungarian_by_iou_gives_a_small_class_its_small_cluster():
+    counts = torch.tensor([[100, 1], [90, 9]])
+    assert hungarian(counts).tolist() == [0, 1]  # 109 pixels agree, otherwise 91
+    counts = torch.tensor([[100, 9], [6, 0]])
+    assert hungarian(counts).tolist() == [0, 1]  # 100 agree, otherwise 15
+    counts = torch.tensor([[50, 20], [40, 1]])
+    assert hungarian(counts).tolist() == [1, 0]  # 60 agree, otherwise 51
+    counts = torch.tensor([[60, 20], [39, 0]])
+    assert hungarian(counts).tolist() == [0, 1]  # 60 agree, otherwise 59
+    assert hungarian(counts, "iou").tolist() == [1, 0]  # 20/80 + 39/99, otherwise 60/119
+    with pytest.raises(ValueError, match="by must be"):
+        hungarian(counts, "pixels")
+
+
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3)])
 def test_hungarian_says_why_not(shape):
     with pytest.raises(ValueError, match=f"got {shape[0]} clusters, {shape[1]} classes"):
