@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,12 +167,22 @@ def _need(files: Sequence[Path], kind: str, part: Part | None) -> None:
 
 def missing_files(files: Sequence[Path]) -> list[Path]:
     """Those that do not exist; each folder is listed once, which is faster than to ask for each."""
-    present = {folder: _names(folder) for folder in {file.parent for file in files}}
-    return [file for file in files if file.name not in present[file.parent]]
+    present: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in present:
+            present[folder] = _names(folder)
+        if name not in present[folder]:
+            missing.append(file)
+    return missing
 
 
-def _names(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+def _names(folder: str) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def split_folder(parent: Path, split: str, folders: Mapping[str, str]) -> Path:

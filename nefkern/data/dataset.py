@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from nefkern.data.constants import VOID
 from nefkern.data.images import CLASSES_FILE, read_annotation, read_image
+from nefkern.data.paths import Names, Paths
 from nefkern.errors import UserError
 
 
@@ -44,7 +45,7 @@ class ImageDataset(Dataset[Sample]):
         strict: whether training stops at an unreadable image instead of replacing it.
 
     Attributes:
-        names: list of str, unique: the file name without its suffix, with it where two agree.
+        names: str, unique: the file name without its suffix, with it where two agree.
         annotated: whether samples have annotations.
         paths, annotation_paths, classes, colours, ignored, strict: as given.
     """
@@ -65,9 +66,9 @@ class ImageDataset(Dataset[Sample]):
                 f"annotation_paths: expected one for each of {len(paths)} images,"
                 f" got {len(annotation_paths)}"
             )
-        self.paths = list(paths)
-        self.names = _unique_names(self.paths)
-        self.annotation_paths = None if annotation_paths is None else list(annotation_paths)
+        self.paths = Paths(paths)
+        self.names = Names(self.paths)
+        self.annotation_paths = None if annotation_paths is None else Paths(annotation_paths)
         self.classes = list(classes)
         self.colours = tuple(colours)
         self.ignored = sorted(set(ignored))
@@ -132,16 +133,3 @@ def _class_index(item: str | int, classes: Sequence[str]) -> int:
         known = ", ".join(classes) or "none: this data set has no classes"
         raise UserError(f"ignored class {item!r}: expected a name or an index of: {known}")
     return index
-
-
-def _unique_names(paths: Sequence[Path]) -> list[str]:
-    stems = [path.stem for path in paths]
-    shared = {stem for stem, count in _counts(stems).items() if count > 1}
-    return [path.name if path.stem in shared else path.stem for path in paths]
-
-
-def _counts(items: Sequence[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return counts
