@@ -1,28 +1,44 @@
-"""``python -m nefkern.data``: check the paper's data sets, and prepare the one that needs it."""
+"""``python -m nefkern.data``: check data sets, and prepare the one that needs it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from nefkern.commandline import command_parser
 from nefkern.data import BENCHMARKS
-from nefkern.data.check import check
+from nefkern.data.check import SplitReport, check, check_folder
 from nefkern.data.prepare import prepare_pascal_context
 from nefkern.errors import UserError, command
 
 DESCRIPTION = """\
-The paper's data sets, as their publishers lay them out. Nothing is downloaded: check says what is
-missing and where to get it; prepare converts Pascal Context's .mat files to index images.
+The paper's data sets as their publishers lay them out, and folders of your own. Nothing is
+downloaded: check says what is missing and where to get it; prepare converts Pascal Context's .mat
+files to index images.
 """
 EXAMPLES = """\
 examples:
   python -m nefkern.data check cityscapes --data-root DIR            count and read every file
   python -m nefkern.data check ade20k --data-root DIR --quick        only count
+  python -m nefkern.data check folder --data-root voc                a folder of your own
   python -m nefkern.data prepare pascal_context --data-root DIR
+
+below DIR:
+  pascal_context  [VOCdevkit/VOC2010/]JPEGImages/*.jpg, .../ImageSets/Main/{train,val}.txt, and
+                  trainval/*.mat, from which prepare makes .../SegmentationClassContext/*.png
+                  (0 background, 1 to 59 the classes)
+  cityscapes      leftImg8bit/{train,val}/<city>/*_leftImg8bit.png,
+                  gtFine/{train,val}/<city>/*_gtFine_labelIds.png (label ids)
+  ade20k          [ADEChallengeData2016/]{images,annotations}/{training,validation}/*
+                  (0 void, 1 to 150 the classes)
+  imagenet        [ILSVRC/Data/CLS-LOC/]train/<synset>/*.JPEG; no annotations
+  folder          images/{split}/*, annotations/{split}/<same name>.png (class indices, 255 void),
+                  classes.txt (one name a line); without splits, or images alone
 """
 _SHOWN = 20  # problems of a split
+_CHECKED = (*BENCHMARKS, "folder")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,17 +46,23 @@ def parser() -> argparse.ArgumentParser:
     result = command_parser("data", DESCRIPTION, EXAMPLES)
     tasks = result.add_subparsers(dest="task", required=True, metavar="check|prepare")
     checked = tasks.add_parser("check", help="count the files and read them all")
-    checked.add_argument(
-        "name", choices=tuple(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS)
-    )
+    checked.add_argument("name", choices=_CHECKED, metavar="NAME", help=", ".join(_CHECKED))
     checked.add_argument("--quick", action="store_true", help="only count")
-    checked.add_argument("--workers", type=int, default=2, help="processes that read [2]")
+    checked.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that read [2]"
+    )
     prepared = tasks.add_parser("prepare", help="convert annotations, once")
     prepared.add_argument(
         "name", choices=("pascal_context",), metavar="NAME", help="pascal_context"
     )
     for task in (checked, prepared):
-        task.add_argument("--data-root", type=Path, required=True, metavar="DIR")
+        task.add_argument(
+            "--data-root",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="the data set's folder; python -m nefkern.data --help shows what belongs below it",
+        )
     return result
 
 
@@ -52,9 +74,10 @@ def print_check(options: argparse.Namespace) -> None:
     """
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: expected at least 0")
-    benchmark, count = BENCHMARKS[options.name], 0
-    print(f"{benchmark.title}, {options.data_root}")
-    for report in check(benchmark, options.data_root, quick=options.quick, workers=options.workers):
+    title, reports = _reports(options)
+    count = 0
+    print(f"{title}, {options.data_root}")
+    for report in reports:
         print(f"  {report}")
         for problem in report.problems[:_SHOWN]:
             print(f"    {problem}")
@@ -64,6 +87,15 @@ def print_check(options: argparse.Namespace) -> None:
     if count:
         raise UserError(f"{options.name}: {count:,} problems, listed above")
     print("  complete" + (", files not read" if options.quick else ", every file is usable"))
+
+
+def _reports(options: argparse.Namespace) -> tuple[str, Iterator[SplitReport]]:
+    """What the data set is called, and its splits as they are checked."""
+    how = {"quick": options.quick, "workers": options.workers}
+    if options.name == "folder":
+        return "Folder", check_folder(options.data_root, **how)
+    benchmark = BENCHMARKS[options.name]
+    return benchmark.title, check(benchmark, options.data_root, **how)
 
 
 @command

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nefkern.data.benchmark import Benchmark, missing_files, open_benchmark
 from nefkern.data.dataset import ImageDataset
+from nefkern.data.folder import need_folder, open_folder, subfolders
 from nefkern.data.loader import leave_interrupts_to_the_main_process
 from nefkern.errors import UserError
 
@@ -23,21 +24,19 @@ class SplitReport:
     Attributes:
         split: its name.
         images, annotations: files there.
-        expected: images in the whole split.
+        expected: images in the whole split; None where nobody knows.
         problems: one line each.
     """
 
     split: str
     images: int = 0
     annotations: int = 0
-    expected: int = 0
+    expected: int | None = 0
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return (
-            f"{self.split:5}  {self.images:,} of {self.expected:,} images,"
-            f" {self.annotations:,} annotations"
-        )
+        whole = "" if self.expected is None else f" of {self.expected:,}"
+        return f"{self.split:5}  {self.images:,}{whole} images, {self.annotations:,} annotations"
 
 
 def check(
@@ -64,6 +63,31 @@ def check(
             with contextlib.suppress(UserError):  # files are missing, as the report says already
                 dataset = open_benchmark(benchmark, root, split=split)
                 report.problems += _unusable(dataset, split, workers)
+        yield report
+
+
+def check_folder(root: Path, *, quick: bool = False, workers: int = 0) -> Iterator[SplitReport]:
+    """Count the files of every split of a folder and, unless ``quick``, read them all.
+
+    Args:
+        root, quick, workers: as for :func:`check`; for the layouts of a folder see
+            :func:`nefkern.data.folder.open_folder`.
+
+    Raises:
+        UserError: no such folder.
+    """
+    need_folder(root)
+    images = root / "images"
+    for split in (subfolders(images) if images.is_dir() else []) or [""]:
+        report = SplitReport(split or "all", expected=None)
+        try:
+            dataset = open_folder(root, split=split)
+        except UserError as error:
+            report.problems.append(str(error))
+        else:
+            report.images = len(dataset)
+            report.annotations = len(dataset) if dataset.annotated else 0
+            report.problems += [] if quick else _unusable(dataset, report.split, workers)
         yield report
 
 

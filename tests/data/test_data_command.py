@@ -142,6 +142,45 @@ def test_images_without_annotations_are_read_to_the_end(run, tmp_path, complete,
     assert "n02119789_1.JPEG: cannot read this image" in out
 
 
+def test_a_folder_of_one_s_own(run, tmp_path):
+    for split, count in (("train", 2), ("val", 1)):
+        for n in range(count):
+            publisher.write_image(tmp_path / "images" / split / f"{n}.jpg", n)
+            publisher.write_labels(tmp_path / "annotations" / split / f"{n}.png", [0, 1, 255])
+    (tmp_path / "classes.txt").write_text("wall\ndoor\n")
+    code, out, _ = check(run, "folder", tmp_path)
+    assert code == 0
+    assert "train  2 images, 2 annotations" in out
+    assert "val    1 images, 1 annotations" in out
+    assert "complete, every file is usable" in out
+    publisher.write_labels(tmp_path / "annotations" / "train" / "1.png", [0, 2])
+    assert check(run, "folder", tmp_path, "--quick")[0] == 0
+    (tmp_path / "annotations" / "val" / "0.png").unlink()
+    code, out, line = check(run, "folder", tmp_path)
+    assert code == 2
+    assert "1.png: holds index 2" in out
+    assert "expected an annotation for every image, 1 of 1 missing" in out
+    assert line == "error: folder: 2 problems, listed above"
+
+
+def test_a_folder_of_images_alone(run, tmp_path, truncate):
+    publisher.write_image(tmp_path / "a.jpg")
+    truncate(publisher.write_image(tmp_path / "b.jpg", 1))
+    code, out, _ = check(run, "folder", tmp_path)
+    assert code == 2
+    assert "all    2 images, 0 annotations" in out
+    assert "b.jpg: cannot read this image" in out
+    assert "does not exist" in check(run, "folder", tmp_path / "gone")[2]
+
+
+def test_help_shows_what_belongs_where(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for name in (*BENCHMARKS, "folder", "leftImg8bit", "gtFine_labelIds", "trainval/*.mat"):
+        assert name in out
+
+
 def test_mistakes_are_one_line(run, tmp_path):
     assert "expected ADE20K" in check(run, "ade20k", tmp_path)[2]
     assert "does not exist" in check(run, "ade20k", tmp_path / "gone")[2]
