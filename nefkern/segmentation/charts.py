@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAMED = 30  # classes whose names and numbers still fit a confusion matrix
+_BARS = 40  # classes whose bars stand in one row
 _HEAD = 24  # pixels of a line of names above pictures
 
 
 def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
-    """IoU of every class by method, largest class first, as SVG.
+    """IoU of every class that occurs by method, largest class first, as SVG.
 
     Args:
         evaluation: what ``python -m nefkern.evaluate`` writes as JSON.
@@ -30,21 +31,26 @@ def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
     from matplotlib.figure import Figure
 
     pixels = evaluation["pixels"]
-    classes = sorted(pixels, key=pixels.get, reverse=True)
     methods = {
         name: method["stages"]["none"]["matchings"][matching]["iou"]
         for name, method in evaluation["methods"].items()
     }
-    figure = Figure(figsize=(max(6.0, 0.45 * len(classes) + 2), 3.6), layout="constrained")
-    axes = figure.subplots()
-    place, width = np.arange(len(classes)), 0.8 / len(methods)
-    for number, (name, iou) in enumerate(methods.items()):
-        heights = [100 * (iou[label] or 0) for label in classes]
-        axes.bar(place + (number + 0.5) * width - 0.4, heights, width, label=name)
-    axes.set_xticks(place, classes, rotation=90, fontsize=8)
-    axes.set(ylabel="IoU, %", xlim=(-0.6, len(classes) - 0.4))
-    axes.legend(fontsize=8, ncols=len(methods))
-    axes.grid(alpha=0.3, axis="y")
+    # A class that is neither annotated nor predicted has no IoU.
+    met = [label for label in pixels if any(iou[label] is not None for iou in methods.values())]
+    classes = sorted(met, key=pixels.get, reverse=True)
+    rows = [classes[first : first + _BARS] for first in range(0, len(classes), _BARS)] or [[]]
+    size = max(6.0, 0.45 * len(rows[0]) + 2), 3.6 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(len(rows), sharey=True, squeeze=False)[:, 0]
+    for axes, row in zip(every, rows, strict=True):
+        place, width = np.arange(len(row)), 0.8 / len(methods)
+        for number, (name, iou) in enumerate(methods.items()):
+            heights = [100 * (iou[label] or 0) for label in row]
+            axes.bar(place + (number + 0.5) * width - 0.4, heights, width, label=name)
+        axes.set_xticks(place, row, rotation=90, fontsize=8)
+        axes.set(ylabel="IoU, %", xlim=(-0.6, len(rows[0]) - 0.4))
+        axes.grid(alpha=0.3, axis="y")
+    every[0].legend(fontsize=8, ncols=len(methods))
     return svg(figure)
 
 
@@ -87,7 +93,7 @@ def legend(classes: Sequence[str], colours: np.ndarray) -> str:
     from matplotlib.patches import Patch
 
     columns = min(6, max(1, len(classes)))
-    figure = Figure(figsize=(1.9 * columns, 0.3 + 0.24 * -(-len(classes) // columns)))
+    figure = Figure(figsize=(1.9 * columns, 0.2 + 0.18 * -(-len(classes) // columns)))
     patches = [
         Patch(color=colour / 255, label=name)
         for name, colour in zip(classes, colours.astype(float), strict=True)

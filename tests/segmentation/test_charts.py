@@ -38,6 +38,20 @@ def test_iou_bars_name_classes_and_methods():
     assert text == iou_bars(EVALUATION), "the same every time"
 
 
+def test_iou_bars_of_many_classes_stand_in_rows_without_those_that_do_not_occur():
+    iou = {f"class {i}": None if i % 2 else 0.5 for i in range(150)}
+    stage = {"none": {"matchings": {"iou": {"iou": iou}}}}
+    evaluation = {"pixels": dict.fromkeys(iou, 1), "methods": {"ours": {"stages": stage}}}
+    text = words(iou_bars(evaluation))
+    assert "<!-- class 148 -->" in text
+    assert "<!-- class 1 -->" not in text
+    assert text.count("<!-- IoU, % -->") == 2, "75 classes in two rows"
+    width = float(text.partition('width="')[2].partition("pt")[0])
+    assert width < 72 * 22
+    evaluation["pixels"] = {}
+    words(iou_bars(evaluation))
+
+
 def test_confusion_matrix_shows_percent_of_the_annotated():
     confusion = torch.tensor([[30, 1], [10, 1]])  # predicted x annotated
     text = words(confusion_matrix(confusion, ["sky", "road"], "ours"))
