@@ -140,7 +140,7 @@ def open_benchmark(
     """
     chosen = benchmark.classes(classes)
     home = benchmark.home(Path(root))
-    paths = benchmark.find_images(home, split)
+    paths = _images(benchmark, home, root, split)
     annotations = benchmark.annotation_files(home, split, paths)
     _need(paths, "image", benchmark.images)
     _need(annotations or (), "annotation", benchmark.annotations)
@@ -154,6 +154,19 @@ def open_benchmark(
         ignored=class_indices(ignore_classes, names),
         strict=strict,
     )
+
+
+def _images(benchmark: Benchmark, home: Path, root: Path, split: str) -> list[Path]:
+    """The image files; of a split that should be there the error says how to find what is not."""
+    try:
+        return benchmark.find_images(home, split)
+    except UserError as error:
+        if split not in benchmark.counts:
+            raise
+        raise UserError(
+            f"{error}; python -m nefkern.data check {benchmark.name} --data-root {root} says what "
+            "is missing and where to get it"
+        ) from None
 
 
 def _need(files: Sequence[Path], kind: str, part: Part | None) -> None:

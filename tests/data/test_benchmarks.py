@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -233,3 +234,13 @@ def test_annotations_of_another_size(tmp_path):
     assert torch.equal(dataset[0].annotation, torch.zeros(30, 40, dtype=torch.uint8))
     with pytest.raises(UserError, match="expected the size of its image"):
         dataset[1]
+
+
+def test_a_split_that_should_be_there(tmp_path):
+    (tmp_path / "JPEGImages").mkdir()
+    hint = f"python -m nefkern.data check pascal_context --data-root {tmp_path} says what"
+    with pytest.raises(UserError, match=f"train.txt in .*; {re.escape(hint)}"):
+        open_dataset("pascal_context", root=tmp_path)
+    with pytest.raises(UserError, match="split 'test'") as caught:
+        open_dataset("pascal_context", root=tmp_path, split="test")
+    assert "nefkern.data check" not in str(caught.value), "there is no such split"
