@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nefkern.errors import ArgumentParser, UserError
+from nefkern.options import MAX_SEED
 
 
 def command_parser(name: str, description: str, examples: str) -> ArgumentParser:
@@ -23,8 +24,28 @@ def command_parser(name: str, description: str, examples: str) -> ArgumentParser
 
 def log_to_stderr() -> None:
     """Messages as plain lines, beside the output; timm's own only where they warn."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[AboveBars()])
     logging.getLogger("timm").setLevel(logging.WARNING)
+
+
+class AboveBars(logging.Handler):
+    """Lines on standard error; a progress bar makes way for them and is drawn again below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        from tqdm import tqdm  # here: --help should not wait for it
+
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make the folder of ``--out``; a UserError where something else has its name."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file; expected a folder to make")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 # ---- options that several commands have ----
@@ -39,6 +60,18 @@ def add_device(parser: Any, beside: str = "") -> None:
     """``--device``; ``beside`` is what its help has to add."""
     text = "cpu, cuda, cuda:1 ..." + (f"; {beside}" if beside else "")
     parser.add_argument("--device", default="auto", help=f"{text} [auto]")
+
+
+def add_seed(parser: Any, of: str) -> None:
+    """``--seed``, of commands that draw something."""
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help=f"of {of} [0]")
+
+
+def _seed(text: str) -> int:
+    seed = int(text) if text.isdecimal() else -1
+    if not 0 <= seed <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {MAX_SEED}, got {text!r}")
+    return seed
 
 
 def add_ignore_class(parser: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 #: What is wrong with the disk or the path, not with the program.
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 
 
@@ -44,6 +45,10 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            # ψ, κ and names of files are no reason to fail where the terminal cannot show them.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()  # here, where a reader that is gone is noticed in time

@@ -15,6 +15,7 @@ from nefkern.commandline import (
     add_device,
     add_ignore_class,
     add_run,
+    add_seed,
     check_crf_workers,
     command_parser,
     log_to_stderr,
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--feature-cache", type=Path, metavar="DIR", help="keep the backbone's maps in this folder"
     )
-    result.add_argument("--seed", type=int, default=0, help="of K-means and untrained ψ [0]")
+    add_seed(result, "K-means and untrained ψ")
     return result
 
 
@@ -176,6 +177,8 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if arguments.pictures < 0:
+        raise UserError(f"--pictures {arguments.pictures}: expected 0 or more")
     check_crf_workers(arguments)
     if arguments.protocol == "crop320" and (arguments.window or arguments.stride):
         raise UserError("--window, --stride: only for --protocol sliding")

@@ -149,7 +149,9 @@ class Evaluator:
     def _fitted(self) -> dict[str, Clusterer]:
         split = self.options.fit_split
         try:
-            self.comparison.fit(self._training_images(self._open(split)))
+            # Closed here, so that its bar ends before an error or an interrupt is told.
+            with contextlib.closing(self._training_images(self._open(split))) as images:
+                self.comparison.fit(images)
         except ValueError as error:
             raise UserError(f"--fit-split {split}: cannot fit K-means, {error}") from None
         return {name: c.to("cpu") for name, c in self.comparison.clusterers.items()}
@@ -263,14 +265,21 @@ class Evaluator:
         """How the protocol cuts images; crop320 has one window."""
         o = self.options
         if o.protocol == "crop320":
+            self._check_side("--size", o.size)
             return Windows(o.size, o.size, o.batch_size)
         window, stride = self._paper_windows() or (self.segmenter.window, self.segmenter.stride)
         if o.window:
+            self._check_side("--window", o.window)
             window, stride = o.window, -(-2 * o.window // 3)
         stride = o.stride or stride
         if stride > window:
             raise UserError(f"--stride {stride}: expected at most the window, {window}")
         return Windows(window, stride, o.batch_size)
+
+    def _check_side(self, flag: str, side: int) -> None:
+        patch = self.segmenter.patch
+        if side < patch:
+            raise UserError(f"{flag} {side}: expected at least {patch}, a patch of the backbone")
 
     def _paper_windows(self) -> tuple[int, int] | None:
         """Window and stride of protocol B for the paper's data sets, on the patch grid."""
@@ -336,10 +345,10 @@ class Evaluator:
             return Sample(dataset.names[index], dataset.image(index))
 
         with image_bar(len(indices), "fitting", disable=not distributed.is_main()) as bar:
-            for future in self._samples(read, indices):
+            for index, future in zip(indices, self._samples(read, indices), strict=True):
                 try:
                     sample = future.result()
-                    self.segmenter.check_size(sample.image, sample.name)
+                    self.segmenter.check_size(sample.image, dataset.paths[index])
                 except UserError as error:
                     log.warning("skipped: %s", error)
                 else:
@@ -353,9 +362,11 @@ class Evaluator:
         """
         renumbered = torch.full((256,), VOID, dtype=torch.uint8)
         renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
-        for future in self._samples(self.dataset.__getitem__, self._share()):
+        share = self._share()
+        samples = self._samples(self.dataset.__getitem__, share)
+        for index, future in zip(share, samples, strict=True):
             sample = future.result()
-            self.segmenter.check_size(sample.image, sample.name)
+            self.segmenter.check_size(sample.image, self.dataset.paths[index])
             yield replace(sample, annotation=renumbered[sample.annotation.int()])
 
 
@@ -401,6 +412,6 @@ def free_name(folder: Path, settings: dict[str, Any]) -> Path:
         if not path.exists():
             return path
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(path.read_text())["settings"] == settings:
+            if json.loads(path.read_text("utf-8"))["settings"] == settings:
                 return path
     raise AssertionError("count() never ends")

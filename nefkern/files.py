@@ -11,9 +11,9 @@ def replace_file(path: Path, content: bytes | str) -> None:
     """Write ``content`` (text as UTF-8) beside ``path``, then move it there.
 
     Raises:
-        OSError: it cannot be written; the old file is as it was. Content is made in memory first
-            and written here, because the writers of torch and safetensors report a full disk by
-            errors of their own.
+        OSError: it cannot be written; names ``path``, and the old file is as it was. Content is
+            made in memory first and written here, because the writers of torch and safetensors
+            report a full disk by errors of their own.
     """
     data = content.encode() if isinstance(content, str) else content
     # Another process that writes the same file (a shared feature cache) has a part of its own;
@@ -25,6 +25,8 @@ def replace_file(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:  # a full disk names no file, others the part
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -56,6 +56,9 @@ CLASSES = {
     "cityscapes": {"crop320": 27, "sliding": 19},
 }
 
+#: The largest seed that PyTorch's generators take.
+MAX_SEED = 2**63 - 1
+
 
 def _option(default: Any, help: str, group: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, "group": group, **extra})
@@ -266,6 +269,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        if self.seed > MAX_SEED:
+            raise UserError(f"--seed {self.seed}: expected at most {MAX_SEED}")
         for name in ("lr", "t", "min_norm", "mlp_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
@@ -337,7 +342,7 @@ def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
 def read_config(path: Path) -> dict[str, Any]:
     """Options in a YAML file: a mapping of option names, or the ``options`` of a run's config."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -352,11 +357,16 @@ def read_config(path: Path) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in fields:
             raise UserError(f"--config {path}: unknown option {key!r}")
-        options[name] = _converted(path, fields[name], value)
+        options[name] = converted(f"--config {path}", fields[name], value)
     return options
 
 
-def _converted(path: Path, f: dataclasses.Field, value: Any) -> Any:
+def converted(source: str, f: dataclasses.Field, value: Any) -> Any:
+    """A value from YAML in the type of its option.
+
+    Raises:
+        UserError: of another type, or none of the choices; ``source`` says where it stands.
+    """
     kind, _, optional = f.type.partition(" |")
     if value is None and optional:
         return None
@@ -367,8 +377,8 @@ def _converted(path: Path, f: dataclasses.Field, value: Any) -> Any:
     if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if wanted is not type(value):
-        raise UserError(f"--config {path}: {f.name}: expected {kind}, got {value!r}")
+        raise UserError(f"{source}: {f.name}: expected {kind}, got {value!r}")
     if f.metadata.get("choices") and value not in f.metadata["choices"]:
         choices = ", ".join(f.metadata["choices"])
-        raise UserError(f"--config {path}: {f.name}: expected one of {choices}, got {value!r}")
+        raise UserError(f"{source}: {f.name}: expected one of {choices}, got {value!r}")
     return value

@@ -61,11 +61,11 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
             break
         try:
             image = dataset.image(index)
-            clusters = segmenter(image)
-        except UserError as error:  # reported by name and skipped, as in training
-            log.warning("no overlay of %s: %s", dataset.names[index], error)
+            segmenter.check_size(image, dataset.paths[index])
+        except UserError as error:  # reported and skipped, as in training
+            log.warning("no overlay: %s", error)
             continue
-        picture = overlay(image, clusters, colours=colours)
+        picture = overlay(image, segmenter(image), colours=colours)
         write_png(picture, folder / f"{dataset.names[index]}.png")
         drawn += 1
 
@@ -130,7 +130,7 @@ def write_report(run: Run) -> Path:
         ]
     for scores in sorted(run.folder.glob("evaluation-*.json")):
         try:
-            text = describe(json.loads(scores.read_text()))
+            text = describe(json.loads(scores.read_text("utf-8")))
         except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
             text = f"not readable: {error}"
         parts += [f"<h2>{html.escape(scores.stem)}</h2>", f"<pre>{html.escape(text)}</pre>"]
@@ -160,7 +160,7 @@ def _spectrum(run: Run) -> list[str]:
     if not run.path(SPECTRUM).exists():
         return []
     try:
-        text = describe_spectrum(json.loads(run.path(SPECTRUM).read_text()))
+        text = describe_spectrum(json.loads(run.path(SPECTRUM).read_text("utf-8")))
     except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
         text = f"not readable: {error}"
     return [

@@ -19,7 +19,7 @@ from torch import Tensor
 import nefkern
 from nefkern.errors import UserError, first_line
 from nefkern.files import remove_parts, replace_file
-from nefkern.options import TrainOptions
+from nefkern.options import TrainOptions, converted
 
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
 
@@ -109,7 +109,7 @@ class Run:
             UserError: the folder holds no run.
         """
         try:
-            content = yaml.safe_load(self.path(CONFIG).read_text())
+            content = yaml.safe_load(self.path(CONFIG).read_text("utf-8"))
             content["options"]["backbone"]
             return content
         except (FileNotFoundError, NotADirectoryError):
@@ -121,9 +121,19 @@ class Run:
             raise UserError(f"{self.path(CONFIG)}: not a run's configuration") from None
 
     def options(self) -> TrainOptions:
-        """The options the run was trained with."""
-        known = {f.name for f in dataclasses.fields(TrainOptions)}
-        return TrainOptions(**{k: v for k, v in self.config()["options"].items() if k in known})
+        """The options the run was trained with; those of another version are left out.
+
+        Raises:
+            UserError: no run, or one whose configuration was edited to something impossible.
+        """
+        path, asked = self.path(CONFIG), self.config()["options"]
+        known = [f for f in dataclasses.fields(TrainOptions) if f.name in asked]
+        options = TrainOptions(**{f.name: converted(str(path), f, asked[f.name]) for f in known})
+        try:
+            options.check()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return options
 
     # ---- checkpoints ----
 
@@ -164,7 +174,9 @@ class Run:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load has no exception of its own for a damaged file
-            raise UserError(f"--resume: {path} is damaged ({first_line(error)})") from error
+            raise UserError(
+                f"--resume: {path} is damaged; start anew with another --out"
+            ) from error
 
     def epochs_done(self) -> int:
         """Whole epochs behind the checkpoint; 0 where there is none yet."""
@@ -183,7 +195,7 @@ class Run:
         """The record, a dict a step; a half-written last line is left out."""
         path = self.path(METRICS)
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:

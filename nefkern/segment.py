@@ -19,6 +19,7 @@ from nefkern.commandline import (
     check_crf_workers,
     command_parser,
     log_to_stderr,
+    make_output_folder,
 )
 from nefkern.errors import UserError, command
 
@@ -222,7 +223,7 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     refiner = Refiner(arguments.crf_workers) if arguments.crf else None
     files = image_files(arguments.images)
     segmenter = Segmenter.load(arguments.run, arguments.device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(arguments.out)
     named, failures = list(zip(files, output_names(files), strict=True)), []
     with image_bar(len(files)) as bar:
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from nefkern.data import read_image
+from nefkern.data.images import read_image, upright_pixels
 from nefkern.devices import choose_device
 from nefkern.eigenfunction import Eigenfunction
 from nefkern.errors import UserError
@@ -20,6 +21,10 @@ from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
+
+#: Length in crops to which an image is enlarged at most: at the scale of training a strip of a few
+#: pixels' width would become thousands of windows.
+LONGEST = 16
 
 
 @dataclass
@@ -199,18 +204,19 @@ class Segmenter:
 
         The backbone sees it at the scale of training, its shorter side as long as a crop, and in
         one piece, so that no window's edge shows; only an image more than twice as long as wide
-        goes through in windows. Logits are up-sampled to the image's pixels before the argmax, in
-        strips: memory does not grow with K times the pixels.
+        goes through in windows, and a strip is enlarged no further than to ``LONGEST`` crops.
+        Logits are up-sampled to the image's pixels before the argmax, in strips: memory does not
+        grow with K times the pixels.
 
         Args:
-            image: a path, a PIL image, a ``[H, W, 3]`` uint8 array, or a ``[3, H, W]`` tensor
-                (uint8, or float in [0, 1]).
+            image: a path, a PIL image (either is turned upright and made RGB), a ``[H, W, 3]``
+                uint8 array, or a ``[3, H, W]`` tensor (uint8, or float in [0, 1]).
 
         Returns:
             The cluster of every pixel, ``[H, W]`` int64 on the CPU.
 
         Raises:
-            UserError: not an image, or one smaller than a patch.
+            UserError: not an image, values out of range, or an image smaller than a patch.
         """
         pixels = as_image(image)
         self.check_size(pixels, name=image if isinstance(image, (str, Path)) else "image")
@@ -226,7 +232,9 @@ class Segmenter:
 
     def at_training_scale(self, pixels: Tensor) -> tuple[Predictor, Tensor, int, int]:
         """How :meth:`__call__` looks at ``[3, H, W]`` pixels: predictor, pixels, window, stride."""
-        scale = self.options.crop / min(pixels.shape[1:])
+        short, long = sorted(pixels.shape[1:])
+        enlarged = self.options.crop / short
+        scale = min(enlarged, max(1.0, LONGEST * self.options.crop / long))
 
         def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
             size = [max(self.patch, round(side * scale)) for side in crops.shape[2:]]
@@ -244,12 +252,25 @@ def as_image(image: object) -> Tensor:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise UserError(f"image: expected a tensor [3, H, W], got {list(image.shape)}")
-        return image
-    if hasattr(image, "convert"):
-        image = np.asarray(image.convert("RGB"))
+        return _checked(image)
+    if isinstance(image, Image.Image):
+        return upright_pixels(image, "image")
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise UserError(f"image: expected uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def _checked(image: Tensor) -> Tensor:
+    """A tensor in one of the accepted forms, floats in float32."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise UserError(f"image: expected a tensor [3, H, W], got {list(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise UserError(f"image: expected a uint8 or floating-point tensor, got {image.dtype}")
+    image = image.detach().float()
+    if image.numel() and not (image.min() >= 0 and image.max() <= 1):  # nor is it with a NaN
+        low, high = image.min().item(), image.max().item()
+        raise UserError(f"image: expected values in [0, 1], it has {low:.4g} to {high:.4g}")
+    return image

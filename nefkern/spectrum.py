@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nefkern.backends import check_environment
-from nefkern.commandline import add_device, add_ignore_class, add_run, command_parser, log_to_stderr
+from nefkern.commandline import (
+    add_device,
+    add_ignore_class,
+    add_run,
+    add_seed,
+    command_parser,
+    log_to_stderr,
+)
 from nefkern.errors import UserError, command
 from nefkern.options import PRESETS
 
@@ -81,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--split", help="which images [the run's split; train of other data]")
     add("--images", type=int, metavar="N", help="images of the batch [the run's batch size]")
-    add("--seed", type=int, default=0, help="of images, untrained ψ and K-means [0]")
+    add_seed(result, "images, untrained ψ and K-means")
     add(
         "--score",
         action="store_true",

@@ -59,7 +59,7 @@ def read_scores(run: Path) -> Iterator[tuple[Key, int, Score]]:
     if not files:
         raise UserError(f"{run}: holds no scores; make them with python -m nefkern.evaluate")
     for file in files:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         evaluation = title(content["settings"])
         for method, result in content["methods"].items():
             for crf, stage in result["stages"].items():

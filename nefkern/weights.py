@@ -133,15 +133,19 @@ def read_file(path: Path) -> StateDict:
     """
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file")
+    reason = ""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
+        # What this says of a damaged file is about pickle, and about its own arguments.
+        reason = "damaged, or with more in it than tensors"
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has exceptions of its own; the file is at fault
         raise UserError(
-            f"--weights {path}: not a readable .safetensors or .pth file ({first_line(error)})"
+            f"--weights {path}: not a readable .safetensors or .pth file "
+            f"({reason or first_line(error)})"
         ) from error
     for key in ("state_dict", "model", "teacher", "state_dict_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -133,10 +133,21 @@ def test_one_bad_image_among_many(arguments, fails, photos, tmp_path):
     assert str(bad) in line
 
 
-def test_a_tiny_image_trains_and_has_no_overlay(arguments, photos, photograph, tmp_path):
-    photograph(9, 9, 0).save(photos / "images" / "train" / "0.png")
+def test_a_tiny_image_trains_and_has_no_overlay(arguments, photos, photograph, tmp_path, caplog):
+    small = photos / "images" / "train" / "0.png"
+    photograph(9, 9, 0).save(small)
     assert train.main(arguments()) == 0
+    assert f"no overlay: {small}: 9 × 9 pixels, expected at least one patch" in caplog.text
     assert sorted(p.name for p in (tmp_path / "run/overlays").iterdir()) == ["1.png", "2.png"]
+
+
+def test_messages_stand_on_lines_of_their_own_beside_a_progress_bar():
+    code = (
+        "import logging; from tqdm import tqdm; from nefkern.commandline import log_to_stderr\n"
+        "log_to_stderr(); bar = tqdm(total=2); bar.update(); logging.warning('one line')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "one line" in done.stderr.replace("\r", "\n").splitlines()
 
 
 def test_existing_run(arguments, fails, tmp_path):
@@ -163,8 +174,8 @@ def test_full_disk(arguments, tmp_path):
     process = python("-c", command, str(run.folder))
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, err
-    assert err.splitlines()[-1].startswith("error: cannot read or write"), err
-    assert "File too large" in err
+    line = f"error: cannot read or write {run.path(CHECKPOINT)}: File too large"
+    assert err.splitlines()[-1] == line, err
     assert "Traceback" not in err
     assert run.path(CHECKPOINT).read_bytes() == before
     run.load_state(run.load()[1]["state"])
@@ -183,7 +194,8 @@ def test_full_disk_while_training(arguments, fails, tmp_path, monkeypatch):
     before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     line = fails(train.main, arguments("--resume"))
-    assert line == "error: cannot read or write: No space left on device"
+    record = tmp_path / "run" / METRICS
+    assert line == f"error: cannot read or write {record}: No space left on device"
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
     monkeypatch.undo()
     assert train.main(arguments("--resume")) == 0
@@ -249,6 +261,25 @@ def test_a_bad_annotation_is_named(trained, photos, fails, spoil, message):
     line = fails(evaluate.main, asked)
     assert line.startswith(f"error: {bad}: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_eigenfunctions", "four", "num_eigenfunctions: expected int, got 'four'"),
+        ("temperature", "x", "--temperature x: expected start:end"),
+        ("feature_map", "relu", "feature_map: expected one of softmax, elu, got 'relu'"),
+    ],
+)
+def test_an_edited_configuration_is_named(trained, photos, fails, tmp_path, name, value, message):
+    config = trained / "config.yaml"
+    lines = config.read_text("utf-8").splitlines()
+    edited = [f"  {name}: {value}" if line.startswith(f"  {name}:") else line for line in lines]
+    assert edited != lines
+    config.write_text("\n".join(edited), "utf-8")
+    images = photos / "images" / "train"
+    line = fails(segment.main, [trained, images, "--out", tmp_path / "segments"])
+    assert line.startswith(f"error: {config}: {message}")
 
 
 def test_evaluation_of_nothing(trained, photos, fails, tmp_path):
@@ -415,6 +446,28 @@ def test_operators_do_not_import_the_pipeline():
     process = python("-c", code)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
+
+
+def test_a_folder_that_is_gone_is_one_line(fails, tmp_path, capsys):
+    """As when somebody removes a run while it is written."""
+    from nefkern.errors import command
+
+    gone = tmp_path / "gone" / "report.html"
+    line = fails(command(lambda arguments: gone.write_text("")), [])
+    assert line == f"error: cannot read or write {gone}: No such file or directory"
+
+
+def test_a_terminal_without_greek(arguments, photos):
+    """Names, κ and ψ are shown as far as it can, and files are UTF-8 nevertheless."""
+    pictures = photos / "images" / "train"
+    (pictures / "0.png").rename(pictures / "äγ.png")
+    (photos / "classes.txt").write_text("grüß\n", "utf-8")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for its in (["evaluate", "--help"], ["train", *arguments()], ["train", *arguments("--resume")]):
+        process = python("-m", f"nefkern.{its[0]}", *its[1:], **locale)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        assert "Traceback" not in out + err
 
 
 def test_a_reader_that_leaves_early_sees_no_traceback():

@@ -94,7 +94,7 @@ class PointwiseMaps:
 class Pointwise:
     """A segmenter that looks at single pixels: five clusters by colour, so figures are exact."""
 
-    num_clusters, window, stride = 5, 40, 24
+    num_clusters, window, stride, patch = 5, 40, 24, 1
     device = torch.device("cpu")
     centres = torch.tensor(
         [[0.8, 0.2, 0.2], [0.2, 0.7, 0.2], [0.2, 0.2, 0.8], [0.5, 0.5, 0.5], [0.9, 0.1, 0.1]]
@@ -531,6 +531,10 @@ def failure(capsys, *arguments: object) -> str:
     [
         (["--methods", "kmean"], "ours*-untrained, hidden, untrained; got 'kmean'"),
         (["--limit", "0"], "--limit 0: expected at least 1"),
+        (["--pictures", "-1"], "--pictures -1: expected 0 or more"),
+        (["--seed", "-1"], "argument --seed: expected a number from 0"),
+        (["--size", "9"], "--size 9: expected at least 16, a patch"),
+        (["--protocol", "sliding", "--window", "9"], "--window 9: expected at least 16, a patch"),
         (["--window", "64"], "--window, --stride: only for --protocol sliding"),
         (["--protocol", "sliding", "--stride", "999"], "--stride 999: expected at most the window"),
         (["--split", "test"], "no split 'test', there is: train, val"),
@@ -593,7 +597,7 @@ def test_an_image_smaller_than_a_patch_is_named(run, tmp_path, capsys):
     Image.new("L", (9, 30)).save(root / "annotations" / "val" / "0.png")
     line = failure(capsys, run, "--data-root", root, "--protocol", "sliding")
     assert "at least one patch" in line
-    assert line.startswith("error: 0:")
+    assert line.startswith(f"error: {root / 'images' / 'val' / '0.png'}:")
 
 
 def test_nothing_but_void(run, tmp_path, pointwise, capsys):

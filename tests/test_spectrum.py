@@ -198,6 +198,8 @@ def test_the_run_s_kind_of_data_at_another_place(run, tmp_path):
     [
         (["--images", "0"], "--images 0: expected at least 1"),
         (["--images", "11"], "--images 11: expected at most 10"),
+        (["--seed", "-1"], "argument --seed: expected a number from 0"),
+        (["--seed", "1e99"], "argument --seed: expected a number from 0"),
         (["--split", "test"], "no split 'test'"),
         (["--score"], "--score: expected annotated images"),
         (["--ignore-class", "sky"], "--ignore-class sky: expected --score beside it"),

@@ -59,8 +59,18 @@ def read_image(path: str | Path, *, min_side: int | None = None) -> Tensor:
         if min_side is not None and image.format == "JPEG":
             scale = min(1.0, min_side / min(image.size))
             image.draft(None, tuple(int(np.ceil(side * scale)) for side in image.size))
-        rgb = _to_rgb(ImageOps.exif_transpose(image), path)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        return upright_pixels(image, path)
+
+
+def upright_pixels(image: Image.Image, name: str | Path) -> Tensor:
+    """An opened image upright and in colour; result and errors as :func:`read_image`'s.
+
+    Args:
+        image: of any mode.
+        name: what to call it in an error.
+    """
+    rgb = _to_rgb(ImageOps.exif_transpose(image), name)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:

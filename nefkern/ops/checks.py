@@ -14,9 +14,11 @@ INTEGER = (torch.int32, torch.int64)
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """``value``, if it is a tensor; else TypeError."""
+    """``value``, if it is a dense tensor; else TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
     return value
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from nefkern.ops import checks
 from nefkern.reference import csr
 
 if TYPE_CHECKING:
@@ -173,6 +174,9 @@ class CSRGraph:
             matrix: [N, N]; integers and half precision become float32; duplicates are summed.
             symmetric: the promise to record; None looks at the content.
         """
+        if not hasattr(matrix, "tocsr"):
+            kind = type(matrix).__name__
+            raise TypeError(f"matrix: expected a scipy sparse matrix or array, got {kind}")
         _check_square("matrix", matrix.shape)
         rows = matrix.tocsr().copy()
         rows.sum_duplicates()  # sorts the columns too
@@ -216,8 +220,7 @@ def check_graph(name: str, graph: CSRGraph) -> None:
 
 def check_dense_operand(name: str, x: Tensor, graph: CSRGraph) -> None:
     """Raise unless ``x`` is a floating-point matrix [N, K] beside ``graph``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    checks.tensor(name, x)
     if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.ndim != 2 or x.shape[0] != graph.num_nodes:

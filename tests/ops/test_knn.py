@@ -610,6 +610,7 @@ X = torch.zeros(6, 3)
     ("arguments", "options", "error", "message"),
     [
         (("x", 2), {}, TypeError, "features: expected a torch.Tensor, got str"),
+        ((X.to_sparse(), 2), {}, TypeError, "features: expected a dense tensor, got torch.sparse"),
         ((X[0], 2), {}, ValueError, r"features: expected shape \[N, C\], got \[3\]"),
         ((X.int(), 2), {}, TypeError, "features: expected one of float16, .*, got int32"),
         ((X, 0), {}, ValueError, "k: expected at least 1, got 0"),
