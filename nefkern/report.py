@@ -30,11 +30,15 @@ REPORT = "report.html"
 #: Panels of the page: title, the record's keys, and what to read off them.
 PANELS = (
     ("Objective", ("loss",), "should fall"),
-    ("Mean Rayleigh quotient", ("trace",), "tr R / K; the loss raises it"),
-    ("Penalty", ("penalty",), "keeps the eigenfunctions apart"),
-    ("Mean |R_ij|, i ≠ j", ("off_diagonal",), "overlap of eigenfunctions; lower is better"),
-    ("Clusters", ("live", "dead"), "live: win somewhere in the batch; dead: norm under the clamp"),
-    ("Confidence", ("confidence", "temperature"), "mean largest probability; temperature"),
+    ("Mean Rayleigh quotient", ("trace",), "tr R / K: do joined patches agree? should rise"),
+    ("Penalty", ("penalty",), "keeps the functions apart"),
+    ("Mean |R_ij|, i ≠ j", ("off_diagonal",), "overlap of functions; should fall"),
+    ("Clusters", ("live", "dead"), "live: win a patch of the batch; dead: hardly used at all"),
+    (
+        "Confidence",
+        ("confidence", "temperature"),
+        "of the winning cluster; noise temperature",
+    ),
 )
 
 #: Steps drawn in a curve: more cannot be told apart, and would weigh megabytes.
@@ -49,6 +53,22 @@ figure { margin: 0 0 1.2rem } figcaption { color: #666; font-size: .85rem }
 table { border-collapse: collapse; font-size: .85rem }
 td, th { border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0; text-align: left }
 """
+
+CURVES = (
+    "<p>None of these curves says how good the segments are: the pictures do, and, with annotated "
+    "images, <code>python -m nefkern.evaluate</code>.</p>"
+)
+SCORES = (
+    "<p>Each cluster counts as the class it was matched to, over all images (by IoU: the class it "
+    "overlaps best; by count: the most frequent one in it). Accuracy: the share of pixels of the "
+    "right class. IoU: of a class, the pixels both predicted and annotated over those that are "
+    "either; mIoU is the mean over classes. In %.</p>"
+)
+SPECTRA = (
+    "<p>How much of the graph's exact leading eigenvectors, which training approximates, the "
+    "learned functions hold; <code>python -m nefkern.spectrum --help</code> explains every "
+    "column.</p>"
+)
 
 
 def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count: int) -> None:
@@ -113,9 +133,10 @@ def write_report(run: Run) -> Path:
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>",
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(_introduction(config))}</p>",
     ]
     if rows:
-        parts += [f"<p>{_summary(rows)}</p>", "<h2>Training</h2>", curves(rows)]
+        parts += [f"<p>{_summary(rows)}</p>", "<h2>Training</h2>", curves(rows), CURVES]
     parts += [
         "<h2>Segments</h2>",
         "<p>Image, clusters, and both together. Nobody told the "
@@ -125,15 +146,17 @@ def write_report(run: Run) -> Path:
     if run.path("eigenfunctions.png").exists():
         parts += [
             "<h2>Eigenfunctions</h2>",
-            "<p>The first image and the eigenfunctions of most weight in it, each scaled to its "
-            "own largest value.</p><img src='eigenfunctions.png' alt='eigenfunctions'>",
+            "<p>The first image and the learned functions of most weight in it, patch by patch, "
+            "each scaled to its own largest value: white where a cluster wins.</p>"
+            "<img src='eigenfunctions.png' alt='eigenfunctions'>",
         ]
     for scores in sorted(run.folder.glob("evaluation-*.json")):
         try:
             text = describe(json.loads(scores.read_text("utf-8")))
         except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
             text = f"not readable: {error}"
-        parts += [f"<h2>{html.escape(scores.stem)}</h2>", f"<pre>{html.escape(text)}</pre>"]
+        heading = f"<h2>{html.escape(scores.stem)}</h2>"
+        parts += [heading, SCORES, f"<pre>{html.escape(text)}</pre>"]
         parts += map(_figure, sorted(scores.with_suffix("").glob("*.[sp][vn]g")))
     parts += _spectrum(run)
     cells = "".join(
@@ -165,9 +188,23 @@ def _spectrum(run: Run) -> list[str]:
         text = f"not readable: {error}"
     return [
         "<h2>Spectrum</h2>",
+        SPECTRA,
         f"<figure><img src='{SPECTRUM_PLOT}' alt='eigenvalues and angles'></figure>",
         f"<pre>{html.escape(text)}</pre>",
     ]
+
+
+def _introduction(config: dict[str, Any]) -> str:
+    """What was done, for somebody who has not read the paper."""
+    options, patch = config["options"], config["backbone"]["patch"]
+    return (
+        f"{config['dataset']['images']} images in patches of {patch} × {patch} pixels. A network "
+        f"that stays as it is ({options['backbone']}) describes every patch; patches that it finds "
+        "alike, or that are near in place and colour, are joined into a graph. A second, small "
+        f"network learned K = {options['num_eigenfunctions']} functions on the patches that differ "
+        "little between joined ones (in the paper's words: ψ, the graph's eigenfunctions). The "
+        "function that is largest at a patch is its cluster. No labels were used."
+    )
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -362,8 +362,8 @@ def test_report_is_a_page_of_its_own(arguments, photos, tmp_path):
     assert "url(" not in text.replace("url(#", "")
     assert "<script" not in text
     assert "svg" in page.tags
-    for shown in ("Objective", "Confidence", "test_vit", torch.__version__.partition("+")[0],
-                  "10 steps, 2 epochs"):  # fmt: skip
+    for shown in ("10 images in patches of 16 × 16 pixels", "10 steps, 2 epochs", "Objective",
+                  "Confidence", "test_vit", torch.__version__.partition("+")[0]):  # fmt: skip
         assert shown in text, shown
 
 

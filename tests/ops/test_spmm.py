@@ -218,7 +218,7 @@ def test_bad_arguments():
     graph, spmm = random_graph(5, 2), ops.spmm
     with pytest.raises(TypeError, match="graph: expected a CSRGraph, got Tensor"):
         spmm(graph.to_dense(), torch.zeros(5, 2))
-    with pytest.raises(TypeError, match="x: expected a dense tensor, got torch.sparse_coo"):
+    with pytest.raises(TypeError, match="x: expected a dense tensor, got"):
         spmm(graph, torch.zeros(5, 2).to_sparse())
     with pytest.raises(TypeError, match="x: expected float32, float64, float16 or bfloat16"):
         spmm(graph, torch.zeros(5, 2, dtype=torch.int32))
