@@ -192,12 +192,15 @@ class Run:
         replace_file(self.path(METRICS), text)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The record, a dict a step; a half-written last line is left out."""
+        """The record, a dict a step, up to the first line that is none, as when half written."""
         path = self.path(METRICS)
         rows = []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(row, dict) or "step" not in row:
+                break
+            rows.append(row)
         return rows

@@ -20,7 +20,7 @@ EXAMPLES = """\
 example: three seeds, scored and summarised
   for s in 0 1 2; do
     python -m nefkern.train --data folder --data-root voc -K 128 --seed $s --out runs/voc-$s
-    python -m nefkern.evaluate runs/voc-$s --data-root voc --methods ours,ours*,kmeans --seed $s
+    python -m nefkern.evaluate runs/voc-$s --data-root voc --methods ours,hidden,kmeans --seed $s
   done
   python -m nefkern.summarize runs/voc-*
 """
@@ -59,7 +59,7 @@ def read_scores(run: Path) -> Iterator[tuple[Key, int, Score]]:
     if not files:
         raise UserError(f"{run}: holds no scores; make them with python -m nefkern.evaluate")
     for file in files:
-        content = json.loads(file.read_text("utf-8"))
+        content = read_evaluation(file)
         evaluation = title(content["settings"])
         for method, result in content["methods"].items():
             for crf, stage in result["stages"].items():
@@ -67,6 +67,23 @@ def read_scores(run: Path) -> Iterator[tuple[Key, int, Score]]:
                     key = Key(evaluation, method, crf, matching)
                     score = Score(100 * scores["accuracy"], 100 * scores["mean_iou"])
                     yield key, content["settings"]["seed"], score
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """What one evaluation wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        content["settings"]["seed"], content["methods"].items()
+        return content
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{file}: expected scores written by python -m nefkern.evaluate; remove it, or score "
+            "the run again"
+        ) from None
 
 
 def title(settings: dict[str, Any]) -> str:
@@ -131,7 +148,8 @@ def table(found: dict[Key, list[Score]]) -> str:
         matchings = list(dict.fromkeys(k.matching for k in part))
         titles = [f"{COUNTED.get(m, m)}: accuracy | mIoU" for m in matchings]
         runs = max(len(v) for v in part.values())
-        lines += [f"**{evaluation}**, {runs} runs, mean ± standard deviation, %", ""]
+        what = f"{runs} runs, mean ± standard deviation" if runs > 1 else "1 run"
+        lines += [f"**{evaluation}**, {what}, %", ""]
         lines += [f"| method | {' | '.join(titles)} |", "|---" * (1 + 2 * len(matchings)) + "|"]
         for method, crf in dict.fromkeys((k.method, k.crf) for k in part):
             cells: list[Any] = []

@@ -160,6 +160,16 @@ def test_existing_run(arguments, fails, tmp_path):
     assert train.main(arguments("--resume")) == 0
 
 
+@pytest.mark.parametrize("line", ["garbage", '{"a": 1}', "3", "\udcff"])
+def test_a_damaged_record_ends_where_it_is_damaged(arguments, tmp_path, line):
+    assert train.main(arguments()) == 0
+    path = tmp_path / "run" / METRICS
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*rows[:4], line.encode(errors="surrogateescape"), b"\n", *rows[4:]]))
+    assert train.main(arguments("--resume")) == 0
+    assert [row["step"] for row in Run(tmp_path / "run").metrics()] == [1, 2, 3, 4]
+
+
 def test_full_disk(arguments, tmp_path):
     """A file may not grow beyond 5 kB: what a real write says, not a simulated one."""
     assert train.main(arguments("--epochs", "1", "--blocks", "0", "--no-orthogonal-head")) == 0

@@ -38,14 +38,14 @@ def test_different_evaluations_are_not_averaged(tmp_path):
     table = summarize.table(summarize.collect([run]))
     assert "| ours | 10.0 | 10.0 |" in table
     assert "| ours | 90.0 | 90.0 |" in table
-    assert "**set-val-crop320, without sky**, 1 runs" in table
+    assert "**set-val-crop320, without sky**, 1 run, %" in table
 
 
 def test_runs_trained_differently_are_not_averaged(tmp_path):
     runs = [scored(tmp_path / name, 0.1, 0.1, backbone=name) for name in ("vit", "cnn")]
     table = summarize.table(summarize.collect(runs))
-    assert "**backbone vit; set-val-crop320**, 1 runs" in table
-    assert "**backbone cnn; set-val-crop320**, 1 runs" in table
+    assert "**backbone vit; set-val-crop320**, 1 run, %" in table
+    assert "**backbone cnn; set-val-crop320**, 1 run, %" in table
 
 
 def test_an_option_that_an_older_run_does_not_know_had_its_default(tmp_path):
@@ -82,6 +82,17 @@ def test_a_run_without_scores_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert summarize.main([str(tmp_path / "empty")]) == 2
     assert "empty: holds no scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\xff", b'{"settings": {}, "methods": 1}']
+)
+def test_damaged_scores_are_named(tmp_path, capsys, content):
+    run = scored(tmp_path / "a", 0.1, 0.1)
+    file = next(run.glob("evaluation-*.json"))
+    file.write_bytes(content)
+    assert summarize.main([str(run)]) == 2
+    assert f"error: {file}: expected scores written by" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
