@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -28,7 +29,8 @@ def replace_file(path: Path, content: bytes | str) -> None:
     except OSError as error:  # a full disk names no file, others the part
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can only be read says so here once more
+            part.unlink()
 
 
 def remove_parts(folder: Path) -> None:

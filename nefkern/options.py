@@ -88,8 +88,8 @@ class TrainOptions:
     )
     augment: bool = _option(
         True,
-        "random resize, crop, flip and photometric distortion as in "
-        "Segmenter; off: one plain crop of each image",
+        "random resize, crop, flip and photometric distortion, those of "
+        "Strudel et al. 2021; off: one plain crop of each image",
         "data",
     )
     views: int = _option(

@@ -203,7 +203,7 @@ def _introduction(config: dict[str, Any]) -> str:
         "alike, or that are near in place and colour, are joined into a graph. A second, small "
         f"network learned K = {options['num_eigenfunctions']} functions on the patches that differ "
         "little between joined ones (in the paper's words: ψ, the graph's eigenfunctions). The "
-        "function that is largest at a patch is its cluster. No labels were used."
+        "function that is largest at a patch is its cluster. No labels of these images were used."
     )
 
 

@@ -33,6 +33,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+#: How the names of what is written end.
+WRITTEN = OVERLAY, CLUSTERS = ".overlay.png", ".clusters.png"
+
 DESCRIPTION = """\
 Segment images with a trained run, each at its own resolution. For NAME.jpg it writes
   NAME.overlay.png   image | clusters | blend
@@ -80,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def image_files(given: list[Path]) -> list[Path]:
-    """The files, and the images in the folders, in order.
+    """The files, and the images in the folders, in order, without what this command wrote there.
 
     Raises:
         UserError: a folder without images.
@@ -95,7 +98,9 @@ def image_files(given: list[Path]) -> list[Path]:
         inside = [
             p
             for p in sorted(path.iterdir())
-            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            if p.suffix.lower() in IMAGE_SUFFIXES
+            and not p.name.startswith(".")
+            and not p.name.endswith(WRITTEN)
         ]
         if not inside:
             raise UserError(f"{path}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
@@ -206,9 +211,9 @@ def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
     from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
 
     sheet = overlay(segmented.pixels, segmented.clusters, colours=palette(num_clusters))
-    write_png(sheet, folder / f"{segmented.name}.overlay.png")
+    write_png(sheet, folder / f"{segmented.name}{OVERLAY}")
     indices = index_image(segmented.clusters, num_clusters)
-    write_png(indices, folder / f"{segmented.name}.clusters.png")
+    write_png(indices, folder / f"{segmented.name}{CLUSTERS}")
 
 
 def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:

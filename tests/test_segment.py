@@ -168,6 +168,14 @@ def test_an_empty_folder_is_named(tmp_path, run, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_written_to_is_not_read_again(run, photograph, tmp_path):
+    photograph(40, 40, 0).save(tmp_path / "a.png")
+    for _ in range(2):
+        assert main([str(run), str(tmp_path), "--out", str(tmp_path)]) == 0
+        names = sorted(p.name for p in tmp_path.iterdir())
+        assert names == ["a.clusters.png", "a.overlay.png", "a.png"]
+
+
 def test_hidden_files_of_a_folder_are_left_alone(pictures, tmp_path):
     (tmp_path / ".thumb.png").write_bytes(b"")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.PNG")
