@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nefkern.errors import ArgumentParser, UserError
-from nefkern.options import MAX_SEED
+from nefkern.options import MAX_SEED, MAX_WORKERS
 
 
 def command_parser(name: str, description: str, examples: str) -> ArgumentParser:
@@ -100,7 +100,7 @@ def check_crf_workers(arguments: argparse.Namespace) -> None:
     """Raise a UserError if ``--crf-workers`` is out of range, or has no CRF beside it."""
     if arguments.crf_workers is None:
         return
-    if arguments.crf_workers < 0:
-        raise UserError(f"--crf-workers {arguments.crf_workers}: expected 0 or more")
+    if not 0 <= arguments.crf_workers <= MAX_WORKERS:
+        raise UserError(f"--crf-workers {arguments.crf_workers}: expected 0 to {MAX_WORKERS}")
     if not arguments.crf:
         raise UserError(f"--crf-workers {arguments.crf_workers}: expected --crf beside it")

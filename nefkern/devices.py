@@ -26,6 +26,11 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
+    except RuntimeError:  # its own message lists twenty kinds, most of them of no use here
+        device = None
+    if device is None or device.type == "meta":  # of tensors without content
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, or a GPU such as cuda:1")
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -269,8 +269,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-        if self.seed > MAX_SEED:
-            raise UserError(f"--seed {self.seed}: expected at most {MAX_SEED}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise UserError(f"--{name} {value}: expected at most {most}")
         for name in ("lr", "t", "min_norm", "mlp_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
@@ -291,6 +293,11 @@ _LEAST = {
     "head_dim": 1, "beta": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "final_lr": 0,
     "pictures": 0, "checkpoint_seconds": 0, "seed": 0,
 }  # fmt: skip
+
+#: More processes than this are a slip of the keyboard, and bring a machine to its knees.
+MAX_WORKERS = 256
+
+_MOST = {"seed": MAX_SEED, "workers": MAX_WORKERS}
 
 
 def parse_pairs(flag: str, text: str) -> tuple[tuple[int, float], ...]:

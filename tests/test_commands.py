@@ -96,7 +96,7 @@ BAD = {
     "unknown backbone": (["--backbone", "vit_huge"], "--backbone vit_huge: timm has no such"),
     "missing data": (["--data-root", "/no/such"], "/no/such: expected a folder"),
     "missing split": (["--split", "test"], "no split 'test', there is: train"),
-    "unknown device": (["--device", "abacus"], "--device abacus: not usable"),
+    "unknown device": (["--device", "abacus"], "--device abacus: expected auto, cpu, cuda"),
     "out is a file": (["--out", __file__], f"--out {__file__}: is a file"),
     "out below a file": (["--out", f"{__file__}/run"], f"{__file__}"),
     "a number that is none": (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

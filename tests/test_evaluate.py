@@ -544,7 +544,8 @@ def failure(capsys, *arguments: object) -> str:
         (["--data", "samples"], "invalid choice: 'samples'"),
         (["--device", "cuda:77"], "--device cuda:77: not usable"),
         (["--protocol", "tiles"], "invalid choice: 'tiles'"),
-        (["--crf", "--crf-workers", "-1"], "--crf-workers -1: expected 0 or more"),
+        (["--crf", "--crf-workers", "-1"], "--crf-workers -1: expected 0 to 256"),
+        (["--crf", "--crf-workers", "999"], "--crf-workers 999: expected 0 to 256"),
         (["--crf-workers", "2"], "--crf-workers 2: expected --crf beside it"),
     ],
 )

@@ -152,6 +152,7 @@ def test_config_that_cannot_be_read(tmp_path):
         ("--batch-size -1", "--batch-size -1: expected at least 1"),
         ("--workers -1", "--workers -1: expected at least 0"),
         ("-K 1", "--num-eigenfunctions 1: expected at least 2"),
+        ("--workers 257", "--workers 257: expected at most 256"),
         ("--seed -1", "--seed -1: expected at least 0"),
         (f"--seed {2**63}", f"--seed {2**63}: expected at most {2**63 - 1}"),
         ("--lr 0", "--lr 0.0: expected more than 0"),
