@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +45,7 @@ class Interrupts:
                 first = now
             self.received = True
             if distributed.is_main():
-                tqdm.write("stopping after this step; once more to stop at once")
+                tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
 
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -261,14 +261,17 @@ class Trainer:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        path = self.run.path(METRICS)
         with (
-            open(self.run.path(METRICS), "a") as record,
+            open(path, "ab", buffering=0) as record,
             SummaryWriter(self.run.path("events"), purge_step=self.position.total + 1) as events,
         ):
 
             def write(row: dict[str, float]) -> None:
-                record.write(json.dumps(row) + "\n")
-                record.flush()
+                try:
+                    record.write(json.dumps(row).encode() + b"\n")
+                except OSError as error:  # a full disk names no file
+                    raise OSError(error.errno, error.strerror, str(path)) from None
                 for name, value in row.items():
                     if name not in ("step", "epoch"):
                         events.add_scalar(name, value, row["step"])

@@ -24,7 +24,7 @@ MAT_SOURCE = "trainval.tar.gz from cs.stanford.edu/~roozbeh/pascal-context"
 
 
 def _images(home: Path, split: str) -> list[Path]:
-    names = _split_file(home, split).read_text().split("\n")
+    names = _split_file(home, split).read_text("utf-8").split("\n")
     # Lists by class hold a second column; an empty line ends every list.
     stems = [name.split()[0] for name in names if name.strip()]
     if not stems:

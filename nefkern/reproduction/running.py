@@ -82,7 +82,7 @@ def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any]
     methods = {method.name for method in evaluate.chosen_methods(scoring)}
     trained_at = (folder / CHECKPOINT).stat().st_mtime_ns
     for file in sorted(folder.glob("evaluation-*.json")):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         same = content.get("asked") == asked(scoring)
         drawn = len(drawn_pictures(file.with_suffix("")))
         enough = drawn >= min(scoring.pictures, content["images"])
