@@ -472,10 +472,11 @@ def test_one_bad_image_is_reported_once_and_skipped(tiny, photos, caplog, worker
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
 def test_a_disk_that_fills_up_under_the_record_is_named(tiny, monkeypatch):
     trainer = start(tiny())
-    record, full = trainer.run.path(METRICS), open("/dev/full", "ab", buffering=0)
-    monkeypatch.setattr("nefkern.trainer.open", lambda *args, **kw: full, raising=False)
-    with pytest.raises(OSError, match=f"{os.strerror(errno.ENOSPC)}: '{record}'"):
-        trainer.train()
+    with open("/dev/full", "ab", buffering=0) as full:
+        monkeypatch.setattr("nefkern.trainer.open", lambda *args, **kw: full, raising=False)
+        record = trainer.run.path(METRICS)
+        with pytest.raises(OSError, match=f"{os.strerror(errno.ENOSPC)}: '{record}'"):
+            trainer.train()
 
 
 @pytest.mark.parametrize(("cores", "processes", "loading"), [(1, 1, 0), (16, 2, 4), (64, 1, 8)])
