@@ -1,7 +1,7 @@
 """Input for training: JPEGs decoded and augmented in one process, alone and beside a step.
 
 A step that takes t seconds for a batch of 16 does not wait for its input while the processes that
-load (``--workers``) bring 16 / t images a second between them. The second case lets one process
+load (``--workers``) bring 16 / t images a second between them. The second case lets two processes
 load beside steps that leave the processor alone, as those of a GPU do, and take as long as
 docs/gpu.md expects of the paper's card with ``--amp``.
 """
@@ -26,6 +26,7 @@ from nefkern.data.loader import train_loader
 WIDTH, HEIGHT = 500, 375  # as Pascal Context's
 SECONDS_AN_IMAGE = 0.095 / 16  # of a training step on an RTX 3090
 STEPS = 12
+PROCESSES = 2
 # images a batch, base of the random resize, crop
 BATCHES = {"small": (4, 104, 96), "paper": (16, 520, 480), "large": (16, 1024, 768)}
 
@@ -132,18 +133,18 @@ class StepsAlone:
         return self.seconds
 
 
-def ours_in_a_process(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
+def ours_in_processes(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
     loader = train_loader(
-        ImageDataset(paths), TrainTransform(resize, crop), batch_size=len(paths), workers=1
+        ImageDataset(paths), TrainTransform(resize, crop), batch_size=len(paths), workers=PROCESSES
     )
     for epoch in itertools.count():
         loader.set_epoch(epoch)
         yield from loader
 
 
-def torchvision_in_a_process(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
+def torchvision_in_processes(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
     batches = Torchvision(paths, resize, crop, tensors=True)
-    return iter(DataLoader(batches, batch_size=None, num_workers=1))
+    return iter(DataLoader(batches, batch_size=None, num_workers=PROCESSES))
 
 
 def test_input_beside_a_step(race, size, tmp_path):
@@ -157,7 +158,7 @@ def test_input_beside_a_step(race, size, tmp_path):
             time.sleep(seconds)
 
     ours, others = (
-        make(paths, resize, crop) for make in (ours_in_a_process, torchvision_in_a_process)
+        make(paths, resize, crop) for make in (ours_in_processes, torchvision_in_processes)
     )
     race(
         f"input beside {STEPS} steps of a GPU",
