@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from bench.harness import Work
 from nefkern.data import ImageDataset, TrainTransform
 from nefkern.data.constants import FLIP, RESIZE_RATIO
 from nefkern.data.loader import train_loader
@@ -123,16 +124,6 @@ def test_input(race, size, tmp_path):
     )
 
 
-class StepsAlone:
-    """The floor: steps whose input is there."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def floor(self, rates: object) -> float:
-        return self.seconds
-
-
 def ours_in_processes(paths: list[Path], resize: int, crop: int) -> Iterator[torch.Tensor]:
     loader = train_loader(
         ImageDataset(paths), TrainTransform(resize, crop), batch_size=len(paths), workers=PROCESSES
@@ -164,5 +155,5 @@ def test_input_beside_a_step(race, size, tmp_path):
         f"input beside {STEPS} steps of a GPU",
         {"nefkern": lambda: steps(ours), "torchvision, tensors": lambda: steps(others)},
         sizes={"images": STEPS * count, "width": WIDTH, "height": HEIGHT, "crop": crop},
-        work=StepsAlone(STEPS * seconds),
+        work=Work(seconds=STEPS * seconds),
     )

@@ -42,15 +42,17 @@ class Work:
     Attributes:
         bytes: read and written, every operand and result once.
         flops: floating-point operations by the dtype they may be done in ("float32", "bfloat16").
+        seconds: that pass beside all this on any machine.
     """
 
-    bytes: float
+    bytes: float = 0.0
     flops: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def floor(self, rates: Rates) -> float:
-        """Seconds: the longer of moving the bytes and doing the operations (the roofline)."""
+        """Seconds: the longest of moving the bytes, doing the operations, and waiting."""
         compute = sum(count / rates.flops[dtype] for dtype, count in self.flops.items())
-        return max(compute, self.bytes / rates.bandwidth)
+        return max(compute, self.bytes / rates.bandwidth, self.seconds)
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,15 @@ def test_a_method_without_a_number_of_the_paper(reproduce, tmp_path):
     assert re.search(rf"\| kmeans \| IoU vote \|  \| [\d.]+ \|  \| {measured:.1f} \| 1 \|", text)
 
 
+def test_a_damaged_score_fails_its_row_in_a_line(reproduce, tmp_path, capsys):
+    assert reproduce("5 K64") == 0
+    (file,) = (tmp_path / "out").glob("scenes-*/evaluation-*.json")
+    file.write_text(file.read_text()[:100])
+    capsys.readouterr()
+    assert reproduce("5 K64") == 2
+    assert f"error: table 5, K64, seed 0: {file}: expected scores" in capsys.readouterr().err
+
+
 def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch):
     """Another table scores the run anew, with a method more; a half-trained run goes on."""
     assert reproduce("5 K256") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar, overload
@@ -15,9 +16,9 @@ T = TypeVar("T")
 class Listed(Sequence[T]):
     """A sequence that makes its items when asked for them, and compares like a list of them."""
 
+    @abstractmethod
     def at(self, index: int) -> T:
         """Item ``index``, 0 to ``len(self)`` - 1."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> T: ...

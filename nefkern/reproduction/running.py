@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -75,14 +74,19 @@ def is_trained(options: TrainOptions) -> bool:
 
 def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any] | None:
     """The evaluation of this checkpoint, asked for alike, that has all the methods and as many
-    pictures; if any."""
+    pictures; if any.
+
+    Raises:
+        UserError: a damaged evaluation.
+    """
     from nefkern.evaluator import asked
     from nefkern.runs import CHECKPOINT
+    from nefkern.summarize import read_evaluation
 
     methods = {method.name for method in evaluate.chosen_methods(scoring)}
     trained_at = (folder / CHECKPOINT).stat().st_mtime_ns
     for file in sorted(folder.glob("evaluation-*.json")):
-        content = json.loads(file.read_text("utf-8"))
+        content = read_evaluation(file)
         same = content.get("asked") == asked(scoring)
         drawn = len(drawn_pictures(file.with_suffix("")))
         enough = drawn >= min(scoring.pictures, content["images"])
