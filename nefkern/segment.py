@@ -75,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
         help="overlapping windows as large as the training crop, at the image's own resolution; "
         "without it the whole image is seen at the scale of training",
     )
+    add(
+        "--flip",
+        action="store_true",
+        help="average over the image and its mirror image: twice the time, steadier segments",
+    )
     add_device(result)
     return result
 
@@ -158,7 +163,8 @@ def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Jo
     replay = Replay(predict)
     shown = sliding_clusters(replay, pixels, window, stride, batch_size=1).unique()
     again = replay.select(shown)
-    probabilities = sliding_windows(again, pixels, window, stride, batch_size=1).softmax(0)
+    logits = sliding_windows(again, pixels, window, stride, batch_size=1)
+    probabilities = segmenter.probabilities(logits)
     return Job(str(file), pixels, probabilities, shown, (file, name, pixels))
 
 
@@ -227,7 +233,8 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
         require_pydensecrf()
     refiner = Refiner(arguments.crf_workers) if arguments.crf else None
     files = image_files(arguments.images)
-    segmenter = Segmenter.load(arguments.run, arguments.device)
+    segmenter = Segmenter.load(arguments.run, arguments.device, flip=arguments.flip)
+    segmenter.require_clusters()
     make_output_folder(arguments.out)
     named, failures = list(zip(files, output_names(files), strict=True)), []
     with image_bar(len(files)) as bar:
