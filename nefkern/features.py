@@ -327,8 +327,8 @@ class FeatureCache:
         """Maps of ``[B, 3, H, W]`` uint8 images, each from the cache where it is there."""
         if not self._folders:
             return self._compute(images)
-        names = [self._name(image) for image in images]
-        found = [self._find(name) for name in names]
+        paths = [self._path(image) for image in images]
+        found = [self._find(path) for path in paths]
         missing = [i for i, entry in enumerate(found) if entry is None]
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
@@ -337,7 +337,7 @@ class FeatureCache:
             for row, i in enumerate(missing):
                 found[i] = _compact(fresh.concat[row])
                 if self.folder is not None:
-                    self._write(self.folder / names[i], found[i])
+                    self._write(self.folder / paths[i], found[i])
         concat = torch.stack([f.to(images.device) for f in found]).float()
         patch = self.backbone.patch
         grid = -(-images.shape[-2] // patch), -(-images.shape[-1] // patch)
@@ -348,16 +348,17 @@ class FeatureCache:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             return self.backbone(images)
 
-    def _find(self, name: str) -> Tensor | None:
-        entries = (self._read(folder / name) for folder in self._folders)
+    def _find(self, path: Path) -> Tensor | None:
+        entries = (self._read(folder / path) for folder in self._folders)
         return next((entry for entry in entries if entry is not None), None)
 
-    def _name(self, image: Tensor) -> str:
+    def _path(self, image: Tensor) -> Path:
+        """Of an image's entry, in whichever folder."""
         how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
         sha = hashlib.sha256(repr(how).encode())
         sha.update(image.cpu().contiguous().numpy().tobytes())
         name = sha.hexdigest()[:40]
-        return f"{name[:2]}/{name}.safetensors"
+        return Path(name[:2], f"{name}.safetensors")
 
     @staticmethod
     def _read(path: Path) -> Tensor | None:
