@@ -174,7 +174,10 @@ class TrainOptions:
     )
     orthogonal_head: bool = _option(True, "keep the head's columns orthogonal", "eigenfunctions")
     gumbel: bool = _option(
-        True, "quantise by Gumbel-Softmax; off: continuous eigenfunctions", "eigenfunctions"
+        True,
+        "quantise by Gumbel-Softmax; off: continuous eigenfunctions, clustered by K-means "
+        "on them at the end",
+        "eigenfunctions",
     )
     standardize: bool | None = _option(
         None,
