@@ -21,7 +21,7 @@ PATIENCE = 300  # seconds, for a busy machine
 FAST = [
     *("--data", "folder", "--backbone", "test_vit", "--weights", "random", "--crop", "64"),
     *("--k", "8", "-K", "8", "--epochs", "2", "--batch-size", "2", "--workers", "0"),
-    *("--pictures", "2"),
+    *("--pictures", "2", "--heads", "3", "--mlp-hidden", "96"),
 ]
 
 

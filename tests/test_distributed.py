@@ -44,7 +44,8 @@ def options(folder: Path, name: str, **changes) -> TrainOptions:
     result = TrainOptions(
         data="folder", data_root=str(folder / "photos"), out=str(folder / name),
         backbone="test_vit", weights="random", crop=64, k="8", num_eigenfunctions=8,
-        epochs=2, batch_size=4, workers=0, pictures=0, checkpoint_seconds=1000.0, device="cpu",
+        heads=3, mlp_hidden=96, epochs=2, batch_size=4, workers=0, pictures=0,
+        checkpoint_seconds=1000.0, device="cpu",
     )  # fmt: skip
     for option, value in changes.items():
         assert hasattr(result, option), option

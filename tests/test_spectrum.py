@@ -48,7 +48,7 @@ def independent(run: Path, images: list[torch.Tensor], softmax: bool = True):
     features = segmenter.backbone(pixels)
     graph = kappa(features.high, pixels, features.grid, segmenter.options.graph())
     values, vectors = np.linalg.eigh(graph.to_dense().double().numpy())
-    logits = segmenter.psi(features.concat).flatten(0, 1).detach() / 0.3
+    logits = segmenter.psi(features.concat, features.grid).flatten(0, 1).detach() / 0.3
     psi = (logits.softmax(1) if softmax else logits).double().numpy()
     return graph.to_dense().double().numpy(), values[::-1], vectors[:, ::-1], psi
 
