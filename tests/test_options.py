@@ -51,7 +51,8 @@ def test_the_defaults_are_the_paper_s():
         "k": "256", "num_eigenfunctions": 256, "alpha": 0.3, "beta": 0.08, "t": 0.01, "lr": 1e-3,
         "final_lr": 1e-5, "epochs": 40, "batch_size": 16, "blocks": 2, "heads": 18, "head_dim": 64,
         "mlp_hidden": 576, "psi": "transformer", "crop": 480, "feature_map": "softmax",
-        "orthogonal_head": True, "gumbel": True, "min_norm": 1.0, "views": 0, "augment": True, "amp": False,
+        "orthogonal_head": True, "gumbel": True, "min_norm": 1.0, "views": 0, "augment": True,
+        "amp": False,
     }  # fmt: skip
     assert {name: getattr(options, name) for name in paper} == paper
     assert options.graph() == GraphConfig("256", 0.3)

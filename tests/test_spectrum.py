@@ -78,6 +78,13 @@ def test_figures_equal_an_independent_computation(run, photos):
     assert 0.1 < fit["captured"] < 1
 
 
+def test_a_psi_of_convolutions(tiny):
+    """The untrained one beside it is of the same kind."""
+    run = train(tiny(num_eigenfunctions=K, epochs=1, psi="convolution"))
+    functions = result(run, "--images", 3)["functions"]
+    assert 0 < functions["untrained ψ"]["captured"] != functions["ψ"]["captured"] < 1
+
+
 def test_indicators_of_the_clusters(run, photos):
     """Disjoint indicators are orthogonal: as many dimensions as clusters that win anywhere."""
     found = result(run, "--images", 10)["functions"]["argmax of ψ"]
