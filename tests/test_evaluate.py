@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class Pointwise:
         rows = maps.graph.movedim(1, -1).flatten(0, 2)
         return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
 
-    def project(self, concat):
+    def project(self, concat, grid):
+        assert math.prod(grid) == concat.shape[1]
         return concat[..., :5] + concat[..., 1:6] ** 2, concat
 
     def untrained(self, seed):
