@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nefkern import distributed
 from nefkern.ops import CSRGraph, neuralef_loss, spmm
@@ -71,6 +72,7 @@ class _SharedLoss(torch.autograd.Function):
         return loss_of_r(r, beta, t), r
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor, _):
         r, y = ctx.saved_tensors
         return neuralef_loss_backward(grad, y, r, ctx.beta, ctx.t), None, None, None
