@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nefkern import distributed
 from nefkern.ops import CSRGraph, neuralef_loss, spmm
@@ -72,8 +71,11 @@ class _SharedLoss(torch.autograd.Function):
         return loss_of_r(r, beta, t), r
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, _):
+        if torch.is_grad_enabled():  # create_graph=True: Y and R would count as constants
+            raise NotImplementedError(
+                "objective: no second derivatives of a loss that processes share (shared=True)"
+            )
         r, y = ctx.saved_tensors
         return neuralef_loss_backward(grad, y, r, ctx.beta, ctx.t), None, None, None
 
@@ -132,6 +134,9 @@ def objective(
         shared: κ is that of the rows of all processes, the same in each, and ``psi`` this one's
             rows. The loss is the same in all; a gradient with respect to parameters is the sum of
             what :meth:`Tensor.backward` leaves in each.
+
+    Raises:
+        NotImplementedError: in ``backward(create_graph=True)`` of a shared loss.
     """
     normalized, norms = l2_batch_norm(psi, minimum, shared=shared)
     if shared:

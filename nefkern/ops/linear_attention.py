@@ -28,8 +28,8 @@ def linear_attention(
       channels times D^(-1/2), softmax of k over tokens; no divisor, eps is not used.
 
     Differentiable in q, k and v, as often as wanted. The backward pass computes the feature maps
-    anew, so that only the inputs and a `[D, E]` state a head are kept; a second derivative is that
-    of the reference's formulas for the first, on every backend. Any strides are accepted; those with
+    anew, so that only the inputs and a `[D, E]` state a head are kept; second derivatives are by
+    autograd of the reference's formulas, on every backend. Any strides are accepted; those with
     adjacent channels, such as q, k and v permuted out of one `[B, N, 3, H, D]` projection, are
     read in place.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph, check_content, check_dense_operand, check_graph
-from nefkern.ops.quadratic_form import gradient_through_y, total
+from nefkern.ops.quadratic_form import gradient_through_y, rounded, total
 from nefkern.ops.spmm import native_accepts, native_spmm
 from nefkern.reference.neuralef_loss import gradient_factor, loss_of_r
 from nefkern.reference.spmm import accumulation_dtype
@@ -99,16 +99,18 @@ def _triton(row_offsets, columns, values, psi, beta, t):
 def _setup_context(ctx, inputs, output) -> None:
     *graph, psi, ctx.beta, ctx.t = inputs
     _, r, y = output
-    ctx.save_for_backward(*graph, psi, r, y)
+    ctx.save_for_backward(*graph, r, y)
+    ctx.dtype = psi.dtype
 
 
 def _backward(ctx, grad: Tensor | None, grad_r: Tensor | None, grad_y: Tensor | None):
     """The closed form g; in a second derivative also the gradients of its factors R and Y."""
-    *graph, psi, r, y = ctx.saved_tensors
+    *graph, r, y = ctx.saved_tensors
     factor = None if grad is None else gradient_factor(grad, r, ctx.beta, ctx.t)
     if grad_r is not None:
         factor = total(factor, grad_r + grad_r.T)
-    return None, None, None, gradient_through_y(graph, psi, y, factor, grad_y), None, None
+    d_psi = gradient_through_y(graph, y, factor, grad_y)
+    return None, None, None, rounded(d_psi, ctx.dtype), None, None
 
 
 registry.autograd("neuralef_loss", _backward, _setup_context)

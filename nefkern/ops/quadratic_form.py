@@ -13,7 +13,7 @@ from nefkern.reference.spmm import accumulation_dtype
 
 
 def quadratic_form(psi: Tensor, graph: CSRGraph, phi: Tensor | None = None) -> Tensor:
-    """psi^T kappa phi, differentiable in ``psi`` and ``phi``, as often as wanted (R of eq 6 for phi = psi).
+    """psi^T kappa phi, R of eq 6 for phi = psi; differentiable in both, as often as wanted.
 
     Args:
         psi: [N, K], float32, float64, float16 or bfloat16: one column a function, one row a node.
@@ -75,7 +75,10 @@ def _triton(row_offsets, columns, values, psi, phi, symmetric):
 
 def _setup_context(ctx, inputs, output) -> None:
     *graph, psi, phi, ctx.symmetric = inputs
-    ctx.save_for_backward(*graph, psi, phi, output[1])
+    ctx.one_operand, ctx.dtype = phi is None, psi.dtype
+    # With one operand and a symmetric graph kappa^T psi is Y, and psi can go.
+    kept = None if phi is None and ctx.symmetric else psi
+    ctx.save_for_backward(*graph, kept, output[1])
 
 
 def _backward(ctx, grad: Tensor | None, grad_y: Tensor | None):
@@ -84,20 +87,20 @@ def _backward(ctx, grad: Tensor | None, grad_y: Tensor | None):
 
     The second result Y takes part, although no user sees it: a second derivative goes through it.
     """
-    *graph, psi, phi, y = ctx.saved_tensors
+    *graph, psi, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if phi is None and ctx.symmetric:  # kappa^T psi is Y itself
-        d_psi = gradient_through_y(graph, psi, y, None if grad is None else grad + grad.T, grad_y)
-        return None, None, None, d_psi, None, None
     d_psi = d_phi = None
+    if psi is None:
+        d_psi = gradient_through_y(graph, y, None if grad is None else grad + grad.T, grad_y)
+        return None, None, None, rounded(d_psi, ctx.dtype), None, None
     if needs[3] and grad is not None:
         d_psi = y @ grad.T
-    if needs[4] or (phi is None and needs[3]):
+    if needs[4] or (ctx.one_operand and needs[3]):
         of_y = total(None if grad is None else psi.to(y.dtype) @ grad, grad_y)
         d_phi = None if of_y is None else transposed_spmm(*graph, of_y, ctx.symmetric)
-    if phi is None:
+    if ctx.one_operand:
         d_psi, d_phi = total(d_psi, d_phi), None
-    return None, None, None, rounded(d_psi, psi), rounded(d_phi, phi), None
+    return None, None, None, rounded(d_psi, ctx.dtype), rounded(d_phi, ctx.dtype), None
 
 
 def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -105,20 +108,21 @@ def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def rounded(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.to(like.dtype)
+def rounded(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient in its operand's dtype."""
+    return None if grad is None else grad.to(dtype)
 
 
 def gradient_through_y(
-    graph: list[Tensor], psi: Tensor, y: Tensor, factor: Tensor | None, grad_y: Tensor | None
+    graph: list[Tensor], y: Tensor, factor: Tensor | None, grad_y: Tensor | None
 ) -> Tensor | None:
-    """Y F + kappa H in the dtype of ``psi``, for Y = kappa psi with the gradient H, kappa symmetric.
+    """Y F + kappa H: the gradient of psi, for a symmetric kappa and Y = kappa psi.
 
-    F [K, K] is what the gradients of R = psi^T Y, and of functions of R, come to.
+    H is the gradient of Y; F [K, K] is what those of R = psi^T Y, and of functions of R, come to.
     """
     through_r = None if factor is None else y @ factor
     through_y = None if grad_y is None else transposed_spmm(*graph, grad_y, True)
-    return rounded(total(through_r, through_y), psi)
+    return total(through_r, through_y)
 
 
 registry.autograd("quadratic_form", _backward, _setup_context)

@@ -11,10 +11,11 @@ The public functions call operators by :func:`call`, which finds the way that Py
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nefkern import backends
 from nefkern.ops import checks
@@ -92,9 +93,10 @@ def _function(name: str, backward: Callable, setup_context: Callable) -> type:
     """The operator for ``torch.func``: PyTorch's own registration is closed to it, because its
     ``autograd.Function`` sets up the context inside ``forward``."""
     members = {
-        "forward": lambda *args: call(name, *args),
+        "forward": lambda *args: _operator(name, args),
         "setup_context": setup_context,
         "backward": backward,
+        "jvp": lambda ctx, *tangents: _no_forward_mode(name),
         "vmap": lambda info, in_dims, *args: _one_by_one(name, info.batch_size, in_dims, args),
     }
     statics = {key: staticmethod(member) for key, member in members.items()}
@@ -115,15 +117,26 @@ def _one_by_one(name: str, size: int, dims: tuple, args: tuple) -> tuple[Any, An
     return stacked, (0,) * len(stacked)
 
 
+def _no_forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
+
+
 def call(name: str, *args: Any) -> Any:
     """Run operator ``name``, by the way that the transform at work can follow.
 
-    - ``torch.func``: by an ``autograd.Function``, if the operator has a backward formula.
+    - ``torch.func``: by an ``autograd.Function``, if the operator has a backward formula. Forward
+      mode too, for its error: the operator itself would drop the tangent.
     - ``torch.compile``: a number that may change from call to call goes into the graph as a tensor.
       To a ``float`` argument PyTorch would hand the number of today, and compile anew for the next.
     """
-    if name in _functions and torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and name in _functions:
         return _functions[name].apply(*args)
+    return _operator(name, args)
+
+
+def _operator(name: str, args: tuple) -> Any:
+    """The dispatcher's operator, or its twin where a number changes."""
     places = [i for i, _ in _floats[name]]
     if any(_changes(args[i]) for i in places):
         name = f"{name}_dynamic"

@@ -30,7 +30,7 @@ def rows(n, columns=5):
 def chain(features, psi, a, b, c):
     """README's own: neighbours, graph, objective."""
     values, indices = ops.knn(features, 3)
-    graph = ops.normalized_adjacency(indices, values, num_nodes=features.shape[0], clamp_min=c)
+    graph = ops.normalized_adjacency(indices, values, num_nodes=len(features), clamp_min=c)
     loss, r = ops.neuralef_loss(psi, graph, beta=b, t=a)
     return loss, r
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradgradcheck
+from torch.autograd import forward_ad, gradgradcheck
 
 from nefkern import backend, ops
 from tests.ops.graph_common import backends_of, moved, random_graph
@@ -149,6 +149,18 @@ def test_func_jacobian_and_hessian(case):
     torch.testing.assert_close(found, torch.autograd.functional.jacobian(of_first, x))
     found = torch.func.jacrev(torch.func.grad(value))(x)
     torch.testing.assert_close(found, torch.autograd.functional.hessian(value, x))
+
+
+@each_call
+def test_forward_mode_is_refused(case):
+    """Not dropped, which would say that the derivative is 0."""
+    graph, call, operands = case_of(case)
+    operands = [x.detach() for x in operands]
+    refused = pytest.raises(NotImplementedError, match=f"^{case.split()[0]}: forward-mode")
+    with refused, forward_ad.dual_level():
+        call(graph, *(forward_ad.make_dual(x, x) for x in operands))
+    with refused:
+        torch.func.jvp(lambda *xs: call(graph, *xs), tuple(operands), tuple(operands))
 
 
 @each_call
