@@ -16,7 +16,7 @@ from torch import Tensor
 #: a GPU as many as keep it busy.
 _BLOCK, _GPU_BLOCK = 2048, 1 << 17
 _MINIBATCH = 16384  # rows of a step of the online pass, and of prediction
-_SEEDED_ON, _SEEDED_LEAST = 64, 4096  # rows a cluster, and in all, that the seeding looks at
+_SEEDED_ON, _SEEDED_LEAST = 256, 4096  # rows a cluster, and in all, that the seeding looks at
 _TOLERANCE = 1e-4  # scikit-learn's, of the centres' movement over the variance of a channel
 _VARIANCE_ROWS = 1 << 15  # rows whose residuals are looked at
 
@@ -178,7 +178,7 @@ class KMeans:
     """K-means for more rows than memory holds: :meth:`fit` on a sample, then one pass of
     :meth:`partial_fit` over the rest, as the authors' implementation does.
 
-    The sample is seeded by :func:`plus_plus`, on 64 K of its rows drawn by the seed (more make no
+    The sample is seeded by :func:`plus_plus`, on 256 K of its rows drawn by the seed (more make no
     difference), and clustered by Lloyd's algorithm, until no row changes its cluster or the centres
     move less than scikit-learn's tolerance (their squared movement below 1e-4 of a channel's
     variance). A centre that loses all rows takes the row that is farthest from its own. The online
