@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nefkern.data.constants import IMAGE_SUFFIXES, VOID
@@ -101,17 +101,21 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def nested_images(folder: Path) -> str | None:
-    """A line that names the folders in ``folder`` with images in or below them; None without."""
-    inside = [name for name in subfolders(folder) if _holds_images(folder / name)]
+def nested_images(folder: Path, wanted: Callable[[str], bool] = is_image_name) -> str | None:
+    """A line that names the folders in ``folder`` with images in or below them; None without.
+
+    Args:
+        wanted: whether a file of this name is one of the images.
+    """
+    inside = [name for name in subfolders(folder) if _holds(folder / name, wanted)]
     if not inside:
         return None
     more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
     return f"{folder}: the images in folders inside are not taken: {', '.join(inside[:5])}{more}"
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
+def _holds(folder: Path, wanted: Callable[[str], bool]) -> bool:
+    return any(wanted(name) for _, _, names in os.walk(folder) for name in names)
 
 
 @functools.cache
