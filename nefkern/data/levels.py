@@ -50,13 +50,15 @@ def eight_bits(
         uint8, of the same shape; uint8 samples as they are.
 
     Raises:
-        UserError: NaN, samples below 0 or beyond white, or integers of more than 16 bits without a
-            stated white.
+        UserError: NaN or complex numbers, samples below 0, floats beyond white, or integers of more
+            than 16 bits without a stated white.
     """
     if samples.dtype == np.uint8:
         return samples
     if samples.dtype == bool:
         return samples.astype(np.uint8) * 255
+    if samples.dtype.kind not in "uif":
+        raise UserError(f"{name}: expected integers or floating point, it has {samples.dtype}")
     given = _given_white()
     white = given or white
     low, high = (samples.min(), samples.max()) if samples.size else (0, 0)
@@ -74,8 +76,7 @@ def eight_bits(
         if high and not quiet:
             _tell_guess(name, high, white)
     if high <= _FULL:
-        levels = np.minimum((np.arange(_FULL + 1) * 255 + white // 2) // white, 255)
-        return levels.astype(np.uint8)[samples]
+        return _scaled(np.arange(_FULL + 1), white)[samples]
     return _scaled(samples, white)
 
 
@@ -131,6 +132,6 @@ def _scaled(samples: np.ndarray, white: float) -> np.ndarray:
     result = np.empty(samples.shape, np.uint8)
     step = max(1, _ROWS // max(1, samples[:1].size))
     for begin in range(0, len(samples), step):
-        part = samples[begin : begin + step].astype(np.float64) * (255 / white) + 0.5
+        part = samples[begin : begin + step].astype(np.float64) * 255 / white + 0.5
         result[begin : begin + step] = part.clip(0, 255)
     return result
