@@ -51,7 +51,9 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 def _open(path: Path) -> Image.Image:
     """Open an image of any size: :func:`_check_size` has a limit of its own, and a way out."""
-    with _PILLOW_LIMIT:
+    with contextlib.suppress(Image.DecompressionBombError):
+        return Image.open(path)
+    with _PILLOW_LIMIT:  # it is a global of Pillow's
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(path)
@@ -116,7 +118,15 @@ def upright_pixels(image: Image.Image, name: str | Path) -> Tensor:
     Args:
         image: of any mode.
         name: what to call it in an error.
+
+    Raises:
+        UserError: also a TIFF that Pillow itself reads wrongly, which has to be given by its path.
     """
+    if tiff.is_garbled(image):
+        raise UserError(
+            f"{name}: Pillow reads a TIFF of planes with more than 8 bits in wrong colours; give "
+            "the path of the file in place of the opened image"
+        )
     pixels = _pixels(image, name)  # first: Pillow turns a TIFF as it loads it
     return _tensor(_turned(pixels, _orientation(image)))
 

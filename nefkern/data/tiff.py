@@ -20,7 +20,7 @@ _UNSIGNED = 1
 _SEPARATE = 2
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _SEPARATED = 0, 1, 2, 5
 _ASSOCIATED, _UNASSOCIATED = 1, 2
-_ORIENTATION, _MAX_SAMPLE_VALUE = 274, 281
+_BITS_PER_SAMPLE, _ORIENTATION, _MAX_SAMPLE_VALUE, _PLANAR_CONFIGURATION = 258, 274, 281, 284
 
 
 def is_tiff(path: Path) -> bool:
@@ -68,6 +68,13 @@ def read_tiff(
             ) from None
         orientation = page.tags.valueof(_ORIENTATION, 1)
         return _as_image(path, page, _channels_last(path, page, samples)), int(orientation)
+
+
+def is_garbled(image: Image.Image) -> bool:
+    """Whether Pillow opened planes of more than 8 bits, which it takes for other colours."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (8,))
+    return tags.get(_PLANAR_CONFIGURATION) == _SEPARATE and len(bits) > 1 and max(bits) > 8
 
 
 def stated_white(bits: int, max_sample_value: int | None) -> int | None:

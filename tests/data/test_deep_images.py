@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image
 
 from nefkern.data import levels, read_image
+from nefkern.data.images import upright_pixels
 from nefkern.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -103,6 +104,19 @@ def test_a_tiff_of_16_bits_in_every_layout(tmp_path, options):
         data = data.astype(">u2")
     tifffile.imwrite(tmp_path / "a.tif", data, photometric="rgb", **options)
     assert (read(tmp_path / "a.tif") == expected(RGB)).all()
+
+
+def test_an_opened_image_that_pillow_reads_wrongly(tmp_path):
+    planes = np.moveaxis(RGB, 2, 0)
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "b.tif", RGB, photometric="rgb")
+    with (
+        Image.open(tmp_path / "a.tif") as image,
+        pytest.raises(UserError, match="wrong colours; give the path of the file"),
+    ):
+        upright_pixels(image, "image")
+    with Image.open(tmp_path / "b.tif") as image:
+        assert (upright_pixels(image, "image").permute(1, 2, 0).numpy() == RGB >> 8).all()
 
 
 def test_planes_of_8_bits(tmp_path):
