@@ -99,7 +99,7 @@ def overlay(
     clusters = _numpy(clusters)
     if photo.shape[:2] != clusters.shape:
         raise ValueError(f"image is {photo.shape[:2]} (H, W) but clusters {clusters.shape}")
-    photo, clusters = _shrunk(photo, clusters, longest)
+    photo, clusters = shrunk(photo, clusters, longest=longest)
     painted = colorize(clusters, colours)
     blend = ((1 - opacity) * photo + opacity * painted).round().astype(np.uint8)
     edge = boundaries(clusters)
@@ -107,19 +107,28 @@ def overlay(
     return grid([[photo, painted, blend]])
 
 
-def _shrunk(photo: np.ndarray, index: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both at a size of at most ``longest``, in their proportions."""
-    scale = longest / max(*index.shape, 1)
+def shrunk(
+    photo: np.ndarray, *maps: np.ndarray, longest: int = LONGEST_PANEL
+) -> tuple[np.ndarray, ...]:
+    """A photograph and its index maps at a size to look at, in their proportions.
+
+    Args:
+        photo: uint8 ``[H, W, 3]``; it is averaged.
+        maps: ``[H, W]`` each; what is at the centres of the new pixels is taken.
+        longest: the longer side at most, in pixels.
+    """
+    shape = photo.shape[:2]
+    scale = longest / max(*shape, 1)
     if scale >= 1:
-        return photo, index
-    size = [max(1, round(side * scale)) for side in index.shape]
-    pixels = torch.from_numpy(photo).permute(2, 0, 1)
+        return (photo, *maps)
+    size = [max(1, round(side * scale)) for side in shape]
     rows, cols = (
         (np.arange(short) * 2 + 1) * long // (2 * short)
-        for short, long in zip(size, index.shape, strict=True)
+        for short, long in zip(size, shape, strict=True)
     )
-    small = resize(pixels, size, antialias=True).permute(1, 2, 0)
-    return small.contiguous().numpy(), index[rows][:, cols]
+    small = resize(torch.from_numpy(photo).permute(2, 0, 1), size, antialias=True)
+    small = small.permute(1, 2, 0).contiguous().numpy()
+    return (small, *(index[rows][:, cols] for index in maps))
 
 
 def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
