@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nefkern.commandline import command_parser
+from nefkern.commandline import command_parser, log_to_stderr
 from nefkern.data import BENCHMARKS
 from nefkern.data.check import SplitReport, check, check_folder
 from nefkern.data.prepare import prepare_pascal_context
@@ -111,6 +111,7 @@ def _reports(options: argparse.Namespace) -> tuple[str, Iterator[SplitReport]]:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run."""
     options = parser().parse_args(arguments)
+    log_to_stderr()
     if options.task == "check":
         print_check(options)
     else:

@@ -68,9 +68,9 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     if width * height > int(text):
         raise UserError(
-            f"{path}: {width:,} × {height:,} are {width * height / 1e6:,.0f} megapixels, expected "
-            f"at most {int(text) / 1e6:,.0f}; {MAX_PIXELS}={width * height} in the environment "
-            f"allows it (reading takes about {width * height / 1e8:.0f} GB of memory)"
+            f"{path}: {width:,} × {height:,} are {width * height / 1e6:,g} megapixels, expected "
+            f"at most {int(text) / 1e6:,g}; {MAX_PIXELS}={width * height} in the environment "
+            f"allows it (reading takes about {width * height / 1e8:.1f} GB of memory)"
         )
 
 

@@ -108,7 +108,8 @@ def _check_floats(name: object, low: float, high: float, white: float, *, clippe
 def _way_out(low: float, high: float) -> str:
     if low < 0 or math.isinf(high):
         return "scale them to 8 or 16 bits"
-    return f"say which is white, e.g. {WHITE}={high} in the environment"
+    number = f"{high:g}" if isinstance(high, float) else high
+    return f"say which is white, e.g. {WHITE}={number} in the environment"
 
 
 def _tell_guess(name: object, high: int, white: int) -> None:
