@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,10 +21,8 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return resized if logits.ndim == 4 else resized[0]
 
 
-def upsample_part(
-    logits: Tensor, extent: tuple[float, float], rows: tuple[int, int], cols: tuple[int, int]
-) -> Tensor:
-    """The rectangle ``rows × cols`` of ``upsample(logits, extent)``, without computing the rest.
+def upsample_at(logits: Tensor, extent: tuple[float, float], rows: Tensor, cols: Tensor) -> Tensor:
+    """Some rows and columns of ``upsample(logits, extent)``, without computing the rest.
 
     A map of K = 256 clusters takes a kilobyte a pixel once it is up-sampled, so large images are
     worked through rectangle by rectangle.
@@ -33,23 +30,10 @@ def upsample_part(
     Args:
         logits: floating point ``[K, h, w]``.
         extent: height and width in pixels that the whole grid spans, whole or not.
-        rows, cols: half-open ranges ``(begin, end)`` of pixels within ``extent``.
-
-    Returns:
-        ``[K, rows, cols]``, equal to the slice of the full result up to rounding.
-    """
-    return upsample_at(logits, extent, torch.arange(*rows), torch.arange(*cols))
-
-
-def upsample_at(logits: Tensor, extent: tuple[float, float], rows: Tensor, cols: Tensor) -> Tensor:
-    """Some rows and columns of ``upsample(logits, extent)``, without computing the rest.
-
-    Args:
-        logits, extent: as for :func:`upsample_part`.
         rows, cols: int64 on the CPU, ascending, not empty: pixels within ``extent``.
 
     Returns:
-        ``[K, len(rows), len(cols)]``.
+        ``[K, len(rows), len(cols)]``, equal to those of the full result up to rounding.
     """
     _, h, w = logits.shape
     if (h, w) == tuple(extent):  # already one value a pixel: nothing to interpolate
