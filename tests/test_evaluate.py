@@ -791,6 +791,32 @@ def test_an_image_smaller_than_a_patch_is_named(run, tmp_path, capsys):
     assert line.startswith(f"error: {root / 'images' / 'val' / '0.png'}:")
 
 
+@pytest.mark.parametrize("protocol", ["crop320", "sliding"])
+def test_masks_of_0_and_255_are_told(run, tmp_path, pointwise, capsys, protocol):
+    """The object, all of it void, would score as if it were not there."""
+    root = write_folder(tmp_path / "masks", {"val": 2})
+    (root / "classes.txt").write_text("ground\nobject\n")
+    for path in (root / "annotations" / "val").iterdir():
+        mask = np.zeros(Image.open(path).size[::-1], np.uint8)
+        mask[:, : mask.shape[1] // 2] = 255
+        Image.fromarray(mask).save(path)
+    result = evaluate(run, root, "--protocol", protocol)
+    assert result["pixels"]["object"] == 0
+    share = result["void_pixels"] / (result["void_pixels"] + result["pixels"]["ground"])
+    assert share == pytest.approx(0.5, abs=0.02)
+    printed = capsys.readouterr().out
+    assert f"note: no pixel is object (1), but {100 * share:.0f}% of the pixels are 255" in printed
+    assert "(object: 1)" in printed
+    result = evaluate(run, root, "--protocol", protocol, "--ignore-class", "object")
+    assert "void_pixels" not in result
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_nothing_is_noted_where_every_class_occurs(run, folder, pointwise, capsys):
+    evaluate(run, folder)
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_nothing_but_void(run, tmp_path, pointwise, capsys):
     root = write_folder(tmp_path / "void", {"val": 1})
     Image.new("L", (70, 90), 255).save(root / "annotations" / "val" / "0.png")
