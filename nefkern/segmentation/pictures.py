@@ -17,7 +17,9 @@ from nefkern.files import replace_file
 BACKGROUND = (0, 0, 0)
 """Colour of void and unmatched pixels; no colour of the palette is near it."""
 
-_GAP = 8  # pixels between panels
+GAP = 8
+"""Pixels between panels."""
+
 _OUTLINE = (255, 255, 255)
 
 
@@ -105,7 +107,7 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
     heights = [max(p.height for p in row) for row in pictures]
     sheet = Image.new(
         "RGB",
-        (sum(widths) + _GAP * (columns - 1), sum(heights) + _GAP * (len(rows) - 1)),
+        (sum(widths) + GAP * (columns - 1), sum(heights) + GAP * (len(rows) - 1)),
         "white",
     )
     top = 0
@@ -113,8 +115,8 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
         left = 0
         for picture, width in zip(row, widths, strict=False):
             sheet.paste(picture, (left, top))
-            left += width + _GAP
-        top += height + _GAP
+            left += width + GAP
+        top += height + GAP
     return sheet
 
 
