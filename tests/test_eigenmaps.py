@@ -64,7 +64,8 @@ def test_raw_outputs_of_any_image(run, picture, drawn, tmp_path):
     segmenter = Segmenter.load(run, "cpu")
     crop = resize(read_image(picture), [64, 102], antialias=True)
     features = segmenter.backbone(crop[None])
-    outputs = segmenter.psi(features.concat)[0].T.unflatten(1, features.grid).detach()
+    outputs = segmenter.psi(features.concat, features.grid)[0].detach()
+    outputs = outputs.T.unflatten(1, features.grid)
     assert features.grid == (4, 7)
     numbers = [int(head.removeprefix("ψ ")) for head in row.heads]
     torch.testing.assert_close(row.values, outputs[numbers], atol=0.05, rtol=0)
