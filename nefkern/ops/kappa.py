@@ -10,7 +10,13 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import registry
 from nefkern.ops.csr import CSRGraph
-from nefkern.ops.normalized_adjacency import check_indices, check_lists, fake_graph, triton_accepts
+from nefkern.ops.normalized_adjacency import (
+    check_indices,
+    check_lists,
+    check_weights,
+    fake_graph,
+    triton_accepts,
+)
 
 
 def kappa(
@@ -21,6 +27,7 @@ def kappa(
     num_nodes: int,
     alpha: float = 0.3,
     clamp_min: float = 0.0,
+    check_finite: bool = False,
 ) -> CSRGraph:
     """kappa = D^(-1/2) A D^(-1/2) + alpha D~^(-1/2) A~ D~^(-1/2) (eq 4) in one pass.
 
@@ -34,13 +41,14 @@ def kappa(
         num_nodes: N.
         alpha: weight of the pixel graph, a finite number.
         clamp_min: lower bound of the weights, at least 0.
+        check_finite: raise when a neighbour's weight is NaN or inf.
 
     Returns:
         A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or index; a weight that requires a
-            gradient.
+            gradient, or (``check_finite``) that isn't finite.
     """
     check_lists(indices, weights, num_nodes, clamp_min)
     check_lists(pixel_indices, None, num_nodes, 0.0, name="pixel_indices")
@@ -51,20 +59,21 @@ def kappa(
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
     tensors = torch.ops.nefkern.kappa(
-        indices, weights, pixel_indices, num_nodes, float(alpha), float(clamp_min)
+        indices, weights, pixel_indices, num_nodes, float(alpha), float(clamp_min), check_finite
     )
     return CSRGraph(*tensors, num_nodes, True)
 
 
 registry.define(
     "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, int num_nodes, float alpha, "
-    "float clamp_min) -> (Tensor, Tensor, Tensor)",
+    "float clamp_min, bool check_finite) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, _, num_nodes, *__: fake_graph(indices, weights, num_nodes),
 )
 
 
 @registry.kernel("kappa", "reference")
-def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
+    check_weights(indices, weights, check_finite)
     check_indices(indices, num_nodes)
     check_indices(pixel_indices, num_nodes, name="pixel_indices")
     return reference.kappa(
@@ -78,7 +87,8 @@ def _native_accepts(indices, weights, *_) -> bool:
 
 @registry.kernel("kappa", "cpu", accepts=_native_accepts)
 @registry.kernel("kappa", "cuda", accepts=_native_accepts)
-def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
+    check_weights(indices, weights, check_finite)
     *graph, valid = torch.ops.nefkern_native.kappa(
         indices,
         None if weights is None else weights.float(),
@@ -97,7 +107,8 @@ def _triton_accepts(indices, weights, pixel_indices, *_) -> bool:
 
 
 @registry.kernel("kappa", "triton", accepts=_triton_accepts)
-def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
     from nefkern.triton.kappa import kappa
 
+    check_weights(indices, weights, check_finite)
     return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
