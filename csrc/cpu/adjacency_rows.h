@@ -249,9 +249,9 @@ int64_t count_row(Row& row, int64_t i, const Lists&... lists) {
   return size;
 }
 
-// The normalised matrix is the same for A, for A + A^T = 2 (A + A^T) / 2 and for half of it. So the
-// sum is taken, which is exact for the smallest weights, too; and where it overflows, as only sums
-// of the largest do, all rows again with half of every weight.
+// A row is kept as A + A^T: exact for the smallest weights, too, whose halves are not. Where a sum
+// overflows, as only sums of the largest do, all rows are collected again with half of every
+// weight, which does not change the normalised matrix.
 enum class Unit { kWhole, kHalf };
 
 inline float in_unit(float weight, Unit unit) {
@@ -289,7 +289,7 @@ inline double sum_of_magnitudes(const float* values, int64_t size) {
 
 // Of an entry: a d_i^(-1/2) d_j^(-1/2). The product of two scales has no place in float32 where
 // weights are far from 1; in double it is exact, and the same for (j, i).
-inline float normalized(float a, float scale_i, float scale_j) {
+inline float normalized(double a, float scale_i, float scale_j) {
   return static_cast<float>(a * (double{scale_i} * scale_j));
 }
 

@@ -30,7 +30,7 @@ bool fill_row(const KappaArgs& args, Unit unit, Row& row, int64_t i) {
   const int64_t size = row.drain_entries(), begin = args.row_offsets[i];
   std::copy_n(row.columns(), size, args.columns + begin);
   std::copy_n(row.values(), size, args.values + begin);
-  const double degree = sum_of_magnitudes(row.values(), size);
+  const double degree = 0.5 * sum_of_magnitudes(row.values(), size);
   args.scale[i] = inverse_root(degree);
   args.pixel_scale[i] = inverse_root(static_cast<double>(pixel_degree));
   return std::isfinite(degree);
@@ -43,7 +43,8 @@ void scale_row(const KappaArgs& args, int64_t i) {
   for (int64_t e = args.row_offsets[i]; e < args.row_offsets[i + 1]; ++e) {
     const int32_t column = args.columns[e];
     const float mark = args.values[e], weight = std::fabs(mark);
-    const float feature = weight == 0 ? 0 : normalized(weight, args.scale[i], args.scale[column]);
+    const float feature =
+        weight == 0 ? 0 : normalized(0.5 * weight, args.scale[i], args.scale[column]);
     const float pixel = std::signbit(mark) ? args.pixel_scale[i] * args.pixel_scale[column] : 0;
     // In double, as add() does: the product is exact, so that fusing it changes nothing.
     args.values[e] = static_cast<float>(feature + alpha * pixel);

@@ -5,6 +5,9 @@
 namespace nefkern::cpu::NEFKERN_ISA {
 namespace {
 
+// A is this part of what a row holds.
+inline double share(const AdjacencyArgs& args) { return args.take_union ? 1 : 0.5; }
+
 // Writes row i of A, not yet normalised, and its scale d^(-1/2). False where d is not finite.
 template <class Index>
 bool fill_row(const AdjacencyArgs& args, Unit unit, Row& row, int64_t i) {
@@ -15,7 +18,7 @@ bool fill_row(const AdjacencyArgs& args, Unit unit, Row& row, int64_t i) {
   const int64_t size = row.drain_entries(), begin = args.row_offsets[i];
   std::copy_n(row.columns(), size, args.columns + begin);
   std::copy_n(row.values(), size, args.values + begin);
-  const double degree = sum_of_magnitudes(row.values(), size);
+  const double degree = share(args) * sum_of_magnitudes(row.values(), size);
   args.scale[i] = inverse_root(degree);
   return std::isfinite(degree);
 }
@@ -48,7 +51,8 @@ void adjacency_fill(const AdjacencyArgs& args) {
     fill<int32_t>(args);
   for_each_row(args.workspace, [&](Row&, int64_t i) {
     for (int64_t e = args.row_offsets[i]; e < args.row_offsets[i + 1]; ++e)
-      args.values[e] = normalized(args.values[e], args.scale[i], args.scale[args.columns[e]]);
+      args.values[e] =
+          normalized(share(args) * args.values[e], args.scale[i], args.scale[args.columns[e]]);
   });
 }
 

@@ -124,10 +124,10 @@ __device__ __forceinline__ int64_t for_each_entry(const RowPairs& pairs, int64_t
   return entries;
 }
 
-// An entry of A + A^T: the normalised matrix is that of its half. In double no sum overflows. No
-// sign, a NaN's neither.
+// An entry of (A + A^T) / 2. In double no sum overflows and no half is lost. No sign, a NaN's
+// neither.
 __device__ __forceinline__ double symmetrized(const Merged& entry) {
-  return fabs(static_cast<double>(entry.listed) + static_cast<double>(entry.mirrored));
+  return fabs(0.5 * (static_cast<double>(entry.listed) + static_cast<double>(entry.mirrored)));
 }
 
 // a d_i^(-1/2) d_j^(-1/2). The product of two scales has no place in float32 where weights are far

@@ -127,12 +127,15 @@ def _merge_edges(
         tl.store(values + at, a, mask=leads)
         degree += tl.sum(tl.where(leads, a, 0.0).to(tl.float64))
         place += tl.sum(leads.to(tl.int32))
+    if MEAN:
+        degree *= 0.5
     degree = tl.where(degree == 0, 1.0, degree)  # of an empty row, whose scale is never read
     tl.store(scale + row, (1 / tl.sqrt(degree)).to(tl.float32))
 
 
 @triton.jit
-def _scale_entries(row_offsets, columns, values, scale, BLOCK: tl.constexpr):
+def _scale_entries(row_offsets, columns, values, scale, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Row ``program_id(0)`` of the graph, from ``_merge_edges``'s."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(row_offsets, row)
     own = tl.load(scale + row).to(tl.float64)
@@ -143,7 +146,10 @@ def _scale_entries(row_offsets, columns, values, scale, BLOCK: tl.constexpr):
         # In double: the product of two scales has no place in float32 where weights are far from
         # 1. It is exact, and the same for the transposed entry.
         both = own * tl.load(scale + column, mask=e < end, other=1.0).to(tl.float64)
-        tl.store(values + e, (value.to(tl.float64) * both).to(tl.float32), mask=e < end)
+        a = value.to(tl.float64)
+        if MEAN:
+            a *= 0.5
+        tl.store(values + e, (a * both).to(tl.float32), mask=e < end)
 
 
 @dataclass(frozen=True)
@@ -193,8 +199,8 @@ def sorted_edges(
 def _unit(weights: Tensor, clamp_min: float) -> Tensor:
     """[1]: 1, or 1/2 where the sum of two weights may overflow.
 
-    The normalised matrix is the same for A + A^T and its half; only the sum is exact for the
-    smallest weights, too.
+    A row is kept as A + A^T, exact for the smallest weights, too, whose halves are not. To halve
+    all weights does not change the normalised matrix.
     """
     half_of_largest = torch.finfo(torch.float32).max / 2
     huge = (weights > half_of_largest).any() | (clamp_min > half_of_largest)
@@ -208,14 +214,13 @@ def merged(
     n = len(edges.row_offsets) - 1
     columns = edges.keys.new_empty(nnz, dtype=torch.int32)
     values = edges.keys.new_empty(nnz, dtype=torch.float32)
-    scale = values.new_empty(n)
+    scale, mean = values.new_empty(n), symmetrize == "mean"
     with device_of(columns):
         _merge_edges[(n,)](
             edges.keys, edges.order, edges.starts, edges.weights, edges.unit, edges.row_offsets,
-            columns, values, scale, n, edges.listed, clamp_min, MEAN=symmetrize == "mean",
-            **edges.its,
+            columns, values, scale, n, edges.listed, clamp_min, MEAN=mean, **edges.its,
         )  # fmt: skip
-        _scale_entries[(n,)](edges.row_offsets, columns, values, scale, BLOCK=BLOCK)
+        _scale_entries[(n,)](edges.row_offsets, columns, values, scale, MEAN=mean, BLOCK=BLOCK)
     return edges.row_offsets, columns, values
 
 
@@ -251,7 +256,10 @@ def _key_dtype(num_nodes: int) -> torch.dtype:
 
 def shipped() -> list[Shipped]:
     """Every kernel for both widths of indices and of keys, and both ways to symmetrise."""
-    found = [_ship(_scale_entries, "")]
+    found = [
+        _ship(_scale_entries, "mean", {"MEAN": True}),
+        _ship(_scale_entries, "union", {"MEAN": False}),
+    ]
     for key in ("i32", "i64"):
         found.append(_ship(_count_entries, f"{key} keys", keys=key))
         for weighted in (True, False):

@@ -165,7 +165,7 @@ def test_points_far_from_all_others(name):
     assert (weights[2:] < torch.finfo(torch.float32).tiny).all()
     exact = dense_adjacency(indices, weights, 4)
     graph = build(name, indices, weights, num_nodes=4)
-    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=5e-7, atol=0)
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=5e-7, atol=SMALLEST)
 
 
 @each_backend
