@@ -115,7 +115,8 @@ def _merge_edges(
             own = e < edges
             weight = _weight(weights, tl.where(own, e, e - edges), more, clamp_min, HAS_WEIGHTS)
             if MEAN and HAS_WEIGHTS:
-                weight = tl.maximum(weight * tl.load(unit), SMALLEST, NAN)  # none becomes 0
+                least = tl.full([BLOCK], SMALLEST, tl.float32)  # none becomes 0
+                weight = tl.maximum(weight * tl.load(unit), least, NAN)
             listed = tl.where(more & own, tl.maximum(listed, weight, NAN), listed)
             naming = tl.where(more & ~own, tl.maximum(naming, weight, NAN), naming)
             p += 1
