@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from nefkern import reference
-from nefkern.ops import registry
+from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph
 from nefkern.ops.normalized_adjacency import (
+    check_clamp,
     check_indices,
     check_lists,
     check_weights,
@@ -50,22 +49,22 @@ def kappa(
         TypeError, ValueError: a wrong dtype, shape, device or index; a weight that requires a
             gradient, or (``check_finite``) that isn't finite.
     """
-    check_lists(indices, weights, num_nodes, clamp_min)
-    check_lists(pixel_indices, None, num_nodes, 0.0, name="pixel_indices")
+    num_nodes = check_lists(indices, weights, num_nodes)
+    check_lists(pixel_indices, None, num_nodes, name="pixel_indices")
     if pixel_indices.device != indices.device:
         raise ValueError(
             f"pixel_indices: expected device {indices.device}, got {pixel_indices.device}"
         )
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    tensors = torch.ops.nefkern.kappa(
-        indices, weights, pixel_indices, num_nodes, float(alpha), float(clamp_min), check_finite
+    alpha = checks.finite_number("alpha", alpha)
+    clamp_min = check_clamp(clamp_min)
+    tensors = registry.call(
+        "kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite
     )
     return CSRGraph(*tensors, num_nodes, True)
 
 
 registry.define(
-    "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, int num_nodes, float alpha, "
+    "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, SymInt num_nodes, float alpha, "
     "float clamp_min, bool check_finite) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, _, num_nodes, *__: fake_graph(indices, weights, num_nodes),
 )
@@ -73,7 +72,7 @@ registry.define(
 
 @registry.kernel("kappa", "reference")
 def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
-    check_weights(indices, weights, check_finite)
+    check_weights(indices, weights, clamp_min, check_finite)
     check_indices(indices, num_nodes)
     check_indices(pixel_indices, num_nodes, name="pixel_indices")
     return reference.kappa(
@@ -88,7 +87,7 @@ def _native_accepts(indices, weights, *_) -> bool:
 @registry.kernel("kappa", "cpu", accepts=_native_accepts)
 @registry.kernel("kappa", "cuda", accepts=_native_accepts)
 def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
-    check_weights(indices, weights, check_finite)
+    check_weights(indices, weights, clamp_min, check_finite)
     *graph, valid = torch.ops.nefkern_native.kappa(
         indices,
         None if weights is None else weights.float(),
@@ -110,5 +109,5 @@ def _triton_accepts(indices, weights, pixel_indices, *_) -> bool:
 def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
     from nefkern.triton.kappa import kappa
 
-    check_weights(indices, weights, check_finite)
+    check_weights(indices, weights, clamp_min, check_finite)
     return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -54,11 +52,12 @@ def normalized_adjacency(
         TypeError, ValueError: a wrong dtype, shape, device, option or index; a weight that requires
             a gradient, or (``check_finite``) that isn't finite.
     """
-    check_lists(indices, weights, num_nodes, clamp_min)
+    num_nodes = check_lists(indices, weights, num_nodes)
+    clamp_min = check_clamp(clamp_min)
     if symmetrize not in _SYMMETRIZE:
         raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
-    tensors = torch.ops.nefkern.normalized_adjacency(
-        indices, weights, num_nodes, symmetrize, float(clamp_min), check_finite
+    tensors = registry.call(
+        "normalized_adjacency", indices, weights, num_nodes, symmetrize, clamp_min, check_finite
     )
     return CSRGraph(*tensors, num_nodes, True)
 
@@ -67,25 +66,22 @@ def check_lists(
     indices: Tensor,
     weights: Tensor | None,
     num_nodes: int,
-    clamp_min: float,
     *,
     name: str = "indices",
-) -> None:
-    """Raise TypeError or ValueError unless these are neighbour lists, but for their content."""
+) -> int:
+    """``num_nodes`` as an int; raises TypeError or ValueError unless these are neighbour lists, but
+    for their content."""
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
-    if not 0 <= num_nodes <= _MAX_NODES:
-        raise ValueError(f"num_nodes: expected 0 to 2^31 - 1, got {num_nodes}")
+    num_nodes = checks.integer("num_nodes", num_nodes, 0)
+    if num_nodes > _MAX_NODES:
+        raise ValueError(f"num_nodes: expected at most 2^31 - 1, got {num_nodes}")
     if indices.ndim != 2 or indices.shape[0] != num_nodes:
         raise ValueError(
             f"{name}: expected shape [{num_nodes}, k] (num_nodes), got {list(indices.shape)}"
         )
-    if not 0 <= clamp_min < math.inf:  # a negative weight could make a degree negative
-        raise ValueError(f"clamp_min: expected a number of at least 0, got {clamp_min}")
     if weights is None:
-        return
-    if weights.dtype != torch.float64 and clamp_min > torch.finfo(torch.float32).max:
-        raise ValueError(f"clamp_min: expected a number that float32 can hold, got {clamp_min}")
+        return num_nodes
     if not weights.is_floating_point():
         raise TypeError(f"weights: expected floating point, got {weights.dtype}")
     if weights.shape != indices.shape:
@@ -97,6 +93,12 @@ def check_lists(
         raise ValueError(f"weights: expected device {indices.device}, got {weights.device}")
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("weights: not differentiable; expected weights.detach()")
+    return num_nodes
+
+
+def check_clamp(clamp_min: float) -> float:
+    """``clamp_min`` as a float; a negative weight could make a degree negative."""
+    return checks.finite_number("clamp_min", clamp_min, 0)
 
 
 def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
@@ -109,9 +111,16 @@ def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> 
             )
 
 
-def check_weights(indices: Tensor, weights: Tensor | None, check_finite: bool) -> None:
-    """Raise ValueError, if ``check_finite``, where the weight of a neighbour is not finite."""
-    if check_finite and weights is not None:
+def check_weights(
+    indices: Tensor, weights: Tensor | None, clamp_min: float, check_finite: bool
+) -> None:
+    """Raise ValueError where a weight is not finite: the lower bound in the weights' precision, or,
+    if ``check_finite``, that of a neighbour."""
+    if weights is None:
+        return
+    if weights.dtype != torch.float64 and clamp_min > torch.finfo(torch.float32).max:
+        raise ValueError(f"clamp_min: expected a number that float32 can hold, got {clamp_min}")
+    if check_finite:
         checks.finite("weights", weights.masked_fill(indices < 0, 0))
 
 
@@ -127,7 +136,7 @@ def fake_graph(indices: Tensor, weights: Tensor | None, num_nodes: int) -> tuple
 
 
 registry.define(
-    "normalized_adjacency(Tensor indices, Tensor? weights, int num_nodes, str symmetrize, "
+    "normalized_adjacency(Tensor indices, Tensor? weights, SymInt num_nodes, str symmetrize, "
     "float clamp_min, bool check_finite) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, num_nodes, *_: fake_graph(indices, weights, num_nodes),
 )
@@ -135,7 +144,7 @@ registry.define(
 
 @registry.kernel("normalized_adjacency", "reference")
 def _reference(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
-    check_weights(indices, weights, check_finite)
+    check_weights(indices, weights, clamp_min, check_finite)
     check_indices(indices, num_nodes)
     return reference.normalized_adjacency(
         indices, weights, num_nodes=num_nodes, symmetrize=symmetrize, clamp_min=clamp_min
@@ -149,7 +158,7 @@ def _native_accepts(indices, weights, *_) -> bool:
 @registry.kernel("normalized_adjacency", "cpu", accepts=_native_accepts)
 @registry.kernel("normalized_adjacency", "cuda", accepts=_native_accepts)
 def _native(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
-    check_weights(indices, weights, check_finite)
+    check_weights(indices, weights, clamp_min, check_finite)
     *graph, valid = torch.ops.nefkern_native.normalized_adjacency(
         indices, None if weights is None else weights.float(), symmetrize == "union", clamp_min
     )
@@ -169,5 +178,5 @@ def triton_accepts(indices, weights, *_) -> bool:
 def _triton(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
     from nefkern.triton.normalized_adjacency import normalized_adjacency
 
-    check_weights(indices, weights, check_finite)
+    check_weights(indices, weights, clamp_min, check_finite)
     return normalized_adjacency(indices, weights, num_nodes, symmetrize, clamp_min)
