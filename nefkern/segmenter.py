@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.methods import CONTINUOUS
+from nefkern.data.constants import LONGEST
 from nefkern.data.images import read_image, upright_pixels
 from nefkern.devices import choose_device
 from nefkern.eigenfunction import Eigenfunction
@@ -24,10 +25,6 @@ from nefkern.options import TrainOptions
 from nefkern.runs import CLUSTERS, Run
 from nefkern.segmentation.flip import flip_averaged
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
-
-#: Length in crops to which an image is enlarged at most: at the scale of training a strip of a few
-#: pixels' width would become thousands of windows.
-LONGEST = 16
 
 
 @dataclass

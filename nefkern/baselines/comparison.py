@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from nefkern.baselines.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral
 from nefkern.baselines.methods import Method
 from nefkern.baselines.probe import Probe, patch_labels
-from nefkern.data import Sample
+from nefkern.data import Sample, resize_shorter
 from nefkern.ops import CSRGraph
 from nefkern.segmentation.crf import winners
 from nefkern.segmentation.flip import flip_averaged
@@ -42,11 +44,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """How images reach the network: windows of this size and stride, so many at once."""
+    """How images reach the network: windows of this size and stride, so many at once.
+
+    With ``shorter`` they lie on the image resized to that shorter side, and what the network says
+    is resized back to the image's own resolution (protocol B).
+    """
 
     window: int
     stride: int
     batch_size: int = 4
+    shorter: int | None = None
 
 
 class Comparison:
@@ -115,7 +122,8 @@ class Comparison:
         """Images uint8 ``[3, H, W]`` as they are cut for scoring, in batches for :meth:`fit`."""
         w = self.windows
         for image in images:
-            yield from window_crops(image, w.window, w.stride, batch_size=w.batch_size)
+            seen = self._seen(image)
+            yield from window_crops(seen, w.window, w.stride, batch_size=w.batch_size)
 
     @torch.inference_mode()
     def fit_labels(self, samples: Iterable[Sample]) -> None:
@@ -126,8 +134,15 @@ class Comparison:
         """
         unfitted = self._unfitted(Probe)
         for sample in samples:
-            annotations = self.crops([sample.annotation[None]])
-            for crops, labels in zip(self.crops([sample.image]), annotations, strict=True):
+            w, seen = self.windows, self._seen(sample.image)
+            # Each pixel that the network sees has one class: the nearest annotated pixel's.
+            size = list(seen.shape[1:])
+            annotation = resize(sample.annotation[None], size, InterpolationMode.NEAREST_EXACT)
+            pieces = (
+                window_crops(whole, w.window, w.stride, batch_size=w.batch_size)
+                for whole in (seen, annotation)
+            )
+            for crops, labels in zip(*pieces, strict=True):
                 maps, padded = self._maps(crops)
                 grid = tuple(maps["graph"].shape[2:])
                 for probe in unfitted:
@@ -257,11 +272,19 @@ class Comparison:
         maps, padded = self._maps(crops)
         return torch.cat([c.logits(maps) for c in self.clusterers.values()], dim=1), padded
 
+    def _seen(self, image: Tensor) -> Tensor:
+        """The image as the windows lie on it."""
+        shorter = self.windows.shorter
+        return image if shorter is None else resize_shorter(image, shorter)
+
     def _tiles(self, image: Tensor, predict: Callable) -> Iterator:
         w = self.windows
         pixels = _TILE_FLOATS // sum(self._channels)
         return sliding_tiles(
-            predict, image, w.window, w.stride, batch_size=w.batch_size, max_pixels=max(1, pixels)
+            *(predict, self._seen(image), w.window, w.stride),
+            size=image.shape[1:],
+            batch_size=w.batch_size,
+            max_pixels=max(1, pixels),
         )
 
     def _clusters(self, image: Tensor, predict: Callable) -> dict[str, Tensor]:
@@ -288,12 +311,13 @@ class Comparison:
 
         Only their probabilities are made: those of the hundreds of others would fill the memory.
         """
-        w = self.windows
+        w, seen = self.windows, self._seen(sample.image)
         for name, clusters in found.items():
             shown = clusters.unique()
             logits = sliding_windows(
                 replay.select(shown + self._first_channel(name)),
-                *(sample.image, w.window, w.stride),
+                *(seen, w.window, w.stride),
+                size=sample.image.shape[1:],
                 batch_size=w.batch_size,
             )
             probabilities = self.clusterers[name].probabilities(logits)
