@@ -10,9 +10,8 @@ import logging
 import random
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from tqdm import tqdm
 from nefkern import distributed
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.comparison import Comparison, Windows
-from nefkern.baselines.methods import Method
+from nefkern.baselines.fitting import default_passes, read_ahead, training_crops
+from nefkern.baselines.methods import Method, of_run
+from nefkern.baselines.probe import Probe
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
@@ -34,7 +35,7 @@ from nefkern.progress import image_bar
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
-from nefkern.segmentation.evaluation import Matched, match
+from nefkern.segmentation.evaluation import Matched, match, unmatched
 from nefkern.segmentation.mean_field import require_pydensecrf
 from nefkern.segmentation.pictures import palette, write_png
 from nefkern.segmentation.refinement import Refiner
@@ -64,8 +65,9 @@ class Evaluator:
             self._build()
 
     def _build(self) -> None:
-        options, methods = self.options, self.methods
+        options = self.options
         self._complete()
+        self.methods = of_run(self.methods, quantized=self.trained.gumbel)
         self.refiner = None
         if options.crf:
             require_pydensecrf()
@@ -78,19 +80,40 @@ class Evaluator:
         self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
         self.matched: dict[str, Matched] = {}
         self.void_pixels = 0
-        trained = all(method.trained for method in methods)
+        trained = all(method.trained for method in self.methods)
         self.comparison = Comparison(
             self.segmenter,
-            methods,
+            self.methods,
             self._windows(),
+            num_classes=len(self.kept),
+            flip=options.flip,
             control=None if trained else self.segmenter.untrained(options.seed),
             seed=options.seed,
             sample_rows=options.sample_rows,
         )
+        if not self.trained.gumbel and "ours" in self.comparison.clusterers:
+            self._take_clusters()
+
+    def _take_clusters(self) -> None:
+        """Score the clusters that the run of a continuous ψ keeps, if it does."""
+        kept = self.segmenter.clusterer
+        if kept is None:
+            log.info(
+                "%s keeps no clusters of its continuous eigenfunctions: K-means on them is fitted "
+                "on --fit-split",
+                self.options.run,
+            )
+        else:
+            self.comparison.clusterers["ours"] = kept
 
     def _complete(self) -> None:
         """Take the data set from the run where none is given."""
         options, trained = self.options, Run(self.options.run).options()
+        self.trained = trained
+        if options.fit_images == "plain":
+            options.fit_passes = None
+        elif options.fit_passes is None:
+            options.fit_passes = default_passes(trained)
         if options.data is None:
             options.data = trained.data if trained.data in ANNOTATED else "folder"
         if options.data_root is None and options.data == trained.data:
@@ -117,7 +140,7 @@ class Evaluator:
         """Fit, score and write ``evaluation-*.json``, pictures in the folder of the same name, and
         the report; returns the scores."""
         started = time.perf_counter()
-        if self.comparison.needs_fit:
+        if self.comparison.needs_fit or self.comparison.needs_labels:
             self.fit()
         scored = self.score()
         result = {
@@ -142,20 +165,56 @@ class Evaluator:
         log.info("written: %s", path)
 
     def fit(self) -> None:
-        """Fit every K-means on the training split."""
+        """Fit every K-means and every probe on the training split."""
         device = self.segmenter.device
         fitted = distributed.from_main(self._fitted)
         self.comparison.clusterers = {name: c.to(device) for name, c in fitted.items()}
 
-    def _fitted(self) -> dict[str, Clusterer]:
-        split = self.options.fit_split
+    def _fitted(self) -> dict[str, Clusterer | Probe]:
+        split, comparison = self.options.fit_split, self.comparison
+        dataset, what = self._open(split), "K-means"
         try:
-            # Closed here, so that its bar ends before an error or an interrupt is told.
-            with contextlib.closing(self._training_images(self._open(split))) as images:
-                self.comparison.fit(images)
+            # Closed here, so that a bar ends before an error or an interrupt is told.
+            if comparison.needs_fit:
+                with contextlib.closing(self._fit_crops(dataset)) as crops:
+                    comparison.fit(crops)
+            what = "a linear probe"
+            if comparison.needs_labels:
+                with contextlib.closing(self._labelled(dataset)) as samples:
+                    comparison.fit_labels(samples)
         except ValueError as error:
-            raise UserError(f"--fit-split {split}: cannot fit K-means, {error}") from None
-        return {name: c.to("cpu") for name, c in self.comparison.clusterers.items()}
+            raise UserError(f"--fit-split {split}: cannot fit {what}, {error}") from None
+        return {name: c.to("cpu") for name, c in comparison.clusterers.items()}
+
+    def _fit_crops(self, dataset: ImageDataset) -> Iterator[Tensor]:
+        """What K-means is fitted on: augmented training crops, or the crops that are scored."""
+        o, quiet = self.options, not distributed.is_main()
+        indices = self._indices(dataset)
+        if o.fit_images == "plain":
+            yield from self.comparison.crops(
+                sample.image for sample in self._usable(dataset, indices, dataset.image)
+            )
+            return
+        yield from training_crops(
+            dataset,
+            self.trained,
+            passes=o.fit_passes,
+            seed=o.seed,
+            batch_size=o.batch_size,
+            indices=indices,
+            quiet=quiet,
+        )
+
+    def _labelled(self, dataset: ImageDataset) -> Iterator[Sample]:
+        """Annotated training images, in the classes that are scored."""
+        if not dataset.annotated:
+            raise UserError(
+                f"--fit-split {self.options.fit_split}: has no annotations, which a linear probe "
+                "is trained on"
+            )
+        read = dataset.__getitem__
+        for sample in self._usable(dataset, self._indices(dataset), read):
+            yield self._renumbered(sample)
 
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
@@ -177,7 +236,7 @@ class Evaluator:
                     f"--split {self.options.split}: every annotated pixel is void, nothing to score"
                 )
         stages: dict[str, dict[str, Matched]] = {
-            name: {stage: match(table) for stage, table in tables.items()}
+            name: {stage: self._match(name, table) for stage, table in tables.items()}
             for name, tables in counts.items()
         }
         self.matched = {name: matched["none"] for name, matched in stages.items()}
@@ -211,6 +270,10 @@ class Evaluator:
             },
         }
 
+    def _match(self, name: str, table: Tensor) -> Matched:
+        learned = isinstance(self.comparison.clusterers[name], Probe)
+        return unmatched(table) if learned else match(table)
+
     def _crf_times(self, seconds: float) -> dict[str, Any]:
         """What the CRF took, of ``seconds`` that the pass with it did; nothing without a CRF."""
         refiner = self.refiner
@@ -233,12 +296,15 @@ class Evaluator:
             old.unlink()
         replace_file(folder / "iou.svg", iou_bars(result))
         for name, matched in self.matched.items():
-            chart = confusion_matrix(matched.confusions["iou"], self.classes, name)
+            chart = confusion_matrix(matched.confusions[matched.shown], self.classes, name)
             replace_file(folder / f"confusion-{_plain(name)}.svg", chart)
         methods, colours = "-".join(_plain(name) for name in self.matched), self.colours
         shown: set[int] = set()
         for number, (sample, clusters) in enumerate(self.shown):
-            classes = [self.matched[name].assignments["iou"][c] for name, c in clusters.items()]
+            classes = [
+                found.assignments[found.shown][c]
+                for found, c in ((self.matched[name], c) for name, c in clusters.items())
+            ]
             picture = comparison_row(sample.image, sample.annotation, classes, colours)
             write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
             shown.update(*(painted.unique().tolist() for painted in (sample.annotation, *classes)))
@@ -254,6 +320,7 @@ class Evaluator:
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
         names = ("split", "fit_split", "limit", "protocol", "crf", "seed", "sample_rows")
+        names += ("fit_images", "fit_passes")
         data = self.options.data
         counted = {"data": data, "classes": len(self.dataset.classes)} if data != "folder" else {}
         return {
@@ -264,6 +331,7 @@ class Evaluator:
             "methods": [method.name for method in self.methods],
             "window": self.comparison.windows.window,
             "stride": self.comparison.windows.stride,
+            "flip": self.options.flip or None,
             "resize": self.comparison.windows.shorter,
         }
 
@@ -346,31 +414,27 @@ class Evaluator:
         """Samples as the protocol transforms them, each read while the one before is worked on."""
         protocol = "crop320" if self.options.protocol == "crop320" else "full"
         transform = eval_transform(protocol, size=self.options.size)
-        ahead: deque[Future[Sample]] = deque()
-        with ThreadPoolExecutor(1) as pool:
-            for index in indices:
-                ahead.append(pool.submit(lambda i=index: transform(read(i))))
-                if len(ahead) == 2:
-                    yield ahead.popleft()
-            yield from ahead
+        yield from read_ahead(lambda index: transform(read(index)), indices)
 
-    def _training_images(self, dataset: ImageDataset) -> Iterator[Tensor]:
-        """Images in an order drawn by the seed; unusable ones are reported and skipped."""
-        indices = self._indices(dataset)
+    def _usable(
+        self, dataset: ImageDataset, indices: list[int], read: Callable[[int], Tensor | Sample]
+    ) -> Iterator[Sample]:
+        """Training images in an order drawn by the seed; unusable ones are reported and skipped."""
         random.Random(self.options.seed).shuffle(indices)
 
-        def read(index: int) -> Sample:
-            return Sample(dataset.names[index], dataset.image(index))
+        def sample(index: int) -> Sample:
+            found = read(index)
+            return found if isinstance(found, Sample) else Sample(dataset.names[index], found)
 
         with image_bar(len(indices), "fitting", disable=not distributed.is_main()) as bar:
-            for index, future in zip(indices, self._samples(read, indices), strict=True):
+            for index, future in zip(indices, self._samples(sample, indices), strict=True):
                 try:
-                    sample = future.result()
-                    self.segmenter.check_size(sample.image, dataset.paths[index])
+                    found = future.result()
+                    self.segmenter.check_size(found.image, dataset.paths[index])
                 except UserError as error:
                     log.warning("skipped: %s", error)
                 else:
-                    yield sample.image
+                    yield found
                 bar.update()
 
     def _annotated(self) -> Iterator[Sample]:
@@ -378,15 +442,19 @@ class Evaluator:
 
         An unusable image is an error.
         """
-        renumbered = torch.full((256,), VOID, dtype=torch.uint8)
-        renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
         share = self._share()
         samples = self._samples(self.dataset.__getitem__, share)
         for index, future in zip(share, samples, strict=True):
             sample = future.result()
             self.segmenter.check_size(sample.image, self.dataset.paths[index])
             self.void_pixels += int((sample.annotation == VOID).sum())
-            yield replace(sample, annotation=renumbered[sample.annotation.int()])
+            yield self._renumbered(sample)
+
+    def _renumbered(self, sample: Sample) -> Sample:
+        """A sample whose labels count the classes that are scored."""
+        renumbered = torch.full((256,), VOID, dtype=torch.uint8)
+        renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
+        return replace(sample, annotation=renumbered[sample.annotation.int()])
 
 
 def _plain(name: str) -> str:

@@ -307,19 +307,28 @@ class FeatureCache:
         folder: where the entries lie; made if absent. None keeps nothing.
         backbone: the extractor.
         amp: run it under bfloat16 autocast.
+        also: a second folder of entries, which is only read: those of a run's training.
     """
 
-    def __init__(self, folder: Path | None, backbone: Backbone, *, amp: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        backbone: Backbone,
+        *,
+        amp: bool = False,
+        also: Path | None = None,
+    ) -> None:
         self.folder, self.backbone, self.amp = folder, backbone, amp
+        self._folders = [f for f in dict.fromkeys((folder, also)) if f is not None]
         self.hits = self.misses = 0
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Maps of ``[B, 3, H, W]`` uint8 images, each from the cache where it is there."""
-        if self.folder is None:
+        if not self._folders:
             return self._compute(images)
         paths = [self._path(image) for image in images]
-        found = [self._read(path) for path in paths]
+        found = [self._find(path) for path in paths]
         missing = [i for i, entry in enumerate(found) if entry is None]
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
@@ -327,7 +336,8 @@ class FeatureCache:
             fresh = self._compute(images[missing])
             for row, i in enumerate(missing):
                 found[i] = _compact(fresh.concat[row])
-                self._write(paths[i], found[i])
+                if self.folder is not None:
+                    self._write(self.folder / paths[i], found[i])
         concat = torch.stack([f.to(images.device) for f in found]).float()
         patch = self.backbone.patch
         grid = -(-images.shape[-2] // patch), -(-images.shape[-1] // patch)
@@ -338,12 +348,17 @@ class FeatureCache:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             return self.backbone(images)
 
+    def _find(self, path: Path) -> Tensor | None:
+        entries = (self._read(folder / path) for folder in self._folders)
+        return next((entry for entry in entries if entry is not None), None)
+
     def _path(self, image: Tensor) -> Path:
+        """Of an image's entry, in whichever folder."""
         how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
         sha = hashlib.sha256(repr(how).encode())
         sha.update(image.cpu().contiguous().numpy().tobytes())
         name = sha.hexdigest()[:40]
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return Path(name[:2], f"{name}.safetensors")
 
     @staticmethod
     def _read(path: Path) -> Tensor | None:

@@ -15,6 +15,7 @@ import yaml
 from nefkern.errors import UserError
 
 if TYPE_CHECKING:
+    from nefkern.data import TrainTransform
     from nefkern.eigenfunction import EigenfunctionConfig
     from nefkern.graph import GraphConfig
 
@@ -186,7 +187,10 @@ class TrainOptions:
     )
     orthogonal_head: bool = _option(True, "keep the head's columns orthogonal", "eigenfunctions")
     gumbel: bool = _option(
-        True, "quantise by Gumbel-Softmax; off: continuous eigenfunctions", "eigenfunctions"
+        True,
+        "quantise by Gumbel-Softmax; off: continuous eigenfunctions, clustered by K-means "
+        "on them at the end",
+        "eigenfunctions",
     )
     standardize: bool | None = _option(
         None,
@@ -279,6 +283,14 @@ class TrainOptions:
     def base_size(self) -> int:
         """Shorter side that the random resize starts from."""
         return self.resize or round(self.crop * 13 / 12)
+
+    def transform(self) -> TrainTransform:
+        """The augmentation; without one, plain crops."""
+        from nefkern.data import TrainTransform
+
+        if self.augment:
+            return TrainTransform(self.base_size(), self.crop)
+        return TrainTransform(self.crop, self.crop, ratio=(1.0, 1.0), flip=0.0, photometric=False)
 
     def run_folder(self) -> Path:
         """Where the run goes."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.kmeans import KMeans
-from nefkern.baselines.methods import parse_methods
+from nefkern.baselines.methods import of_run, parse_methods
 from nefkern.segmentation.matching import majority_vote, matched_confusion
 from nefkern.segmentation.metrics import count_matrix, scores
 
@@ -24,20 +24,24 @@ class PatchScore:
     mean_iou_by_count: float
 
 
-def clusterings(maps: dict[str, Tensor], vectors: Tensor, *, seed: int) -> dict[str, Tensor]:
+def clusterings(
+    maps: dict[str, Tensor], vectors: Tensor, *, seed: int, quantized: bool = True
+) -> dict[str, Tensor]:
     """The batch's patches in K clusters, int64 ``[N]``, by what they were clustered on.
 
-    All but ψ's own are fitted on the very patches that they are scored on, which makes them higher
-    than scores of images not seen before; compare them with each other. Eigenvectors enter as the
-    rows of V Λ^(1/2), whose inner products are κ's best approximation of rank K.
+    All but the argmax of ψ are fitted on the very patches that they are scored on, which makes them
+    higher than scores of images not seen before; compare them with each other. Eigenvectors enter
+    as the rows of V Λ^(1/2), whose inner products are κ's best approximation of rank K.
 
     Args:
         maps: "logits", "graph" and "concat" of the batch, ``[B, ·, h, w]``.
         vectors: V ``[N, m]`` of :func:`nefkern.eigenpairs.leading_eigenpairs`.
         seed: of K-means.
+        quantized: whether ψ's argmax are its clusters; else K-means on its outputs.
     """
     num_clusters, found = maps["logits"].shape[1], {}
-    for method in parse_methods(["ours", "kmeans", "kmeans-concat"]):
+    methods = parse_methods(["ours", "kmeans", "kmeans-concat"])
+    for method in of_run(methods, quantized=quantized):
         clusterer = Clusterer(method, num_clusters, seed=seed)
         clusterer.observe(maps)
         found[method.title] = clusterer.finish(vectors.device).logits(maps).argmax(1).flatten()

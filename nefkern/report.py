@@ -104,7 +104,7 @@ def write_eigenfunctions(run: Run, segmenter: Segmenter, dataset: ImageDataset) 
             continue
         predict, pixels, *_ = segmenter.at_training_scale(image)
         logits, _ = predict(pixels[None])
-        probabilities = logits[0].float().softmax(0).cpu()
+        probabilities = segmenter.probabilities(logits[0].float()).cpu()
         write_png(eigenfunction_maps(image, probabilities), run.path("eigenfunctions.png"))
         return
 

@@ -22,6 +22,7 @@ from nefkern.files import remove_parts, replace_file
 from nefkern.options import TrainOptions, converted, upgraded
 
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
+CLUSTERS = "clusters.safetensors"
 
 
 def versions() -> dict[str, str]:
@@ -190,11 +191,44 @@ class Run:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, dict(file.metadata() or {})
+            return _read_tensors(path)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+
+    def save_clusters(self, tensors: dict[str, Tensor]) -> None:
+        """Keep the clusters that belong to the checkpoint: K-means on a continuous ψ's outputs."""
+        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        replace_file(self.path(CLUSTERS), save(content, {"step": self._step()}))
+
+    def load_clusters(self) -> dict[str, Tensor] | None:
+        """The clusters of the checkpoint, or None: none were kept, or those of an earlier step.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path(CLUSTERS)
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = _read_tensors(path)
+        except SafetensorError as error:
+            raise UserError(
+                f"{path}: not a readable file of clusters ({first_line(error)}); remove it, and "
+                "--resume makes it anew"
+            ) from None
+        return tensors if metadata.get("step") == self._step() else None
+
+    def _step(self) -> str:
+        """Of the checkpoint."""
+        found = self.load()
+        return found[1].get("step", "") if found else ""
+
+    def feature_cache(self, options: TrainOptions) -> Path | None:
+        """Where training keeps the backbone's maps; None: it sees no crop twice."""
+        if options.feature_cache:
+            return Path(options.feature_cache)
+        repeats = options.views or not options.augment
+        return self.path("features") if repeats else None
 
     def load_state(self, name: str) -> dict[str, Any]:
         """The optimiser's state that belongs to a checkpoint."""
@@ -234,3 +268,10 @@ class Run:
                 break
             rows.append(row)
         return rows
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})

@@ -86,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
         help="overlapping windows as large as the training crop, at the image's own resolution; "
         "without it the whole image is seen at the scale of training",
     )
+    add(
+        "--flip",
+        action="store_true",
+        help="average over the image and its mirror image: twice the time, steadier segments",
+    )
     add_device(result)
     return result
 
@@ -225,7 +230,8 @@ def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Jo
     clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
     shown = occurring(clusters).to(clusters.device)
     again = replay.select(shown)
-    probabilities = sliding_windows(again, pixels, window, stride, batch_size=1).softmax(0)
+    logits = sliding_windows(again, pixels, window, stride, batch_size=1)
+    probabilities = segmenter.probabilities(logits)
     return Job(str(file), pixels, probabilities, shown, (file, name, pixels))
 
 
@@ -295,7 +301,8 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
         require_pydensecrf()
     refiner = Refiner(arguments.crf_workers) if arguments.crf else None
     files, folders = zip(*_found(arguments.images, recursive=arguments.recursive), strict=True)
-    segmenter = Segmenter.load(arguments.run, arguments.device)
+    segmenter = Segmenter.load(arguments.run, arguments.device, flip=arguments.flip)
+    segmenter.require_clusters()
     make_output_folder(arguments.out)
     named, failures = list(zip(files, output_names(files, folders), strict=True)), []
     with image_bar(len(files)) as bar:

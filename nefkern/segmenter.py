@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from nefkern.baselines.clusterer import Clusterer
+from nefkern.baselines.methods import CONTINUOUS
 from nefkern.data.constants import LONGEST
 from nefkern.data.images import read_image, upright_pixels
 from nefkern.devices import choose_device
@@ -20,7 +22,8 @@ from nefkern.features import Backbone, FeatureCache, load_backbone
 from nefkern.graph import image_kappa, kappa, resolve_neighbours, standardized
 from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
-from nefkern.runs import Run
+from nefkern.runs import CLUSTERS, Run
+from nefkern.segmentation.flip import flip_averaged
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
 
 
@@ -29,7 +32,8 @@ class Maps:
     """What one pass over a batch gives, all on the patch grid ``h × w`` of the padded images.
 
     Attributes:
-        logits: ``[B, K, h, w]`` float32: the head's output over the final temperature.
+        logits: ``[B, K, h, w]`` float32: the head's output over the final temperature; that of a
+            continuous ψ as it is.
         hidden: ``[B, D, h, w]``: ψ's features before the head.
         graph: ``[B, C, h, w]``: the backbone's graph features F.
         concat: ``[B, D, h, w]``: ψ's input.
@@ -51,6 +55,9 @@ class Segmenter:
         psi: the trained eigenfunctions.
         options: the run's options (temperature, crop, amp).
         cache: keep the backbone's maps in this folder; None keeps nothing.
+        seen: a folder of maps that is only read, as those of the run's training.
+        clusterer: K-means on the outputs of a continuous ψ, without which it has no clusters.
+        flip: average logits over an image and its mirror image.
     """
 
     def __init__(
@@ -60,10 +67,14 @@ class Segmenter:
         options: TrainOptions,
         *,
         cache: Path | None = None,
+        seen: Path | None = None,
+        clusterer: Clusterer | None = None,
+        flip: bool = False,
     ) -> None:
         self.backbone, self.psi, self.options = backbone, psi.eval(), options
-        self.features = FeatureCache(cache, backbone, amp=options.amp)
-        self.temperature = options.temperatures()[1]
+        self.clusterer, self.flip = clusterer, flip
+        self.features = FeatureCache(cache, backbone, amp=options.amp, also=seen)
+        self.temperature = options.temperatures()[1] if options.gumbel else 1.0
         self.graph_config = options.graph()
         self.num_clusters = options.num_eigenfunctions
         self.patch = backbone.patch
@@ -72,13 +83,21 @@ class Segmenter:
         self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "auto", *, cache: Path | None = None) -> Segmenter:
+    def load(
+        cls,
+        run: str | Path,
+        device: str = "auto",
+        *,
+        cache: Path | None = None,
+        flip: bool = False,
+    ) -> Segmenter:
         """Load a run folder.
 
         Args:
             run: what ``python -m nefkern.train`` wrote.
             device: "cpu", "cuda", or "auto".
             cache: keep the backbone's maps in this folder, for images seen again.
+            flip: average logits over an image and its mirror image: twice the time.
 
         Raises:
             UserError: no run there, no checkpoint yet or one of another version, or other backbone
@@ -100,7 +119,15 @@ class Segmenter:
         config = options.eigenfunction(transformer=backbone.is_transformer)
         psi = Eigenfunction(backbone.concat_dim, config).to(backbone.mean.device)
         psi.load(found[0], run)
-        return cls(backbone, psi, options, cache=cache)
+        return cls(
+            backbone,
+            psi,
+            options,
+            cache=cache,
+            seen=folder.feature_cache(options),
+            clusterer=clusters_of(folder, options, backbone.mean.device),
+            flip=flip,
+        )
 
     def untrained(self, seed: int) -> Segmenter:
         """The same backbone with ψ freshly initialised: the control of what training adds."""
@@ -113,6 +140,10 @@ class Segmenter:
     def device(self) -> torch.device:
         """Where the models are."""
         return self.backbone.mean.device
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` completed to whole patches, on the models' device."""
+        return self.backbone.pad(images.to(self.device))
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:
@@ -175,7 +206,7 @@ class Segmenter:
     def logits(
         self, image: Tensor, *, window: int | None = None, stride: int | None = None
     ) -> Tensor:
-        """Logits at the image's resolution.
+        """Cluster logits at the image's resolution, see :meth:`cluster_logits`.
 
         Args:
             image: ``[3, H, W]`` RGB, uint8 or float in [0, 1].
@@ -191,11 +222,44 @@ class Segmenter:
         return window or self.window, stride or self.stride
 
     def predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Logits on the patch grid, and the size in pixels that the grid spans: the predictor
-        that :mod:`nefkern.segmentation.windows` asks for.
+        """Cluster logits on the patch grid, and the size in pixels that the grid spans: the
+        predictor that :mod:`nefkern.segmentation.windows` asks for.
         """
+        if self.flip:
+            return flip_averaged(self._predict, self.pad)(images)
+        return self._predict(images)
+
+    def _predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         maps = self.maps(images)
-        return maps.logits, maps.padded
+        return self.cluster_logits(maps), maps.padded
+
+    def cluster_logits(self, maps: Maps) -> Tensor:
+        """What the argmax is taken of, ``[B, K, h, w]``.
+
+        ψ's outputs, where they are quantised. Those of a continuous ψ are signed functions, up to a
+        rotation; as in spectral clustering, K-means on them makes the clusters (section 3.5):
+        columns scaled to one norm over the training images, rows to unit norm.
+
+        Raises:
+            UserError: see :meth:`require_clusters`.
+        """
+        self.require_clusters()
+        if self.options.gumbel:
+            return maps.logits
+        return self.clusterer.logits({"logits": maps.logits})
+
+    def require_clusters(self) -> None:
+        """Raise a UserError if this is a continuous ψ without its K-means."""
+        if self.clusterer is None and not self.options.gumbel:
+            raise UserError(
+                "continuous eigenfunctions (--no-gumbel) become clusters by K-means on them, and "
+                f"the run has none ({CLUSTERS}); make them with python -m nefkern.train --config "
+                "RUN/config.yaml --out RUN --resume"
+            )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Cluster logits ``[K, ...]`` as probabilities, as the CRF needs them."""
+        return logits.softmax(0) if self.options.gumbel else self.clusterer.probabilities(logits)
 
     def __call__(self, image: object) -> Tensor:
         """Segment one image at its own resolution.
@@ -236,13 +300,21 @@ class Segmenter:
 
         def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
             size = [max(self.patch, round(side * scale)) for side in crops.shape[2:]]
-            maps = self.maps(resize(crops, size, antialias=True))
+            logits, padded = self.predict(resize(crops, size, antialias=True))
             # The grid's extent, in pixels of the crops: padding included.
-            extent = [p * c / s for p, c, s in zip(maps.padded, crops.shape[2:], size, strict=True)]
-            return maps.logits, (extent[0], extent[1])
+            extent = [p * c / s for p, c, s in zip(padded, crops.shape[2:], size, strict=True)]
+            return logits, (extent[0], extent[1])
 
         window = round(2 * self.options.crop / scale)
         return predict, pixels, window, -(-2 * window // 3)
+
+
+def clusters_of(run: Run, options: TrainOptions, device: torch.device) -> Clusterer | None:
+    """The clusters that a run of a continuous ψ keeps, if it does."""
+    found = None if options.gumbel else run.load_clusters()
+    if found is None:
+        return None
+    return Clusterer(CONTINUOUS, options.num_eigenfunctions).load(found).to(device)
 
 
 def as_image(image: object) -> Tensor:

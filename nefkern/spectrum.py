@@ -264,6 +264,7 @@ def _scores(
         {name: getattr(maps, name).cpu() for name in ("logits", "graph", "concat")},
         vectors,
         seed=seed,
+        quantized=segmenter.options.gumbel,
     )
     grid = tuple(maps.graph.shape[2:])
     return patch_scores(found, annotations, grid, segmenter.patch, num_classes)

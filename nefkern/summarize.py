@@ -30,6 +30,7 @@ COUNTED = {
     "count": "count vote",
     "hungarian": "Hungarian by count",
     "hungarian-iou": "Hungarian by IoU",
+    "own": "its own classes",
 }
 
 

@@ -54,9 +54,10 @@ def train(options: TrainOptions, *, longer: bool = False) -> Path:
     """
     from nefkern import distributed
     from nefkern.backends import check_environment
+    from nefkern.baselines.fitting import fit_clusters
     from nefkern.report import write_eigenfunctions, write_overlays, write_report
     from nefkern.runs import Run
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmenter import Segmenter, clusters_of
     from nefkern.trainer import Trainer
 
     check_environment()
@@ -69,7 +70,14 @@ def train(options: TrainOptions, *, longer: bool = False) -> Path:
             logging.info("%s: training is complete", run.folder)
         trainer.train()
     if distributed.is_main():
-        segmenter = Segmenter(trainer.backbone, trainer.psi, options)
+        seen = run.feature_cache(options)
+        segmenter = Segmenter(trainer.backbone, trainer.psi, options, seen=seen)
+        if not options.gumbel:
+            segmenter.clusterer = clusters_of(run, options, segmenter.device)
+        if not options.gumbel and segmenter.clusterer is None:
+            logging.info("K-means on the continuous eigenfunctions")
+            segmenter.clusterer = fit_clusters(segmenter, trainer.dataset)
+            run.save_clusters(segmenter.clusterer.state())
         write_overlays(run, segmenter, trainer.dataset, options.pictures)
         write_eigenfunctions(run, segmenter, trainer.dataset)
         page = write_report(run)

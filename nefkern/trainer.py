@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nefkern import distributed
-from nefkern.data import TrainLoader, TrainTransform, open_dataset, train_loader
+from nefkern.data import TrainLoader, open_dataset, train_loader
 from nefkern.devices import choose_device, cores
 from nefkern.distributed import (
     SharedOutOfMemory,
@@ -83,7 +82,8 @@ class Trainer:
         self.backbone = load_backbone(
             options.backbone, options.weights, high=options.high, device=self.device
         )
-        features = FeatureCache(self._cache_folder(), self.backbone, amp=options.amp)
+        cache = self.run.feature_cache(options)
+        features = FeatureCache(cache, self.backbone, amp=options.amp)
         self.step = TrainingStep(options, self.backbone, features)
         self.position = Position(batch_size=self._batch_size())
         self._check_rows()
@@ -104,12 +104,6 @@ class Trainer:
                 "batches of an epoch; lower it, or lower --batch-size"
             )
         return size
-
-    def _cache_folder(self) -> Path | None:
-        if self.options.feature_cache:
-            return Path(self.options.feature_cache)
-        repeats = self.options.views or not self.options.augment
-        return self.run.path("features") if repeats else None
 
     def _check_rows(self) -> None:
         """Refuse K or k that the rows of a batch cannot carry, before anything is computed."""
@@ -345,18 +339,12 @@ class Trainer:
         if is_main():
             log.warning("out of memory: the batch is halved to %d images", size)
 
-    def _transform(self) -> TrainTransform:
-        size, crop = self.options.base_size(), self.options.crop
-        if self.options.augment:
-            return TrainTransform(size, crop)
-        return TrainTransform(crop, crop, ratio=(1.0, 1.0), flip=0.0, photometric=False)
-
     def _batches(self) -> TrainLoader:
         """One loader for all epochs: it keeps its processes, and reports a bad image once."""
         if self.loader is None:
             self.loader = train_loader(
                 self.dataset,
-                self._transform(),
+                self.options.transform(),
                 batch_size=self.position.batch_size,
                 workers=self.workers,
                 seed=self.options.seed,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nefkern.errors import UserError
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way from an image to K clusters.
+    """One way from an image to K clusters, or to the classes themselves.
 
     Attributes:
         name: as given on the command line.
@@ -19,6 +19,10 @@ class Method:
         trained: False replaces ψ by a freshly initialised one.
         normalize: whether every channel is standardised and every feature LayerNorm'ed first.
         per_segment: whether K-means counts equal rows once: a segment, however many its patches.
+        spectral: whether the map holds eigenfunctions: K-means then sees them as spectral
+            clustering does, columns scaled to one norm over the training images, and unit rows (Ng,
+            Jordan, Weiss, NIPS 2001).
+        supervised: whether it learns classes from annotated training images.
     """
 
     name: str
@@ -28,6 +32,8 @@ class Method:
     trained: bool = True
     normalize: bool = False
     per_segment: bool = False
+    spectral: bool = False
+    supervised: bool = False
 
     @property
     def map_name(self) -> str:
@@ -66,11 +72,47 @@ METHODS = {
             "hidden",
             trained=False,
         ),
+        Method(
+            "probe-ours",
+            "linear probe on ψ's hidden features, trained on annotations",
+            "hidden",
+            kmeans=False,
+            supervised=True,
+        ),
+        Method(
+            "probe",
+            "linear probe on the graph features, trained on annotations",
+            "graph",
+            kmeans=False,
+            supervised=True,
+        ),
     )
 }
 
-ALIASES = {"hidden": "ours*", "untrained": "ours*-untrained"}
-"""Names without a star, which shells would expand."""
+ALIASES = {
+    "hidden": "ours*",
+    "untrained": "ours*-untrained",
+    "linear-probe": "probe-ours,probe",
+}
+"""Names without a star, which shells would expand, and one for several."""
+
+
+def of_run(methods: list[Method], *, quantized: bool) -> list[Method]:
+    """The methods as a run's eigenfunctions ask for: a continuous ψ is clustered by K-means on its
+    outputs (section 3.5), since the argmax of signed functions says nothing."""
+    return methods if quantized else [_continuous(method) for method in methods]
+
+
+def _continuous(method: Method) -> Method:
+    if method.source != "logits":
+        return method
+    whose = "ψ's" if method.trained else "a freshly initialised ψ's"
+    title = f"K-means on {whose} continuous outputs, columns and rows of unit norm"
+    return replace(method, title=title, kmeans=True, spectral=True)
+
+
+CONTINUOUS = _continuous(METHODS["ours"])
+"""How a continuous ψ makes clusters."""
 
 
 def parse_methods(names: list[str], flag: str = "--methods") -> list[Method]:
@@ -81,9 +123,9 @@ def parse_methods(names: list[str], flag: str = "--methods") -> list[Method]:
     """
     methods: dict[str, Method] = {}
     for name in names:
-        method = METHODS.get(ALIASES.get(name, name))
-        if method is None:
-            known = ", ".join([*METHODS, *ALIASES])
-            raise UserError(f"{flag}: expected names among {known}; got {name!r}")
-        methods[method.name] = method
+        for full_name in ALIASES.get(name, name).split(","):
+            if full_name not in METHODS:
+                known = ", ".join([*METHODS, *ALIASES])
+                raise UserError(f"{flag}: expected names among {known}; got {name!r}")
+            methods[full_name] = METHODS[full_name]
     return list(methods.values())

@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.kmeans import KMeans
-from nefkern.baselines.methods import METHODS
+from nefkern.baselines.methods import CONTINUOUS, METHODS
 
 
 def batches(count=6, channels=5, size=(2, 4, 3), seed=0, scale=1.0):
@@ -99,3 +99,49 @@ def test_too_few_patches_are_refused():
 def test_no_patches_at_all_are_refused():
     with pytest.raises(ValueError, match="n >= 3"):
         Clusterer(METHODS["kmeans"], 3).finish("cpu")
+
+
+def test_continuous_outputs_are_clustered_as_in_spectral_clustering():
+    """Columns of one norm over the training images, unit rows; one function is dead."""
+    data = [maps * torch.tensor([1.0, 50, 0.1, 3, 1e-6]).view(5, 1, 1) for maps in batches(4)]
+    clusterer = Clusterer(CONTINUOUS, 4)
+    for maps in data:
+        clusterer.observe({"logits": maps})
+    clusterer.finish("cpu")
+    rows = torch.cat([rows_of(maps) for maps in data]).double()
+    norms = rows.square().mean(0).sqrt()
+    columns = rows / norms.clamp(min=1e-2 * norms.max())
+    unit = columns / columns.norm(dim=1, keepdim=True)
+    assert columns[:, 4].abs().max() < 1e-4, "noise stays noise"
+    expected = torch.cdist(unit, clusterer.kmeans.centers.double()).argmin(1)
+    found = torch.cat([clusterer.logits({"logits": maps}).argmax(1).flatten() for maps in data])
+    assert torch.equal(found, expected)
+    flipped = [clusterer.logits({"logits": -maps}).argmax(1).flatten() for maps in data]
+    assert not torch.equal(torch.cat(flipped), found), "signs tell clusters apart"
+
+
+def test_state_makes_the_same_clusters():
+    data = batches(3)
+    clusterer = Clusterer(CONTINUOUS, 4)
+    for maps in data:
+        clusterer.observe({"logits": maps})
+    state = clusterer.finish("cpu").state()
+    again = Clusterer(CONTINUOUS, 4).load(state)
+    assert again.fitted
+    maps = {"logits": data[0]}
+    assert torch.equal(again.logits(maps), clusterer.logits(maps))
+    assert torch.equal(
+        again.probabilities(again.logits(maps)[0]), clusterer.probabilities(again.logits(maps)[0])
+    )
+
+
+def test_segments_of_different_images_are_not_one():
+    """Equal rows of an image are one segment; a batch changes neither number nor order."""
+    one = torch.arange(3.0)[torch.tensor([[2, 2, 0], [1, 0, 2]])].expand(1, 5, 2, 3)
+    apart, together = (Clusterer(METHODS["deep-spectral"], 3) for _ in range(2))
+    for image in (one, one + 0.5, one):
+        apart.observe({"segments": image})
+    together.observe({"segments": torch.cat([one, one + 0.5, one])})
+    centers = [c.finish("cpu").kmeans for c in (apart, together)]
+    assert torch.equal(centers[0].centers, centers[1].centers)
+    assert centers[1].counts.sum() == 9

@@ -6,7 +6,7 @@ from sklearn.cluster import KMeans as ScikitKMeans
 from sklearn.cluster import kmeans_plusplus
 from torch.testing import assert_close
 
-from nefkern.baselines.kmeans import KMeans, plus_plus
+from nefkern.baselines.kmeans import Blocks, KMeans, plus_plus
 
 
 def blobs(n, centres=5, channels=8, seed=0, spread=0.3, offset=0.0):
@@ -138,6 +138,80 @@ def test_wrong_rows_are_named(rows, message):
 def test_no_clusters_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         KMeans(0)
+
+
+def inertia(rows, centers):
+    """The definition, in float64."""
+    return torch.cdist(rows.double(), centers.double()).amin(1).square().sum().item()
+
+
+def test_inertia_is_that_of_the_centres():
+    rows, _ = blobs(5000, centres=20, spread=1.0, offset=10.0)
+    kmeans = KMeans(8).fit(rows)
+    assert kmeans.inertia == pytest.approx(inertia(rows, kmeans.centers), rel=1e-5)
+
+
+def test_clusters_are_as_good_as_scikit_learns():
+    """On more rows than the seeding looks at."""
+    rows, _ = blobs(6000, centres=60, spread=1.5)
+    ours = [KMeans(20, seed=s).fit(rows).inertia for s in range(8)]
+    theirs = [
+        ScikitKMeans(20, n_init=1, random_state=s).fit(rows.numpy()).inertia_ for s in range(8)
+    ]
+    assert np.mean(ours) < 1.02 * np.mean(theirs)
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    monkeypatch.setattr("nefkern.baselines.kmeans._BLOCK", 64)
+    rows, _ = blobs(3000, centres=40, channels=48, spread=2.0)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        kmeans = KMeans(12, seed=1).fit(rows[:2000])
+        fitted = kmeans.centers.clone()
+        found.append((fitted, kmeans.partial_fit(rows[2000:]).centers, kmeans.counts))
+        assert torch.get_num_threads() == threads
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
+    assert found[0][2].sum() == 3000
+
+
+def test_threads_are_given_back_after_an_error():
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), Blocks(torch.device("cpu")) as blocks:
+        list(blocks.map(lambda block: 1 / 0, torch.zeros(3)))
+    assert torch.get_num_threads() == threads
+
+
+def test_a_centre_that_loses_its_rows_takes_the_farthest(monkeypatch):
+    rows = torch.tensor([[0.0], [0.1], [0.2], [9.0], [9.1], [30.0]])
+    start = torch.tensor([[0.0], [9.0], [500.0]])
+    monkeypatch.setattr(KMeans, "_seeds", lambda self, rows, blocks: start - self._origin)
+    kmeans = KMeans(3).fit(rows)
+    assert kmeans.predict(rows).tolist() == [0, 0, 0, 1, 1, 2]
+    assert kmeans.counts.tolist() == [3, 2, 1]
+    assert_close(kmeans.centers, torch.tensor([[0.1], [9.05], [30.0]]))
+
+
+def test_fewer_different_rows_than_centres():
+    kmeans = KMeans(4).fit(torch.tensor([[1.0], [2.0]]).repeat(5, 1))
+    assert kmeans.inertia == pytest.approx(0, abs=1e-6)
+    assert kmeans.counts.sum() == 10
+    assert kmeans.centers.isfinite().all()
+
+
+def test_a_sample_in_half_precision_is_computed_in_float32():
+    rows, _ = blobs(900, centres=30, spread=2.0)
+    half = rows.half()
+    assert torch.equal(KMeans(6).fit(half).centers, KMeans(6).fit(half.float()).centers)
+
+
+def test_state_is_all_that_prediction_needs():
+    rows, _ = blobs(300, spread=1.0)
+    kmeans = KMeans(5).fit(rows)
+    again = KMeans(2).load(kmeans.state())
+    assert torch.equal(again.logits(rows), kmeans.logits(rows))
+    assert (again.num_clusters, again.variance) == (5, kmeans.variance)
 
 
 # ---- seeding ----

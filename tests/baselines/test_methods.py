@@ -1,6 +1,6 @@
 import pytest
 
-from nefkern.baselines.methods import METHODS, parse_methods
+from nefkern.baselines.methods import METHODS, of_run, parse_methods
 from nefkern.errors import UserError
 
 
@@ -31,4 +31,23 @@ def test_methods_are_those_of_the_paper_and_their_controls():
         "deep-spectral": ("segments", True, False),
         "ours-untrained": ("logits-untrained", False, False),
         "ours*-untrained": ("hidden-untrained", True, False),
+        "probe-ours": ("hidden", False, False),
+        "probe": ("graph", False, False),
     }
+
+
+def test_a_name_for_both_probes():
+    assert names(["linear-probe", "probe"]) == ["probe-ours", "probe"]
+
+
+def test_continuous_outputs_are_clustered_and_the_rest_is_as_it_was():
+    methods = parse_methods(["ours", "ours-untrained", "ours*", "probe"])
+    assert of_run(methods, quantized=True) == methods
+    ours, untrained, hidden, probe = of_run(methods, quantized=False)
+    assert (hidden, probe) == (methods[2], methods[3])
+    for method in (ours, untrained):
+        assert method.kmeans
+        assert method.spectral
+        assert "K-means" in method.title
+    assert (ours.name, ours.map_name) == ("ours", "logits")
+    assert (untrained.name, untrained.map_name) == ("ours-untrained", "logits-untrained")
