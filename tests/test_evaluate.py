@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def trained(folder, tmp_path_factory) -> Path:
     options = TrainOptions(
         data="folder", data_root=str(folder), out=str(tmp_path_factory.mktemp("runs") / "run"),
         backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
-        epochs=1, batch_size=3, workers=0, pictures=0,
+        heads=3, mlp_hidden=96, epochs=1, batch_size=3, workers=0, pictures=0,
     )  # fmt: skip
     Trainer(options, Run.create(options)).train()
     return Path(options.out)
@@ -118,7 +119,8 @@ class Pointwise:
         rows = maps.graph.movedim(1, -1).flatten(0, 2)
         return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
 
-    def project(self, concat):
+    def project(self, concat, grid):
+        assert math.prod(grid) == concat.shape[1]
         return concat[..., :5] + concat[..., 1:6] ** 2, concat
 
     def untrained(self, seed):

@@ -37,7 +37,7 @@ def run(pictures, tmp_path_factory) -> Path:
     options = TrainOptions(
         data="folder", data_root=str(pictures), out=str(tmp_path_factory.mktemp("runs") / "run"),
         backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
-        epochs=1, batch_size=3, workers=0, pictures=0,
+        heads=3, mlp_hidden=96, epochs=1, batch_size=3, workers=0, pictures=0,
     )  # fmt: skip
     Trainer(options, Run.create(options)).train()
     return Path(options.out)
