@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _PROBES, _LANCZOS_STEPS = 16, 16
 _MOST_DEGREES = 40  # beyond, Rayleigh-Ritz between filters costs less than 10%
 _BLOCK_ROWS = 8192  # rows that are multiplied by a small matrix, or widened, at a time
-_SAFETY = 0.25  # of the goal is aimed at: another round costs more than some degrees
+_SAFETY = 0.2  # of the goal is aimed at: another round costs more than a few degrees
 _PANEL = {"cpu": 64}  # columns filtered together: what is gathered from stays in the cache
 
 
