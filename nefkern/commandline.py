@@ -56,9 +56,10 @@ def add_run(parser: Any) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
 
 
-def add_device(parser: Any) -> None:
-    """``--device``."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [auto]")
+def add_device(parser: Any, beside: str = "") -> None:
+    """``--device``; ``beside`` is what its help has to add."""
+    text = "cpu, cuda, cuda:1 ..." + (f"; {beside}" if beside else "")
+    parser.add_argument("--device", default="auto", help=f"{text} [auto]")
 
 
 def add_seed(parser: Any, of: str) -> None:

@@ -29,7 +29,7 @@ from nefkern.baselines.methods import Method
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
-from nefkern.options import ANNOTATED, CLASSES, WINDOWS
+from nefkern.options import ANNOTATED, CLASSES, PRESETS, WINDOWS
 from nefkern.progress import image_bar
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
@@ -77,6 +77,7 @@ class Evaluator:
             raise UserError("--ignore-class: every class is ignored, there is nothing to score")
         self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
         self.matched: dict[str, Matched] = {}
+        self.void_pixels = 0
         trained = all(method.trained for method in methods)
         self.comparison = Comparison(
             self.segmenter,
@@ -168,6 +169,7 @@ class Evaluator:
                 done=bar.update,
             )
         counts, self.shown = _summed(counts), distributed.collected(self.shown)
+        void = int(distributed.total(torch.tensor(self.void_pixels)))
         pixels = next(iter(counts.values()))["none"].sum(0)
         with distributed.together():
             if not pixels.any():
@@ -192,6 +194,11 @@ class Evaluator:
             **self._crf_times(time.perf_counter() - started),
             "classes": self.classes,
             "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
+            **(
+                {"void_pixels": void}
+                if self.dataset.holds_classes and not self.dataset.ignored
+                else {}
+            ),
             "methods": {
                 method.name: {
                     "title": method.title,
@@ -257,6 +264,7 @@ class Evaluator:
             "methods": [method.name for method in self.methods],
             "window": self.comparison.windows.window,
             "stride": self.comparison.windows.stride,
+            "resize": self.comparison.windows.shorter,
         }
 
     # ---- images ----
@@ -274,7 +282,17 @@ class Evaluator:
         stride = o.stride or stride
         if stride > window:
             raise UserError(f"--stride {stride}: expected at most the window, {window}")
-        return Windows(window, stride, o.batch_size)
+        return Windows(window, stride, o.batch_size, self._shorter())
+
+    def _shorter(self) -> int | None:
+        """The shorter side that protocol B resizes images to; None leaves them as they are."""
+        o = self.options
+        if o.resize == "none":
+            return None
+        if o.resize:
+            self._check_side("--resize", o.resize)
+        preset = PRESETS.get(o.data, {}).get("resize")
+        return o.resize or preset or self.segmenter.options.base_size()
 
     def _check_side(self, flag: str, side: int) -> None:
         patch = self.segmenter.patch
@@ -367,6 +385,7 @@ class Evaluator:
         for index, future in zip(share, samples, strict=True):
             sample = future.result()
             self.segmenter.check_size(sample.image, self.dataset.paths[index])
+            self.void_pixels += int((sample.annotation == VOID).sum())
             yield replace(sample, annotation=renumbered[sample.annotation.int()])
 
 
