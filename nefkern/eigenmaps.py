@@ -139,7 +139,8 @@ def eigenvectors(segmenter: Segmenter, pixels: Tensor, maps: Maps, count: int):
     from nefkern.eigenpairs import leading_eigenpairs
 
     graph = segmenter.kappa(pixels[None], maps, per_image=True)
-    values, vectors = leading_eigenpairs(graph, min(count, graph.num_nodes))
+    pairs = leading_eigenpairs(graph, min(count, graph.num_nodes), tol=0)
+    values, vectors = pairs.values, pairs.vectors.double().cpu()
     signs = vectors.pow(3).sum(0).sign()
     signs[signs == 0] = 1
     return values, (vectors * signs).T.unflatten(1, maps.logits.shape[2:])

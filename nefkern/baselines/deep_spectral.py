@@ -62,7 +62,7 @@ class DeepSpectral:
             int64 ``[n]`` on the CPU, from 0 to m - 1.
         """
         count = min(self.num_segments, graph.num_nodes)
-        _, vectors = leading_eigenpairs(graph, count, seed=self.seed)
+        vectors = leading_eigenpairs(graph, count, tol=0, seed=self.seed).vectors.cpu()
         rows = F.normalize(vectors, dim=1).float()
         return KMeans(count, self.seed).fit(rows).predict(rows)
 
