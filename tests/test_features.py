@@ -49,13 +49,13 @@ NAMED = {
 }
 
 
-def small(name: str, *, keys: bool = False, **changes) -> Backbone:
+def small(name: str, *, high: str = "final", **changes) -> Backbone:
     torch.manual_seed(3)
     model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **changes)
     for parameter in model.parameters():  # biases, position embeddings and norms away from 0 and 1
         parameter.data += 0.05 * torch.randn_like(parameter)
     config = timm.data.resolve_model_data_config(model)
-    return Backbone(model, config["mean"], config["std"], keys=keys)
+    return Backbone(model, config["mean"], config["std"], high=high, input_size="crop")
 
 
 def by_hand(backbone: Backbone, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -98,14 +98,14 @@ def test_named_transformers(name, images):
     depth, channels, patch, prefix = NAMED[name]
     with torch.device("meta"):
         whole = timm.create_model(name, num_classes=0, dynamic_img_size=True)
-    whole = Backbone(whole, (0.5,) * 3, (0.5,) * 3)
+    whole = Backbone(whole, (0.5,) * 3, (0.5,) * 3, high="final")
     assert whole.stages == [0, depth // 2]
     assert len(whole.model.blocks) == depth
     assert (whole.dim, whole.concat_dim, whole.patch) == (channels, 3 * channels, patch)
 
     dino = module._is_dino_v1(whole.model)
     assert dino == name.endswith(".dino")
-    backbone = small(name, keys=dino, depth=3)
+    backbone = small(name, high="keys" if dino else "final", depth=3)
     assert backbone.model.num_prefix_tokens == prefix
     maps = backbone(images)
     h, w = -(-70 // patch), -(-100 // patch)
@@ -146,7 +146,7 @@ def test_transformer_maps_are_its_blocks(family, images):
 
 
 def test_keys_are_those_of_the_last_attention(images):
-    backbone = small("vit_small_patch16_224.dino", keys=True, depth=3, embed_dim=48, num_heads=3)
+    backbone = small("vit_small_patch16_224.dino", high="keys", depth=3, embed_dim=48, num_heads=3)
     model = backbone.model
     maps = backbone(images)
     with torch.no_grad():
@@ -156,16 +156,16 @@ def test_keys_are_those_of_the_last_attention(images):
 
 
 @pytest.mark.parametrize(
-    ("name", "high", "keys"),
+    ("name", "high", "taken"),
     [
-        ("vit_small_patch16_224.dino", "auto", True),
-        ("vit_small_patch16_224.dino", "final", False),
-        ("test_vit", "auto", False),
-        ("test_vit", "keys", True),
+        ("vit_small_patch16_224.dino", "auto", "keys:11"),
+        ("vit_small_patch16_224.dino", "final", "final"),
+        ("test_vit", "auto", "final"),
+        ("test_vit", "keys", "keys:5"),
     ],
 )
-def test_only_dino_takes_keys_by_itself(name, high, keys):
-    assert load_backbone(name, "random", high=high).keys is keys
+def test_only_dino_takes_keys_by_itself(name, high, taken):
+    assert str(*load_backbone(name, "random", high=high).high) == taken
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
@@ -197,13 +197,13 @@ def test_stages_are_brought_to_one_grid(name, images):
 
 def test_padding_repeats_the_edges(images):
     backbone = load_backbone("test_vit", "random")
-    padded = backbone.pad(images)
+    padded = backbone.seen(images)
     assert padded.dtype == torch.uint8
     assert padded.shape == (2, 3, 80, 112)
     assert torch.equal(padded[..., :70, :100], images)
     assert torch.equal(padded[..., 70:, :100], images[..., 69:70, :].expand(2, 3, 10, 100))
     assert torch.equal(padded[..., 100:], padded[..., 99:100].expand(2, 3, 80, 12))
-    assert backbone.pad(padded) is padded
+    assert backbone.seen(padded) is padded
     torch.testing.assert_close(backbone(images).concat, backbone(padded).concat)
 
 
