@@ -50,7 +50,7 @@ def probe(model: nn.Module, sides: Iterable[int]) -> Input:
         UserError: it takes none of them, or its grid has cells that are not square.
     """
     unit = _stride_told(model)
-    sizes = [(unit * m * _TRIED[0], unit * m * _TRIED[1]) for m in (1, 2, 4)]
+    sizes = [(unit * m * _TRIED[0], unit * m * _TRIED[1]) for m in (1, 2, 3, 4)]
     sizes += [(side, side) for side in dict.fromkeys(sides)]
     error: Exception | None = None
     for asked in _candidates(model):
