@@ -58,7 +58,7 @@ class Step:
         self.beta = scaled_beta(outputs)
         torch.manual_seed(0)
         config = EigenfunctionConfig(num_eigenfunctions=outputs)
-        self.psi = Eigenfunction(3 * channels, channels, config).to(DEVICE)
+        self.psi = Eigenfunction(3 * channels, config).to(DEVICE)
         # A learning rate of 0: every call computes the same.
         self.fused = torch.optim.Adam(self.psi.parameters(), lr=0.0, fused=True)
         self.plain = torch.optim.Adam(self.psi.parameters(), lr=0.0)
@@ -66,7 +66,7 @@ class Step:
     def outputs(self, amp: bool) -> Tensor:
         torch.manual_seed(1)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp):
-            logits = self.psi(self.maps)
+            logits = self.psi(self.maps, self.grid)
         return self.psi.quantize(logits, 1.0).flatten(0, 1)
 
     def ours(self, *, amp: bool = False) -> Tensor:

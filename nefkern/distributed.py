@@ -224,7 +224,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return total(grad)
+        return differentiable_total(grad)  # so that it can be differentiated again
 
 
 def differentiable_total(x: Tensor) -> Tensor:

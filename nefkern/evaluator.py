@@ -77,6 +77,7 @@ class Evaluator:
             raise UserError("--ignore-class: every class is ignored, there is nothing to score")
         self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
         self.matched: dict[str, Matched] = {}
+        self.void_pixels = 0
         trained = all(method.trained for method in methods)
         self.comparison = Comparison(
             self.segmenter,
@@ -168,6 +169,7 @@ class Evaluator:
                 done=bar.update,
             )
         counts, self.shown = _summed(counts), distributed.collected(self.shown)
+        void = int(distributed.total(torch.tensor(self.void_pixels)))
         pixels = next(iter(counts.values()))["none"].sum(0)
         with distributed.together():
             if not pixels.any():
@@ -192,6 +194,11 @@ class Evaluator:
             **self._crf_times(time.perf_counter() - started),
             "classes": self.classes,
             "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
+            **(
+                {"void_pixels": void}
+                if self.dataset.holds_classes and not self.dataset.ignored
+                else {}
+            ),
             "methods": {
                 method.name: {
                     "title": method.title,
@@ -367,6 +374,7 @@ class Evaluator:
         for index, future in zip(share, samples, strict=True):
             sample = future.result()
             self.segmenter.check_size(sample.image, self.dataset.paths[index])
+            self.void_pixels += int((sample.annotation == VOID).sum())
             yield replace(sample, annotation=renumbered[sample.annotation.int()])
 
 

@@ -72,6 +72,10 @@ class _SharedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
+        if torch.is_grad_enabled():  # create_graph=True: Y and R would count as constants
+            raise NotImplementedError(
+                "objective: no second derivatives of a loss that processes share (shared=True)"
+            )
         r, y = ctx.saved_tensors
         return neuralef_loss_backward(grad, y, r, ctx.beta, ctx.t), None, None, None
 
@@ -130,6 +134,9 @@ def objective(
         shared: κ is that of the rows of all processes, the same in each, and ``psi`` this one's
             rows. The loss is the same in all; a gradient with respect to parameters is the sum of
             what :meth:`Tensor.backward` leaves in each.
+
+    Raises:
+        NotImplementedError: in ``backward(create_graph=True)`` of a shared loss.
     """
     normalized, norms = l2_batch_norm(psi, minimum, shared=shared)
     if shared:

@@ -35,7 +35,8 @@ SAMPLES: dict[str, Any] = {
 }
 
 #: What each data set takes wherever nothing else is said (section 4.1). The paper gives no sizes
-#: for ImageNet: it takes Pascal Context's, on which the run is scored.
+#: for ImageNet: it takes Pascal Context's, on which the run is scored. Batches are of 16 images, in
+#: the paper "or 8 if out of memory"; the authors' command for Cityscapes has 8.
 PRESETS: dict[str, dict[str, Any]] = {
     "samples": SAMPLES,
     "folder": {},
@@ -174,10 +175,22 @@ class TrainOptions:
     num_eigenfunctions: int = _option(
         256, "K, the number of eigenfunctions and clusters", "eigenfunctions", flags=("-K",)
     )
-    blocks: int = _option(2, "transformer blocks of ψ", "eigenfunctions")
-    head_dim: int = _option(64, "channels of an attention head", "eigenfunctions")
-    mlp_ratio: float = _option(
-        1.5, "hidden width of the MLP over the backbone's width C", "eigenfunctions"
+    psi: str = _option(
+        "transformer",
+        "how ψ's blocks mix patches: transformer, by linear attention over the whole image; "
+        "convolution, by 3 × 3 convolutions on the patch grid",
+        "eigenfunctions",
+        choices=("transformer", "convolution"),
+    )
+    blocks: int = _option(2, "residual blocks of ψ", "eigenfunctions")
+    heads: int = _option(
+        18,
+        "attention heads, or groups of the convolution; the authors' number for every backbone",
+        "eigenfunctions",
+    )
+    head_dim: int = _option(64, "channels of a head", "eigenfunctions")
+    mlp_hidden: int = _option(
+        576, "hidden width of the MLP; the authors' for every backbone", "eigenfunctions"
     )
     feature_map: str = _option(
         "softmax", "of the linear attention", "eigenfunctions", choices=("softmax", "elu")
@@ -202,10 +215,17 @@ class TrainOptions:
     min_norm: float = _option(1.0, "lower clamp of the columns' norm", "objective")
 
     # optimisation
-    epochs: int = _option(40, "passes over the images", "optimisation")
+    epochs: int = _option(
+        40,
+        "passes over the images; with --resume, more than the run had train it longer: learning "
+        "rate and temperature then follow their cosines over the new number, from the epoch "
+        "reached, so that both rise again",
+        "optimisation",
+    )
     batch_size: int = _option(
         16,
-        "images of a batch, over all processes together; halved when memory runs out",
+        "images of a batch, over all processes together; halved when memory runs out (the paper "
+        "takes 8 then, and the authors' command for Cityscapes has 8)",
         "optimisation",
     )
     accumulate: int = _option(
@@ -244,9 +264,11 @@ class TrainOptions:
 
         return EigenfunctionConfig(
             num_eigenfunctions=self.num_eigenfunctions,
+            kind=self.psi,
             blocks=self.blocks,
+            heads=self.heads,
             head_dim=self.head_dim,
-            mlp_ratio=self.mlp_ratio,
+            mlp_hidden=self.mlp_hidden,
             feature_map=self.feature_map,
             orthogonal=self.orthogonal_head,
             quantize=self.gumbel,
@@ -284,7 +306,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value > most:
                 raise UserError(f"--{name} {value}: expected at most {most}")
-        for name in ("lr", "t", "min_norm", "mlp_ratio"):
+        for name in ("lr", "t", "min_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected more than 0")
@@ -303,8 +325,8 @@ class TrainOptions:
 
 _LEAST = {
     "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
-    "head_dim": 1, "beta": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "final_lr": 0,
-    "pictures": 0, "checkpoint_seconds": 0, "seed": 0,
+    "heads": 1, "head_dim": 1, "mlp_hidden": 1, "beta": 0, "epochs": 1, "batch_size": 1,
+    "accumulate": 1, "final_lr": 0, "pictures": 0, "checkpoint_seconds": 0, "seed": 0,
 }  # fmt: skip
 
 #: More processes than this are a slip of the keyboard, and bring a machine to its knees.
@@ -368,17 +390,45 @@ def read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path}: not a YAML file ({reason})") from None
-    content = content.get("options", content) if isinstance(content, dict) else content
+    if isinstance(content, dict) and "options" in content:
+        content = upgraded(content["options"], content.get("backbone"))
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a mapping of option names to values")
     fields = {f.name: f for f in dataclasses.fields(TrainOptions)}
     options = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if name == "mlp_ratio":
+            raise UserError(
+                f"--config {path}: mlp_ratio is an option no more: heads and mlp_hidden give the "
+                "number of ψ's heads and the width of its MLP"
+            )
         if name not in fields:
             raise UserError(f"--config {path}: unknown option {key!r}")
         options[name] = converted(f"--config {path}", fields[name], value)
     return options
+
+
+def upgraded(options: Any, backbone: Any) -> Any:
+    """A run's options in the terms of this version, from those of its ``config.yaml``.
+
+    ψ's heads and MLP once followed the backbone: as many heads as cover 3C channels, and
+    ``mlp_ratio`` times C hidden ones. What cannot be told is left as it is.
+
+    Args:
+        options: the file's ``options``.
+        backbone: the file's ``backbone``, which knows both widths.
+    """
+    try:
+        ratio, head_dim = float(options["mlp_ratio"]), options["head_dim"]
+        shape = {
+            "heads": -(-backbone["concat_dim"] // head_dim),
+            "mlp_hidden": max(1, round(ratio * backbone["dim"])),
+        }
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return options
+    kept = {name: value for name, value in options.items() if name != "mlp_ratio"}
+    return {**shape, **kept}
 
 
 def converted(source: str, f: dataclasses.Field, value: Any) -> Any:

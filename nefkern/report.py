@@ -136,7 +136,7 @@ def write_report(run: Run) -> Path:
         f"<p>{html.escape(_introduction(config))}</p>",
     ]
     if rows:
-        parts += [f"<p>{_summary(rows)}</p>", "<h2>Training</h2>", curves(rows), CURVES]
+        parts += [f"<p>{_summary(rows, config)}</p>", "<h2>Training</h2>", curves(rows), CURVES]
     parts += [
         "<h2>Segments</h2>",
         "<p>Image, clusters, and both together. Nobody told the "
@@ -207,10 +207,13 @@ def _introduction(config: dict[str, Any]) -> str:
     )
 
 
-def _summary(rows: list[dict[str, Any]]) -> str:
+def _summary(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
     first, last = rows[0], rows[-1]
+    parts = [f"after step {part['after_step']}" for part in config.get("lengthened", [])]
+    begun_again = f", trained longer {' and '.join(parts)}" if parts else ""
     return (
-        f"{last['step']} steps, {last['epoch']} epochs. Objective {first['loss']:.3e} → "
-        f"{last['loss']:.3e}, mean Rayleigh quotient {first['trace']:.3f} → {last['trace']:.3f}, "
+        f"{last['step']} steps, {last['epoch']} epochs{begun_again}. "
+        f"Objective {first['loss']:.3e} → {last['loss']:.3e}, "
+        f"mean Rayleigh quotient {first['trace']:.3f} → {last['trace']:.3f}, "
         f"{last['live']} clusters live in the last batch, {last['dead']} dead."
     )

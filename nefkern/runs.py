@@ -19,7 +19,7 @@ from torch import Tensor
 import nefkern
 from nefkern.errors import UserError, first_line
 from nefkern.files import remove_parts, replace_file
-from nefkern.options import TrainOptions, converted
+from nefkern.options import TrainOptions, converted, upgraded
 
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
 
@@ -51,6 +51,16 @@ def _differ(name: str, before: Any, now: Any) -> bool:
     return before != now
 
 
+def _in_one_order(checkpoint: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: their order is random in what ``save``
+    makes, and equal runs are to have equal files."""
+    size = int.from_bytes(checkpoint[:8], "little")
+    header = json.loads(checkpoint[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return checkpoint[:8] + text.ljust(size) + checkpoint[8 + size :]
+
+
 class Run:
     """The folder of one training run.
 
@@ -62,8 +72,12 @@ class Run:
         self.folder = Path(folder)
 
     @classmethod
-    def create(cls, options: TrainOptions) -> Run:
+    def create(cls, options: TrainOptions, *, longer: bool = False) -> Run:
         """Make the run's folder, or take the one to resume.
+
+        Args:
+            options: all of them; checked.
+            longer: a run to resume may be of fewer epochs, and is then trained on.
 
         Raises:
             UserError: it holds a run and ``--resume`` was not given, or one of other options.
@@ -78,7 +92,7 @@ class Run:
                     "another --out starts a new one"
                 )
             if run.path(CHECKPOINT).exists():
-                run._check_same(options)
+                run._check_same(options, longer)
         elif run.folder.exists() and any(run.folder.iterdir()):
             raise UserError(f"--out {run.folder}: is not empty and holds no run")
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -89,25 +103,41 @@ class Run:
         """A file of the run."""
         return self.folder / name
 
-    def _check_same(self, options: TrainOptions) -> None:
-        before = BEFORE | self.config()["options"]
+    def _check_same(self, options: TrainOptions, longer: bool) -> None:
+        before = self.options()
         for name, value in dataclasses.asdict(options).items():
-            if name not in FREE_OPTIONS and _differ(name, before.get(name, value), value):
-                raise UserError(
-                    f"--resume: this run had --{name.replace('_', '-')} {before[name]}, "
-                    f"not {value}; leave the option as it was, or start anew with another --out"
-                )
+            old = getattr(before, name)
+            if name in FREE_OPTIONS or not _differ(name, old, value):
+                continue
+            more_epochs = name == "epochs" and value > old
+            if more_epochs and longer:
+                continue
+            way_out = f"train longer (--resume --epochs {value}), " if more_epochs else ""
+            raise UserError(
+                f"--resume: this run had --{name.replace('_', '-')} {old}, not {value}; "
+                f"leave the option as it was, {way_out}or start anew with another --out"
+            )
 
     def write_config(self, options: TrainOptions, **facts: Any) -> None:
         """Write all that is needed to repeat the run: options, versions, data, weights."""
         asked = dataclasses.asdict(options)
         del asked["resume"]  # says how the command was called, not what the run is
-        content = {"options": asked, "versions": versions(), **facts}
+        self._write_config({"options": asked, "versions": versions(), **facts})
+
+    def lengthen(self, epochs: int, step: int) -> None:
+        """Record in the configuration that training goes on after ``step``, to ``epochs``."""
+        content = self.config()
+        lengthened = {"after_step": step, "epochs_before": content["options"]["epochs"]}
+        content["lengthened"] = [*content.get("lengthened", []), lengthened]
+        content["options"]["epochs"] = epochs
+        self._write_config(content)
+
+    def _write_config(self, content: dict[str, Any]) -> None:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         replace_file(self.path(CONFIG), text)
 
     def config(self) -> dict[str, Any]:
-        """The run's configuration.
+        """The run's configuration; that of an earlier version in today's options.
 
         Raises:
             UserError: the folder holds no run.
@@ -115,7 +145,7 @@ class Run:
         try:
             content = yaml.safe_load(self.path(CONFIG).read_text("utf-8"))
             content["options"]["backbone"]
-            return content
+            return {**content, "options": upgraded(content["options"], content.get("backbone"))}
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.folder}: not a run folder (no {CONFIG}); make one with "
@@ -149,7 +179,7 @@ class Run:
         replace_file(self.path(name), buffer.getvalue())
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         metadata = {"step": str(step), "state": name, "nefkern": nefkern.__version__}
-        replace_file(self.path(CHECKPOINT), save(tensors, metadata))
+        replace_file(self.path(CHECKPOINT), _in_one_order(save(tensors, metadata)))
         for old in self.folder.glob("state-*.pt"):
             if old.name != name:
                 old.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ class Segmenter:
                 f"({backbone.identity}); see --weights in its config.yaml"
             )
         config = options.eigenfunction(transformer=backbone.is_transformer)
-        psi = Eigenfunction(backbone.concat_dim, backbone.dim, config).to(backbone.mean.device)
+        psi = Eigenfunction(backbone.concat_dim, config).to(backbone.mean.device)
         psi.load(found[0], run)
         return cls(backbone, psi, options, cache=cache)
 
@@ -116,7 +116,7 @@ class Segmenter:
         """The same backbone with ψ freshly initialised: the control of what training adds."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            psi = Eigenfunction(self.backbone.concat_dim, self.backbone.dim, self.psi.config)
+            psi = Eigenfunction(self.backbone.concat_dim, self.psi.config)
         return Segmenter(self.backbone, psi.to(self.device), self.options)
 
     @property
@@ -132,8 +132,8 @@ class Segmenter:
             images: ``[B, 3, H, W]`` RGB, uint8 or float in [0, 1], of one size.
         """
         features = self.features(images.to(self.device))
-        logits, hidden = self.project(features.concat)
         h, w = features.grid
+        logits, hidden = self.project(features.concat, (h, w))
 
         def as_map(tokens: Tensor) -> Tensor:
             return tokens.transpose(1, 2).unflatten(2, (h, w))
@@ -175,10 +175,11 @@ class Segmenter:
         return torch.cat([standardized(r) for r in rows]) if per_image else standardized(rows)
 
     @torch.no_grad()
-    def project(self, concat: Tensor) -> tuple[Tensor, Tensor]:
-        """ψ alone: its input ``[B, n, D]`` to logits ``[B, n, K]`` and hidden ``[B, n, D]``."""
+    def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """ψ alone, on a ``grid`` of ``h × w`` patches: its input ``[B, h·w, D]`` to logits
+        ``[B, h·w, K]`` and hidden ``[B, h·w, D]``."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            hidden = self.psi.hidden(concat).float()
+            hidden = self.psi.hidden(concat, grid).float()
         return self.psi.head(hidden) / self.temperature, hidden
 
     def logits(

@@ -268,7 +268,8 @@ def _functions(segmenter: Segmenter, maps: Maps, seed: int) -> dict[str, Tensor]
         return logits.flatten(0, 1).softmax(1) if quantized else logits.flatten(0, 1)
 
     logits = maps.logits.flatten(2).transpose(1, 2)
-    untrained, _ = segmenter.untrained(seed).project(maps.concat.flatten(2).transpose(1, 2))
+    concat, grid = maps.concat.flatten(2).transpose(1, 2), tuple(maps.concat.shape[2:])
+    untrained, _ = segmenter.untrained(seed).project(concat, grid)
     clusters = F.one_hot(logits.flatten(0, 1).argmax(1), logits.shape[-1])
     functions = {"ψ": outputs(logits), "argmax of ψ": clusters.float()}
     return {**functions, "untrained ψ": outputs(untrained)}

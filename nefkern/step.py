@@ -50,7 +50,7 @@ class TrainingStep:
         # have this seed: they start with the same ψ, and draw the same noise for the whole batch.
         torch.manual_seed(options.seed)
         config = options.eigenfunction(transformer=backbone.is_transformer)
-        self.psi = Eigenfunction(backbone.concat_dim, backbone.dim, config).to(self.device)
+        self.psi = Eigenfunction(backbone.concat_dim, config).to(self.device)
         self.logits = torch.compile(self.psi, fullgraph=True) if options.compile else self.psi
         self.optimizer = torch.optim.Adam(self.psi.parameters(), lr=options.lr, fused=True)
         self.graph_config = options.graph()
@@ -72,8 +72,7 @@ class TrainingStep:
         Raises:
             UserError: the loss is not finite; ψ is then still that of the step before.
         """
-        temperature = annealed_temperature(progress, *self.temperatures)
-        lr = cosine_schedule(progress, self.options.lr, self.options.final_lr)
+        lr, temperature = self.schedule(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         images = images.to(self.device, non_blocking=True)
@@ -95,12 +94,17 @@ class TrainingStep:
             self.optimizer.step()
         return {**figures, "temperature": temperature, "lr": lr}
 
+    def schedule(self, progress: float) -> tuple[float, float]:
+        """Learning rate and temperature at ``progress`` of the training, in [0, 1]."""
+        lr = cosine_schedule(progress, self.options.lr, self.options.final_lr)
+        return lr, annealed_temperature(progress, *self.temperatures)
+
     def accumulate(self, images: Tensor, temperature: float) -> Graph:
         """Forward and backward on one graph; its share of the mean loss goes to the gradients."""
         with together() if self.shared else contextlib.nullcontext():
             maps = self.features(images)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-                logits = self.logits(maps.concat)
+                logits = self.logits(maps.concat, maps.grid)
             outputs = self.psi.quantize(logits, temperature).flatten(0, 1)
         parts = objective(
             outputs,

@@ -25,6 +25,8 @@ examples:
   torchrun --standalone --nproc_per_node=2 -m nefkern.train --data folder --data-root voc ...
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
   python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume
+  python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume --epochs 40
+                                                               a finished run, trained longer
 
 afterwards: open report.html in the run folder;
   python -m nefkern.segment RUN IMAGE... --out DIR
@@ -40,8 +42,12 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def train(options: TrainOptions) -> Path:
+def train(options: TrainOptions, *, longer: bool = False) -> Path:
     """Train, draw the overlays and the report; returns the run folder.
+
+    Args:
+        options: all of them; checked.
+        longer: a run to resume may be of fewer epochs, and is then trained on.
 
     Raises:
         UserError: an option, an image or a weights file that cannot be used.
@@ -57,7 +63,7 @@ def train(options: TrainOptions) -> Path:
     with distributed.process_group(options.device):
         if not distributed.is_main():
             logging.getLogger().setLevel(logging.WARNING)
-        run = distributed.from_main(lambda: Run.create(options))
+        run = distributed.from_main(lambda: Run.create(options, longer=longer))
         trainer = Trainer(options, run)
         if trainer.finished:
             logging.info("%s: training is complete", run.folder)
@@ -77,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = vars(parser().parse_args(arguments))
     config = flags.pop("config")
     log_to_stderr()
-    train(resolve(flags, config))
+    # Only if asked for by the flag: one forgotten would train a short run to the default's 40.
+    train(resolve(flags, config), longer="epochs" in flags)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,21 @@ class Trainer:
         total = state["position"]["total"]
         self.run.truncate_metrics(total)
         log.info("resumed %s after step %d", self.run.folder, total)
+        self._lengthen(config["options"]["epochs"], Position(**state["position"]))
         return weights, state
+
+    def _lengthen(self, before: int, reached: Position) -> None:
+        """Record and tell that a run trains for more epochs than it was begun with, if it does."""
+        now = self.options.epochs
+        if now == before:
+            return
+        self.run.lengthen(now, reached.total)
+        lr, temperature = self.step.schedule(reached.epoch / now)
+        log.info(
+            "%d epochs instead of %d: learning rate and temperature follow their cosines over all "
+            "%d; epoch %d begins at %.2g and %.2f",
+            *(now, before, now, reached.epoch + 1, lr, temperature),
+        )
 
     def _generators(self) -> dict[str, Tensor | None]:
         """The generators' states: those of all processes, which draw the same noise."""

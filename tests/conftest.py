@@ -71,7 +71,8 @@ def tiny(photos: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
         options = TrainOptions(
             data="folder", data_root=str(photos), out=str(tmp_path / "run"),
             backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=8,
-            epochs=3, batch_size=2, workers=0, pictures=2, checkpoint_seconds=1000.0,
+            heads=3, mlp_hidden=96, epochs=3, batch_size=2, workers=0, pictures=2,
+            checkpoint_seconds=1000.0,
         )  # fmt: skip
         for name, value in changes.items():
             assert hasattr(options, name), name

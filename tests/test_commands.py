@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from nefkern import backends, evaluate, info, segment, train
-from nefkern.runs import CHECKPOINT, METRICS, Run
+from nefkern.runs import CHECKPOINT, CONFIG, METRICS, Run
 
 PATIENCE = 300  # seconds, for a busy machine
 
 FAST = [
     *("--data", "folder", "--backbone", "test_vit", "--weights", "random", "--crop", "64"),
     *("--k", "8", "-K", "8", "--epochs", "2", "--batch-size", "2", "--workers", "0"),
-    *("--pictures", "2"),
+    *("--pictures", "2", "--heads", "3", "--mlp-hidden", "96"),
 ]
 
 
@@ -158,6 +158,24 @@ def test_existing_run(arguments, fails, tmp_path):
     assert "--resume: this run had --lr 0.001, not 0.5" in line
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
     assert train.main(arguments("--resume")) == 0
+
+
+def test_a_finished_run_is_trained_longer_if_the_flag_says_so(arguments, fails, tmp_path):
+    """Not if a file does, or the default of an option left out: a short run would become long."""
+    run = tmp_path / "run"
+    assert train.main(arguments()) == 0
+    (tmp_path / "longer.yaml").write_text(
+        (run / CONFIG).read_text().replace("epochs: 2", "epochs: 3")
+    )
+    again = ["--config", str(tmp_path / "longer.yaml"), "--resume"]
+    line = fails(train.main, again)
+    assert "--resume: this run had --epochs 2, not 3;" in line
+    assert "train longer (--resume --epochs 3)" in line
+    assert train.main([*again, "--epochs", "3"]) == 0
+    assert [row["epoch"] for row in Run(run).metrics()] == [1] * 5 + [2] * 5 + [3] * 5
+    page = (run / "report.html").read_text()
+    assert "15 steps, 3 epochs, trained longer after step 10." in page
+    assert "--epochs 3, not 1" in fails(train.main, [*again, "--epochs", "1"])
 
 
 @pytest.mark.parametrize("line", ["garbage", '{"a": 1}', "3", "\udcff"])

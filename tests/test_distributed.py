@@ -44,7 +44,8 @@ def options(folder: Path, name: str, **changes) -> TrainOptions:
     result = TrainOptions(
         data="folder", data_root=str(folder / "photos"), out=str(folder / name),
         backbone="test_vit", weights="random", crop=64, k="8", num_eigenfunctions=8,
-        epochs=2, batch_size=4, workers=0, pictures=0, checkpoint_seconds=1000.0, device="cpu",
+        heads=3, mlp_hidden=96, epochs=2, batch_size=4, workers=0, pictures=0,
+        checkpoint_seconds=1000.0, device="cpu",
     )  # fmt: skip
     for option, value in changes.items():
         assert hasattr(result, option), option
@@ -329,7 +330,8 @@ def test_global_scope_equals_one_process(folder, name):
     assert_close(one, two, rel=1e-2, rtol=0, atol=4e-3)
     (weights, _), (others, _) = outcome(one), outcome(two)
     for key, tensor in weights.items():
-        assert (tensor - others[key]).norm() <= 1e-2 * tensor.norm(), key
+        share = 0.1 if key.endswith("bias") else 1e-2  # from zero, a bias is all movement
+        assert (tensor - others[key]).norm() <= share * tensor.norm(), key
 
 
 def test_rank_scope_is_accumulation_over_the_processes_graphs(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def trained(folder, tmp_path_factory) -> Path:
     options = TrainOptions(
         data="folder", data_root=str(folder), out=str(tmp_path_factory.mktemp("runs") / "run"),
         backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
-        epochs=1, batch_size=3, workers=0, pictures=0,
+        heads=3, mlp_hidden=96, epochs=1, batch_size=3, workers=0, pictures=0,
     )  # fmt: skip
     Trainer(options, Run.create(options)).train()
     return Path(options.out)
@@ -118,7 +119,8 @@ class Pointwise:
         rows = maps.graph.movedim(1, -1).flatten(0, 2)
         return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
 
-    def project(self, concat):
+    def project(self, concat, grid):
+        assert math.prod(grid) == concat.shape[1]
         return concat[..., :5] + concat[..., 1:6] ** 2, concat
 
     def untrained(self, seed):
@@ -599,6 +601,32 @@ def test_an_image_smaller_than_a_patch_is_named(run, tmp_path, capsys):
     line = failure(capsys, run, "--data-root", root, "--protocol", "sliding")
     assert "at least one patch" in line
     assert line.startswith(f"error: {root / 'images' / 'val' / '0.png'}:")
+
+
+@pytest.mark.parametrize("protocol", ["crop320", "sliding"])
+def test_masks_of_0_and_255_are_told(run, tmp_path, pointwise, capsys, protocol):
+    """The object, all of it void, would score as if it were not there."""
+    root = write_folder(tmp_path / "masks", {"val": 2})
+    (root / "classes.txt").write_text("ground\nobject\n")
+    for path in (root / "annotations" / "val").iterdir():
+        mask = np.zeros(Image.open(path).size[::-1], np.uint8)
+        mask[:, : mask.shape[1] // 2] = 255
+        Image.fromarray(mask).save(path)
+    result = evaluate(run, root, "--protocol", protocol)
+    assert result["pixels"]["object"] == 0
+    share = result["void_pixels"] / (result["void_pixels"] + result["pixels"]["ground"])
+    assert share == pytest.approx(0.5, abs=0.02)
+    printed = capsys.readouterr().out
+    assert f"note: no pixel is object (1), but {100 * share:.0f}% of the pixels are 255" in printed
+    assert "(object: 1)" in printed
+    result = evaluate(run, root, "--protocol", protocol, "--ignore-class", "object")
+    assert "void_pixels" not in result
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_nothing_is_noted_where_every_class_occurs(run, folder, pointwise, capsys):
+    evaluate(run, folder)
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_nothing_but_void(run, tmp_path, pointwise, capsys):

@@ -122,6 +122,27 @@ def test_beta_scales_with_k(k, beta):
     assert scaled_beta(k, 0.16) == pytest.approx(2 * beta)
 
 
+def test_second_derivatives_are_right_or_refused():
+    """A gradient penalty, against autograd of the objective's closed-form gradient."""
+    kernel = symmetric(20, 0)
+    psi = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    psi.requires_grad_()
+    graph, beta, t = CSRGraph.from_torch(kernel, symmetric=True), 5.0, 0.7
+
+    def penalty(u, gradient_of_u):
+        (gradient,) = torch.autograd.grad(u, psi, gradient_of_u, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), psi)[0]
+
+    u = l2_batch_norm(psi)[0]
+    y = kernel @ u
+    wanted = penalty(u, -(2 * t / 3) * y + (2 * beta * t**2 / 3) * y @ (u.T @ y).triu(1))
+    loss = objective(psi, graph, beta=beta, t=t).loss
+    torch.testing.assert_close(penalty(loss, torch.ones_like(loss)), wanted)
+    shared = objective(psi, graph, beta=beta, t=t, shared=True).loss
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(shared, psi, create_graph=True)
+
+
 def test_gradient_descent_finds_the_leading_eigenspace():
     """The minimiser spans the leading eigenvectors, in their order (section 3.4)."""
     generator = torch.Generator().manual_seed(0)

@@ -39,7 +39,8 @@ def test_every_option_is_in_the_help_with_its_default():
         if isinstance(f.default, bool):
             assert f"--no-{f.name.replace('_', '-')}" in text, f.name
     for shown in ("[256]", "[0.3]", "[10:2.0,5:0.1]", "[1.0:0.3]", "[0.001]", "[samples: 2%]",
-                  "[cityscapes: 768]", "[ade20k: 512]", "[imagenet: 5]"):  # fmt: skip
+                  "[cityscapes: 768]", "the authors' command for Cityscapes has 8",
+                  "[ade20k: 512]", "[imagenet: 5]"):  # fmt: skip
         assert shown in text, shown
     assert "%%" not in text
 
@@ -49,9 +50,10 @@ def test_the_defaults_are_the_paper_s():
     assert options == TrainOptions(data="folder", data_root="x")
     paper = {
         "k": "256", "num_eigenfunctions": 256, "alpha": 0.3, "beta": 0.08, "t": 0.01, "lr": 1e-3,
-        "final_lr": 1e-5, "epochs": 40, "batch_size": 16, "blocks": 2, "head_dim": 64, "crop": 480,
-        "mlp_ratio": 1.5, "feature_map": "softmax", "orthogonal_head": True, "gumbel": True,
-        "min_norm": 1.0, "views": 0, "augment": True, "amp": False,
+        "final_lr": 1e-5, "epochs": 40, "batch_size": 16, "blocks": 2, "heads": 18, "head_dim": 64,
+        "mlp_hidden": 576, "psi": "transformer", "crop": 480, "feature_map": "softmax",
+        "orthogonal_head": True, "gumbel": True, "min_norm": 1.0, "views": 0, "augment": True,
+        "amp": False,
     }  # fmt: skip
     assert {name: getattr(options, name) for name in paper} == paper
     assert options.graph() == GraphConfig("256", 0.3)
@@ -110,9 +112,24 @@ def test_a_run_s_configuration_is_a_config(config):
     assert given("--config", path, "--seed", "4").seed == 4
 
 
+@pytest.mark.parametrize(("dim", "heads", "hidden"), [(384, 18, 576), (768, 36, 1152), (8, 1, 12)])
+def test_a_run_whose_heads_and_mlp_followed_the_backbone(config, dim, heads, hidden):
+    """An earlier version's: heads that cover 3C channels, and mlp_ratio times C hidden ones."""
+    content = {
+        "options": {"data": "folder", "data_root": "x", "head_dim": 64, "mlp_ratio": 1.5},
+        "backbone": {"dim": dim, "concat_dim": 3 * dim},
+    }
+    path = config(content)
+    options = given("--config", path)
+    assert (options.heads, options.head_dim, options.mlp_hidden) == (heads, 64, hidden)
+    assert given("--config", path, "--heads", "5").heads == 5
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("mlp_ratio: 1.5", "mlp_ratio is an option no more: heads and mlp_hidden give the"),
+        ("psi: recurrent", "psi: expected one of transformer, convolution"),
         ("colour: red", "unknown option 'colour'"),
         ("epochs: 2.5", "epochs: expected int, got 2.5"),
         ("epochs: true", "epochs: expected int, got True"),
@@ -152,6 +169,9 @@ def test_config_that_cannot_be_read(tmp_path):
         ("--epochs 0", "--epochs 0: expected at least 1"),
         ("--batch-size -1", "--batch-size -1: expected at least 1"),
         ("--workers -1", "--workers -1: expected at least 0"),
+        ("--heads 0", "--heads 0: expected at least 1"),
+        ("--mlp-hidden 0", "--mlp-hidden 0: expected at least 1"),
+        ("--psi recurrent", "argument --psi: invalid choice"),
         ("-K 1", "--num-eigenfunctions 1: expected at least 2"),
         ("--workers 257", "--workers 257: expected at most 256"),
         ("--seed -1", "--seed -1: expected at least 0"),

@@ -23,7 +23,8 @@ from nefkern.trainer import Trainer
 
 TINY = (
     '--train="--backbone test_vit --weights random --crop 64 --k 8 --epochs 1 --batch-size 2 '
-    '--workers 0 --pictures 0" --evaluate="--size 48 --pictures 0" --scale-K 0.125'
+    '--workers 0 --pictures 0 --heads 3 --mlp-hidden 96" '
+    '--evaluate="--size 48 --pictures 0" --scale-K 0.125'
 )
 
 

@@ -46,7 +46,7 @@ def test_no_kernel_is_expected_below_its_floor(amp):
 
 def test_psi_is_counted_as_it_is_built():
     with torch.device("meta"):
-        psi = Eigenfunction(roofline.WIDTH, roofline.C, EigenfunctionConfig(orthogonal=False))
+        psi = Eigenfunction(roofline.WIDTH, EigenfunctionConfig(orthogonal=False))
     assert roofline.psi_parameters() == sum(p.numel() for p in psi.parameters())
     products = sum(m.weight.numel() for m in psi.modules() if isinstance(m, torch.nn.Linear))
     assert roofline.psi_flops() == 2 * roofline.N * products

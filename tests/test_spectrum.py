@@ -48,7 +48,7 @@ def independent(run: Path, images: list[torch.Tensor], softmax: bool = True):
     features = segmenter.backbone(pixels)
     graph = kappa(features.high, pixels, features.grid, segmenter.options.graph())
     values, vectors = np.linalg.eigh(graph.to_dense().double().numpy())
-    logits = segmenter.psi(features.concat).flatten(0, 1).detach() / 0.3
+    logits = segmenter.psi(features.concat, features.grid).flatten(0, 1).detach() / 0.3
     psi = (logits.softmax(1) if softmax else logits).double().numpy()
     return graph.to_dense().double().numpy(), values[::-1], vectors[:, ::-1], psi
 
@@ -76,6 +76,13 @@ def test_figures_equal_an_independent_computation(run, photos):
     assert fit["inside"] == pytest.approx(inside, abs=1e-3)
     assert fit["captured"] == pytest.approx(ritz.sum() / values[:K].sum(), abs=1e-4)
     assert 0.1 < fit["captured"] < 1
+
+
+def test_a_psi_of_convolutions(tiny):
+    """The untrained one beside it is of the same kind."""
+    run = train(tiny(num_eigenfunctions=K, epochs=1, psi="convolution"))
+    functions = result(run, "--images", 3)["functions"]
+    assert 0 < functions["untrained ψ"]["captured"] != functions["ψ"]["captured"] < 1
 
 
 def test_indicators_of_the_clusters(run, photos):

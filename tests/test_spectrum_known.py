@@ -113,13 +113,13 @@ def train_psi(graph: CSRGraph, points: Tensor, images: int, count: int, seed: in
     frequencies = 2 * torch.randn(2, WIDTH, generator=generator)
     phases = 2 * math.pi * torch.rand(WIDTH, generator=generator)
     tokens = (points @ frequencies + phases).cos().unflatten(0, (images, -1)) * math.sqrt(2)
-    config = EigenfunctionConfig(num_eigenfunctions=count, quantize=False, head_dim=32)
+    config = EigenfunctionConfig(count, heads=2, head_dim=32, mlp_hidden=96, quantize=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        psi = Eigenfunction(WIDTH, WIDTH, config)
+        psi = Eigenfunction(WIDTH, config)
 
     def outputs() -> Tensor:
-        return psi.quantize(psi(tokens), temperature=1.0).flatten(0, 1)
+        return psi.quantize(psi(tokens, (1, tokens.shape[1])), temperature=1.0).flatten(0, 1)
 
     values, _ = leading_eigenpairs(graph, count)
     weight = 1.5 / values[-1].item()

@@ -25,7 +25,7 @@ from nefkern.errors import UserError
 from nefkern.graph import kappa
 from nefkern.options import TrainOptions
 from nefkern.runs import CHECKPOINT, CONFIG, METRICS, Run
-from nefkern.segmentation.upsample import upsample_part
+from nefkern.segmentation.upsample import upsample_at
 from nefkern.segmenter import Segmenter
 from nefkern.step import TrainingStep
 from nefkern.trainer import Trainer
@@ -150,6 +150,145 @@ def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
     after = outcome(options.out)
     assert before[1] == after[1]
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+
+
+def test_equal_runs_have_equal_files(tiny, tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        start(tiny(out=str(folder), epochs=1)).train()
+    for name in (CHECKPOINT, "state-0000005.pt"):
+        first, second = (folder / name for folder in folders)
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_a_checkpoint_is_the_same_file_whenever_it_is_written(tmp_path):
+    """The order of the metadata is drawn at every writing; three keys have six orders."""
+    weights, contents = {"ψ.é": torch.ones(3), "b": torch.zeros(5).double()}, set()
+    for _ in range(12):
+        Run(tmp_path).save(weights, {"step": 1}, 1)
+        contents.add(Run(tmp_path).path(CHECKPOINT).read_bytes())
+    assert len(contents) == 1
+    found, metadata = Run(tmp_path).load()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert metadata["step"] == "1"
+
+
+# ---- longer
+
+
+def lengthen(options: TrainOptions) -> Trainer:
+    return Trainer(options, Run.create(options, longer=True))
+
+
+def test_a_finished_run_is_trained_longer(tiny, caplog):
+    """On from the point reached, by the schedule of the new total, and the record says so."""
+    options = tiny(epochs=1)
+    start(options).train()
+    before = Run(options.out).metrics()
+    with caplog.at_level(logging.INFO):
+        trainer = lengthen(tiny(epochs=2, resume=True))
+    lr, temperature = 1e-5 + (1e-3 - 1e-5) / 2, 0.3 + 0.7 / 2  # half-way down the cosines
+    assert (
+        "2 epochs instead of 1: learning rate and temperature follow their cosines over all 2; "
+        f"epoch 2 begins at {lr:.2g} and {temperature:.2f}"
+    ) in caplog.text
+    trainer.train()
+    assert trainer.finished
+    rows = Run(options.out).metrics()
+    assert rows[:5] == before
+    assert [(row["step"], row["epoch"]) for row in rows[5:]] == [(s, 2) for s in range(6, 11)]
+    assert rows[5]["lr"] == pytest.approx(lr)
+    assert rows[5]["temperature"] == pytest.approx(temperature)
+    config = Run(options.out).config()
+    assert config["options"]["epochs"] == 2
+    assert config["lengthened"] == [{"after_step": 5, "epochs_before": 1}]
+    Run.create(tiny(epochs=2, resume=True))
+    lengthen(tiny(epochs=3, resume=True))
+    assert Run(options.out).config()["lengthened"][1:] == [{"after_step": 10, "epochs_before": 2}]
+
+
+def test_a_longer_run_resumes_as_if_never_stopped(tiny, tmp_path, monkeypatch):
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    for folder in (whole, broken):
+        start(tiny(out=folder, epochs=1)).train()
+    lengthen(tiny(out=whole, epochs=2, resume=True)).train()
+    with monkeypatch.context() as patch:
+        stop_after(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            lengthen(tiny(out=broken, epochs=2, resume=True)).train()
+    start(tiny(out=broken, epochs=2, resume=True)).train()
+    assert_same(whole, broken)
+
+
+def test_an_interrupted_run_is_trained_longer(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            start(tiny(epochs=1)).train()
+    lengthen(tiny(epochs=2, resume=True)).train()
+    assert [row["step"] for row in Run(tiny().out).metrics()] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("change", [{"epochs": 1}, {"epochs": 3, "lr": 0.5}])
+def test_longer_means_more_epochs_and_nothing_else(tiny, change):
+    options = tiny(epochs=2)
+    start(options).train()
+    before = Run(options.out).path(CONFIG).read_text()
+    with pytest.raises(UserError, match=r"--resume: this run had --(epochs 2, not 1|lr 0\.001)"):
+        lengthen(tiny(resume=True, **change))
+    assert Run(options.out).path(CONFIG).read_text() == before
+
+
+def test_more_epochs_only_if_asked_for(tiny):
+    """The option forgotten, or a row of ``reproduce``: not the run that is asked for."""
+    start(tiny(epochs=1)).train()
+    with pytest.raises(
+        UserError,
+        match=r"had --epochs 1, not 3; leave the option as it was, "
+        r"train longer \(--resume --epochs 3\), or start anew",
+    ):
+        start(tiny(resume=True))
+
+
+# ---- ψ of other shapes
+
+
+def test_a_run_of_an_earlier_shape_of_psi(tiny, images):
+    """Heads and MLP followed the backbone, and ``config.yaml`` says it in the words of then."""
+    options = tiny(epochs=1)
+    start(options).train()
+    expected = Segmenter.load(options.out).maps(images).logits
+    path = Path(options.out) / CONFIG
+    config = yaml.safe_load(path.read_text())
+    for name in ("heads", "mlp_hidden", "psi"):
+        del config["options"][name]
+    config["options"]["mlp_ratio"] = 1.5  # of 64 channels; 3 heads of 64 cover three maps
+    path.write_text(yaml.safe_dump(config))
+    assert torch.equal(Segmenter.load(options.out).maps(images).logits, expected)
+    with pytest.raises(UserError, match="--resume: this run had --heads 3, not 18"):
+        start(tiny(epochs=1, resume=True, heads=18))
+    with pytest.raises(UserError, match="--resume: this run had --psi transformer, not conv"):
+        start(tiny(epochs=1, resume=True, psi="convolution"))
+    assert start(tiny(epochs=1, resume=True)).finished
+    del config["backbone"]["dim"]  # then nobody can tell
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="its checkpoint does not fit this version of nefkern"):
+        Segmenter.load(options.out)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_psi_of_convolutions(tiny, images, amp):
+    """Trains, resumes and segments; ``images`` have another grid than the training crops."""
+    options = tiny(psi="convolution", epochs=1, amp=amp)
+    last = start(options).train()
+    assert last["trace"] > 0
+    assert start(tiny(psi="convolution", epochs=1, amp=amp, resume=True)).finished
+    segmenter = Segmenter.load(options.out)
+    maps = segmenter.maps(images)
+    assert maps.logits.shape == (2, 8, 5, 7)
+    alone = torch.cat([segmenter.maps(image[None]).logits for image in images])
+    torch.testing.assert_close(maps.logits, alone, rtol=1e-2 if amp else 1e-5, atol=1e-2)
+    assert segmenter(images[0]).shape == (70, 100)
 
 
 def test_handlers_are_put_back(tiny):
@@ -556,7 +695,7 @@ def test_segmenter_gives_what_the_trainer_had(tiny, images):
     segmenter = Segmenter.load(options.out)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features = trainer.backbone(images)
-        hidden = trainer.psi.eval().hidden(features.concat).float()
+        hidden = trainer.psi.eval().hidden(features.concat, features.grid).float()
     logits = trainer.psi.head(hidden) / 0.3
     maps = segmenter.maps(images)
     assert maps.padded == (80, 112)
@@ -590,7 +729,7 @@ def test_segmenter_of_resized_images_and_blocks_side_by_side(tiny, images):
     assert torch.equal(graph.values, want.values)
     own = segmenter.kappa(images, maps, per_image=True)
     assert own.num_nodes == 80
-    whole = upsample_part(maps.logits[0], maps.padded, (0, 70), (0, 100))
+    whole = upsample_at(maps.logits[0], maps.padded, torch.arange(70), torch.arange(100))
     assert torch.equal(segmenter.logits(images[0], window=100).argmax(0), whole.argmax(0))
     assert segmenter(images[0][:, :, :70]).shape == (70, 70)
 

@@ -31,7 +31,7 @@ class Network(Protocol):
 
     def maps(self, images: Tensor) -> Any: ...
 
-    def project(self, concat: Tensor) -> tuple[Tensor, Tensor]: ...
+    def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]: ...
 
     def kappa(self, images: Tensor, maps: Any, *, per_image: bool) -> CSRGraph: ...
 
@@ -197,8 +197,8 @@ class Comparison:
         found = {name: getattr(maps, name) for name in ("logits", "hidden", "graph", "concat")}
         if self.control is not None:
             tokens = maps.concat.flatten(2).transpose(1, 2)
-            grid = maps.concat.shape[2:]
-            logits, hidden = self.control.project(tokens)
+            grid = tuple(maps.concat.shape[2:])
+            logits, hidden = self.control.project(tokens, grid)
             found["logits-untrained"] = logits.transpose(1, 2).unflatten(2, grid)
             found["hidden-untrained"] = hidden.transpose(1, 2).unflatten(2, grid)
         if self.deep_spectral is not None:

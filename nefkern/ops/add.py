@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from nefkern import reference
-from nefkern.ops import registry
+from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph, check_content, check_graph, raise_invalid_content
 
 
@@ -35,9 +33,8 @@ def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
         )
     if graph_a.device != graph_b.device:
         raise ValueError(f"graph_b: expected device {graph_a.device}, got {graph_b.device}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    tensors = torch.ops.nefkern.add(*graph_a.tensors(), *graph_b.tensors(), float(alpha))
+    alpha = checks.finite_number("alpha", alpha)
+    tensors = registry.call("add", *graph_a.tensors(), *graph_b.tensors(), alpha)
     return CSRGraph(*tensors, graph_a.num_nodes, graph_a.symmetric and graph_b.symmetric)
 
 

@@ -6,6 +6,10 @@ that must read values (:func:`offsets`, :func:`finite`) run inside the operators
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+
 import torch
 from torch import Tensor
 
@@ -49,12 +53,47 @@ def device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
         )
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    """``value`` is an integer not below ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def integer(name: str, value: object, least: int) -> int:
+    """``value`` as an int not below ``least``: any integer, NumPy's too, but no bool. Traces."""
+    number = _as_int(value)
+    if number is None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
+
+
+def _as_int(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, torch.SymInt)):  # operator.index would fix a size while tracing
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def finite_number(name: str, value: object, least: float = -math.inf) -> float:
+    """``value`` as a finite float not below ``least``: any real number, NumPy's and a tensor of one
+    too, but no bool. Traces."""
+    number = value
+    if not isinstance(value, (float, torch.SymFloat)):
+        if isinstance(value, bool) or not _is_real(value):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        number = float(value)
+    if not (-math.inf < number < math.inf and number >= least):
+        wanted = (
+            "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+        )
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
+    return number
+
+
+def _is_real(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, torch.SymInt, numbers.Real))
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

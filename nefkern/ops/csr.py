@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MAX_NODES = 2**31 - 1  # columns are int32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CSRGraph:
     """A square sparse matrix in compressed rows; an immutable value.
 
@@ -34,6 +34,10 @@ class CSRGraph:
     Construction checks shapes, dtypes and devices, which costs nothing; :meth:`validate` also reads
     the content.
 
+    Graphs are equal when all five attributes are, dtypes and devices included: ``==`` reads the
+    content (and waits for a GPU), so they cannot be hashed. ``torch.save`` and ``torch.load`` take
+    them, with ``weights_only=True`` once ``nefkern.ops`` is imported.
+
     Raises:
         TypeError, ValueError: an attribute is not as described.
     """
@@ -45,6 +49,10 @@ class CSRGraph:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("row_offsets", "columns", "values"):
+            checks.tensor(name, getattr(self, name))
+        # The dataclass is frozen for everybody else.
+        object.__setattr__(self, "num_nodes", checks.integer("num_nodes", self.num_nodes, 0))
         if self.row_offsets.dtype != torch.int64:
             raise TypeError(f"row_offsets: expected int64, got {self.row_offsets.dtype}")
         if self.columns.dtype != torch.int32:
@@ -66,6 +74,23 @@ class CSRGraph:
                 "expected row_offsets, columns and values on one device, got "
                 f"{self.row_offsets.device}, {self.columns.device} and {self.values.device}"
             )
+
+    def __setstate__(self, state: dict) -> None:
+        """A graph from a file is checked like any other."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CSRGraph):
+            return NotImplemented
+        if (self.num_nodes, self.symmetric) != (other.num_nodes, other.symmetric):
+            return False
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs
+        )
+
+    __hash__ = None
 
     @property
     def nnz(self) -> int:
@@ -151,8 +176,16 @@ class CSRGraph:
         Args:
             matrix: [N, N]; half precision becomes float32.
             symmetric: the promise to record; None looks at the content.
+
+        Raises:
+            TypeError: not a tensor, or complex.
+            ValueError: not square.
         """
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix: expected a torch.Tensor, got {type(matrix).__name__}")
         _check_square("matrix", matrix.shape)
+        if matrix.is_complex():
+            raise TypeError(f"matrix: expected real values, got {matrix.dtype}")
         if matrix.layout == torch.strided:
             matrix = matrix.to_sparse()
         if matrix.layout != torch.sparse_coo:  # COO merges duplicates and sorts
@@ -173,11 +206,17 @@ class CSRGraph:
         Args:
             matrix: [N, N]; integers and half precision become float32; duplicates are summed.
             symmetric: the promise to record; None looks at the content.
+
+        Raises:
+            TypeError: not a sparse matrix, or complex.
+            ValueError: not square.
         """
         if not hasattr(matrix, "tocsr"):
             kind = type(matrix).__name__
             raise TypeError(f"matrix: expected a scipy sparse matrix or array, got {kind}")
         _check_square("matrix", matrix.shape)
+        if matrix.dtype.kind not in "fiub":
+            raise TypeError(f"matrix: expected real values, got {matrix.dtype}")
         rows = matrix.tocsr().copy()
         rows.sum_duplicates()  # sorts the columns too
         dtype = torch.float64 if rows.dtype == "float64" else torch.float32
@@ -193,6 +232,7 @@ class CSRGraph:
 torch.utils._pytree.register_dataclass(
     CSRGraph, field_names=["row_offsets", "columns", "values", "num_nodes", "symmetric"]
 )
+torch.serialization.add_safe_globals([CSRGraph])
 
 
 def _check_square(name: str, shape) -> None:

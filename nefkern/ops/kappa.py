@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from nefkern import reference
-from nefkern.ops import registry
+from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph
-from nefkern.ops.normalized_adjacency import check_indices, check_lists, fake_graph, triton_accepts
+from nefkern.ops.normalized_adjacency import (
+    check_clamp,
+    check_indices,
+    check_lists,
+    fake_graph,
+    triton_accepts,
+)
 
 
 def kappa(
@@ -42,22 +46,20 @@ def kappa(
         TypeError, ValueError: a wrong dtype, shape, device or index; a weight that requires a
             gradient.
     """
-    check_lists(indices, weights, num_nodes, clamp_min)
-    check_lists(pixel_indices, None, num_nodes, 0.0, name="pixel_indices")
+    num_nodes = check_lists(indices, weights, num_nodes)
+    check_lists(pixel_indices, None, num_nodes, name="pixel_indices")
     if pixel_indices.device != indices.device:
         raise ValueError(
             f"pixel_indices: expected device {indices.device}, got {pixel_indices.device}"
         )
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    tensors = torch.ops.nefkern.kappa(
-        indices, weights, pixel_indices, num_nodes, float(alpha), float(clamp_min)
-    )
+    alpha = checks.finite_number("alpha", alpha)
+    clamp_min = check_clamp(clamp_min)
+    tensors = registry.call("kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
     return CSRGraph(*tensors, num_nodes, True)
 
 
 registry.define(
-    "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, int num_nodes, float alpha, "
+    "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, SymInt num_nodes, float alpha, "
     "float clamp_min) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, _, num_nodes, *__: fake_graph(indices, weights, num_nodes),
 )

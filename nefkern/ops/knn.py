@@ -59,13 +59,13 @@ def knn(
     checks.tensor("features", features)
     checks.shape("features", features, "N", "C")
     checks.dtype("features", features, checks.FLOATING)
-    checks.at_least("k", k, 1)
+    k = checks.integer("k", k, 1)
     checks.choice("metric", metric, METRICS)
     if segments is not None:
         checks.tensor("segments", segments)
         checks.shape("segments", segments, "S + 1")
         checks.dtype("segments", segments, checks.INTEGER)
-    return torch.ops.nefkern.knn(features, k, metric, segments, include_self, check_finite)
+    return registry.call("knn", features, k, metric, segments, include_self, check_finite)
 
 
 def _fake(features, k, metric, segments, include_self, check_finite):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,9 @@ def linear_attention(
     - "softmax" (Efficient Attention, Shen et al. 2021; the authors' code): softmax of q over
       channels times D^(-1/2), softmax of k over tokens; no divisor, eps is not used.
 
-    Differentiable once in q, k and v; the backward pass computes the feature maps anew, so that
-    only the inputs and a `[D, E]` state a head are kept. Any strides are accepted; those with
+    Differentiable in q, k and v, as often as wanted. The backward pass computes the feature maps
+    anew, so that only the inputs and a `[D, E]` state a head are kept; second derivatives are by
+    autograd of the reference's formulas, on every backend. Any strides are accepted; those with
     adjacent channels, such as q, k and v permuted out of one `[B, N, 3, H, D]` projection, are
     read in place.
 
@@ -63,11 +62,12 @@ def linear_attention(
         TypeError: an argument that is not a tensor, or has another dtype than said.
         RuntimeError: a backend was forced that cannot take this call.
     """
-    _check(q, k, v, mask, feature_map, eps)
-    return torch.ops.nefkern.linear_attention(q, k, v, mask, feature_map, float(eps))[0]
+    _check(q, k, v, mask, feature_map)
+    eps = checks.finite_number("eps", eps, 0)
+    return registry.call("linear_attention", q, k, v, mask, feature_map, eps)[0]
 
 
-def _check(q, k, v, mask, feature_map, eps) -> None:
+def _check(q, k, v, mask, feature_map) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.dtype(name, checks.tensor(name, x), checks.FLOATING)
     checks.shape("q", q, "B", "H", "N", "D")
@@ -76,7 +76,7 @@ def _check(q, k, v, mask, feature_map, eps) -> None:
     m = k.shape[2]
     checks.shape("v", v, b, h, m, "E")
     for name, size in (("q", d), ("v", v.shape[3])):
-        checks.at_least(f"the last dimension of {name}", size, 1)
+        checks.integer(f"the last dimension of {name}", size, 1)
     for name, x in (("k", k), ("v", v)):
         checks.device(name, x, q, "q")
         if x.dtype != q.dtype:
@@ -86,8 +86,6 @@ def _check(q, k, v, mask, feature_map, eps) -> None:
         checks.shape("mask", mask, b, m)
         checks.device("mask", mask, q, "q")
     checks.choice("feature_map", feature_map, FEATURE_MAPS)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
 
 
 def _fake(q, k, v, mask, feature_map, eps):
@@ -163,18 +161,35 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _state, _stats):
-    q, k, v, mask, state, stats = ctx.saved_tensors
-    gradients = torch.ops.nefkern.linear_attention_backward(
-        grad, q, k, v, mask, state, stats, ctx.feature_map, ctx.eps
+    if grad is None:
+        return (None,) * 6
+    gradients = registry.call(
+        "linear_attention_backward", grad, *ctx.saved_tensors, ctx.feature_map, ctx.eps
     )
     return (*gradients, None, None, None)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("linear_attention: second derivatives are not implemented")
+def _setup_second(ctx, inputs, output) -> None:
+    grad, q, k, v, mask, _, _, ctx.feature_map, ctx.eps = inputs
+    ctx.save_for_backward(grad, q, k, v, mask)
+
+
+def _second(ctx, *cotangents):
+    """Second derivatives, by differentiating the reference's formulas for the first.
+
+    State and stats are no variables of their own here: they are functions of k and v.
+    """
+    *variables, mask = ctx.saved_tensors
+
+    def first(grad, q, k, v):
+        return reference.linear_attention_gradients(grad, q, k, v, mask, ctx.feature_map, ctx.eps)
+
+    gradients, pull_back = torch.func.vjp(first, *variables)
+    given = tuple(
+        torch.zeros_like(x) if c is None else c for x, c in zip(gradients, cotangents, strict=True)
+    )
+    return (*pull_back(given), None, None, None, None, None)
 
 
 registry.autograd("linear_attention", _backward, _setup_context)
-registry.autograd(
-    "linear_attention_backward", _no_double_backward, lambda ctx, inputs, output: None
-)
+registry.autograd("linear_attention_backward", _second, _setup_second)

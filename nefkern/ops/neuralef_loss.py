@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from nefkern import reference
-from nefkern.ops import registry
+from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph, check_content, check_dense_operand, check_graph
+from nefkern.ops.quadratic_form import gradient_through_y, rounded, total
 from nefkern.ops.spmm import native_accepts, native_spmm
-from nefkern.reference.neuralef_loss import loss_of_r, neuralef_loss_backward
+from nefkern.reference.neuralef_loss import gradient_factor, loss_of_r
 from nefkern.reference.spmm import accumulation_dtype
 
 
@@ -25,7 +24,12 @@ def neuralef_loss(
         L = -(t/K) sum_j R_jj + (beta t^2/K) sum_{i<j} R^_ij^2 .
 
     kappa is symmetric, so with Y = kappa U kept from the forward pass the gradient is one dense
-    product, dL/dU = -(2t/K) Y + (2 beta t^2/K) Y triu(R, 1). L is differentiable once, in ``psi``.
+    product, dL/dU = g(U) = -(2t/K) Y + (2 beta t^2/K) Y triu(R, 1). L is differentiable in ``psi``.
+
+    Higher derivatives, of a gradient penalty for instance, are those of g as a function of U, Y and
+    R included: what finite differences of the gradient converge to. (Autograd on the first formula,
+    with ``detach`` for stop_gradient, would hold one factor of R^ constant there too, and give
+    the derivative of no function.)
 
     Args:
         psi: U [N, K], columns already of unit L2 norm over the batch (the L2 batch norm); float32,
@@ -47,10 +51,8 @@ def neuralef_loss(
         raise ValueError("psi: expected at least one column, got [N, 0]")
     if not graph.symmetric:
         raise ValueError("graph: expected a symmetric graph (symmetric=True), got symmetric=False")
-    for name, number in (("beta", beta), ("t", t)):
-        if not math.isfinite(number):
-            raise ValueError(f"{name}: expected a finite number, got {number}")
-    loss, r, _ = torch.ops.nefkern.neuralef_loss(*graph.tensors(), psi, float(beta), float(t))
+    beta, t = checks.finite_number("beta", beta), checks.finite_number("t", t)
+    loss, r, _ = registry.call("neuralef_loss", *graph.tensors(), psi, beta, t)
     return loss, r.detach()
 
 
@@ -95,17 +97,20 @@ def _triton(row_offsets, columns, values, psi, beta, t):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *_, psi, ctx.beta, ctx.t = inputs
+    *graph, psi, ctx.beta, ctx.t = inputs
     _, r, y = output
-    ctx.mark_non_differentiable(r, y)
-    ctx.save_for_backward(r, y)
-    ctx.psi_dtype = psi.dtype
+    ctx.save_for_backward(*graph, r, y)
+    ctx.dtype = psi.dtype
 
 
-def _backward(ctx, grad: Tensor, *_):
-    r, y = ctx.saved_tensors
-    d_psi = neuralef_loss_backward(grad, y, r, ctx.beta, ctx.t).to(ctx.psi_dtype)
-    return None, None, None, d_psi, None, None
+def _backward(ctx, grad: Tensor | None, grad_r: Tensor | None, grad_y: Tensor | None):
+    """The closed form g; in a second derivative also the gradients of its factors R and Y."""
+    *graph, r, y = ctx.saved_tensors
+    factor = None if grad is None else gradient_factor(grad, r, ctx.beta, ctx.t)
+    if grad_r is not None:
+        factor = total(factor, grad_r + grad_r.T)
+    d_psi = gradient_through_y(graph, y, factor, grad_y)
+    return None, None, None, rounded(d_psi, ctx.dtype), None, None
 
 
 registry.autograd("neuralef_loss", _backward, _setup_context)

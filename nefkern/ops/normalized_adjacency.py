@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from nefkern import reference
-from nefkern.ops import registry
+from nefkern.ops import checks, registry
 from nefkern.ops.csr import _MAX_NODES, CSRGraph
 
 _SYMMETRIZE = ("mean", "union")
@@ -46,11 +44,12 @@ def normalized_adjacency(
         TypeError, ValueError: a wrong dtype, shape, device, option or index; a weight that requires
             a gradient.
     """
-    check_lists(indices, weights, num_nodes, clamp_min)
+    num_nodes = check_lists(indices, weights, num_nodes)
+    clamp_min = check_clamp(clamp_min)
     if symmetrize not in _SYMMETRIZE:
         raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
-    tensors = torch.ops.nefkern.normalized_adjacency(
-        indices, weights, num_nodes, symmetrize, float(clamp_min)
+    tensors = registry.call(
+        "normalized_adjacency", indices, weights, num_nodes, symmetrize, clamp_min
     )
     return CSRGraph(*tensors, num_nodes, True)
 
@@ -59,23 +58,22 @@ def check_lists(
     indices: Tensor,
     weights: Tensor | None,
     num_nodes: int,
-    clamp_min: float,
     *,
     name: str = "indices",
-) -> None:
-    """Raise TypeError or ValueError unless these are neighbour lists, but for their content."""
+) -> int:
+    """``num_nodes`` as an int; raises TypeError or ValueError unless these are neighbour lists, but
+    for their content."""
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
-    if not 0 <= num_nodes <= _MAX_NODES:
-        raise ValueError(f"num_nodes: expected 0 to 2^31 - 1, got {num_nodes}")
+    num_nodes = checks.integer("num_nodes", num_nodes, 0)
+    if num_nodes > _MAX_NODES:
+        raise ValueError(f"num_nodes: expected at most 2^31 - 1, got {num_nodes}")
     if indices.ndim != 2 or indices.shape[0] != num_nodes:
         raise ValueError(
             f"{name}: expected shape [{num_nodes}, k] (num_nodes), got {list(indices.shape)}"
         )
-    if not 0 <= clamp_min < math.inf:  # a negative weight could make a degree negative
-        raise ValueError(f"clamp_min: expected a number of at least 0, got {clamp_min}")
     if weights is None:
-        return
+        return num_nodes
     if not weights.is_floating_point():
         raise TypeError(f"weights: expected floating point, got {weights.dtype}")
     if weights.shape != indices.shape:
@@ -87,6 +85,12 @@ def check_lists(
         raise ValueError(f"weights: expected device {indices.device}, got {weights.device}")
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("weights: not differentiable; expected weights.detach()")
+    return num_nodes
+
+
+def check_clamp(clamp_min: float) -> float:
+    """``clamp_min`` as a float; a negative weight could make a degree negative."""
+    return checks.finite_number("clamp_min", clamp_min, 0)
 
 
 def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
@@ -111,7 +115,7 @@ def fake_graph(indices: Tensor, weights: Tensor | None, num_nodes: int) -> tuple
 
 
 registry.define(
-    "normalized_adjacency(Tensor indices, Tensor? weights, int num_nodes, str symmetrize, "
+    "normalized_adjacency(Tensor indices, Tensor? weights, SymInt num_nodes, str symmetrize, "
     "float clamp_min) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, num_nodes, *_: fake_graph(indices, weights, num_nodes),
 )

@@ -13,7 +13,7 @@ from nefkern.reference.spmm import accumulation_dtype
 
 
 def quadratic_form(psi: Tensor, graph: CSRGraph, phi: Tensor | None = None) -> Tensor:
-    """psi^T kappa phi, differentiable once in ``psi`` and ``phi`` (R of eq 6 for phi = psi).
+    """psi^T kappa phi, R of eq 6 for phi = psi; differentiable in both, as often as wanted.
 
     Args:
         psi: [N, K], float32, float64, float16 or bfloat16: one column a function, one row a node.
@@ -33,7 +33,7 @@ def quadratic_form(psi: Tensor, graph: CSRGraph, phi: Tensor | None = None) -> T
         check_dense_operand("phi", phi, graph)
         if phi.dtype != psi.dtype:
             raise TypeError(f"phi: expected {psi.dtype} (psi's), got {phi.dtype}")
-    return torch.ops.nefkern.quadratic_form(*graph.tensors(), psi, phi, graph.symmetric)[0]
+    return registry.call("quadratic_form", *graph.tensors(), psi, phi, graph.symmetric)[0]
 
 
 def _fake(row_offsets, columns, values, psi, phi, symmetric):
@@ -74,35 +74,55 @@ def _triton(row_offsets, columns, values, psi, phi, symmetric):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    row_offsets, columns, values, psi, phi, symmetric = inputs
-    y = output[1]
-    ctx.mark_non_differentiable(y)
-    ctx.save_for_backward(row_offsets, columns, values, psi, y)
-    ctx.symmetric, ctx.one_operand = symmetric, phi is None
-    ctx.phi_dtype = psi.dtype if phi is None else phi.dtype
+    *graph, psi, phi, ctx.symmetric = inputs
+    ctx.one_operand, ctx.dtype = phi is None, psi.dtype
+    # With one operand and a symmetric graph kappa^T psi is Y, and psi can go.
+    kept = None if phi is None and ctx.symmetric else psi
+    ctx.save_for_backward(*graph, kept, output[1])
 
 
-def _backward(ctx, grad: Tensor, _):
-    """d psi = Y G^T and d phi = kappa^T psi G, with Y = kappa phi and G the gradient of R."""
+def _backward(ctx, grad: Tensor | None, grad_y: Tensor | None):
+    """d psi = Y G^T and d phi = kappa^T (psi G + H), with Y = kappa phi, G and H the gradients of R
+    and Y.
+
+    The second result Y takes part, although no user sees it: a second derivative goes through it.
+    """
     *graph, psi, y = ctx.saved_tensors
-    if ctx.one_operand and ctx.symmetric:  # kappa^T psi is Y itself
-        return None, None, None, (y @ (grad + grad.T)).to(psi.dtype), None, None
     needs = ctx.needs_input_grad
     d_psi = d_phi = None
-    if needs[3]:
+    if psi is None:
+        d_psi = gradient_through_y(graph, y, None if grad is None else grad + grad.T, grad_y)
+        return None, None, None, rounded(d_psi, ctx.dtype), None, None
+    if needs[3] and grad is not None:
         d_psi = y @ grad.T
     if needs[4] or (ctx.one_operand and needs[3]):
-        d_phi = transposed_spmm(*graph, psi.to(y.dtype) @ grad, ctx.symmetric)
+        of_y = total(None if grad is None else psi.to(y.dtype) @ grad, grad_y)
+        d_phi = None if of_y is None else transposed_spmm(*graph, of_y, ctx.symmetric)
     if ctx.one_operand:
-        return None, None, None, (d_psi + d_phi).to(psi.dtype), None, None
-    return (
-        None,
-        None,
-        None,
-        None if d_psi is None else d_psi.to(psi.dtype),
-        None if d_phi is None else d_phi.to(ctx.phi_dtype),
-        None,
-    )
+        d_psi, d_phi = total(d_psi, d_phi), None
+    return None, None, None, rounded(d_psi, ctx.dtype), rounded(d_phi, ctx.dtype), None
+
+
+def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None stands for zeros."""
+    return b if a is None else a if b is None else a + b
+
+
+def rounded(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient in its operand's dtype."""
+    return None if grad is None else grad.to(dtype)
+
+
+def gradient_through_y(
+    graph: list[Tensor], y: Tensor, factor: Tensor | None, grad_y: Tensor | None
+) -> Tensor | None:
+    """Y F + kappa H: the gradient of psi, for a symmetric kappa and Y = kappa psi.
+
+    H is the gradient of Y; F [K, K] is what those of R = psi^T Y, and of functions of R, come to.
+    """
+    through_r = None if factor is None else y @ factor
+    through_y = None if grad_y is None else transposed_spmm(*graph, grad_y, True)
+    return total(through_r, through_y)
 
 
 registry.autograd("quadratic_form", _backward, _setup_context)

@@ -3,28 +3,50 @@
 An operator is defined once, by :func:`define`, as ``torch.ops.nefkern.<name>``. Each backend then
 adds its implementation with :func:`kernel`. A call runs the first backend that is preferred for the
 device of the first tensor argument, available on this machine, and willing to take these arguments.
+
+The public functions call operators by :func:`call`, which finds the way that PyTorch's transforms
+(``torch.compile``, ``torch.func``) can follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from nefkern import backends
+from nefkern.ops import checks
 
 _library = torch.library.Library("nefkern", "DEF")
 _kernels: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
+_floats: dict[str, tuple[tuple[int, str], ...]] = {}
+_functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def define(schema: str, *, fake: Callable) -> None:
-    """Define ``nefkern::<name>`` by its schema; ``fake`` computes the shapes of its results."""
-    name = schema.partition("(")[0]
+    """Define ``nefkern::<name>`` by its schema; ``fake`` computes the shapes of its results.
+
+    With ``float`` arguments it gets a twin, ``<name>_dynamic``, that takes them as tensors of one
+    number on the CPU: a number that changes can be an input of a compiled graph only as a tensor
+    (see :func:`call`). (No overload: opcheck would ask which one is meant.)
+    """
+    name, _, signature = schema.partition("(")
     _kernels[name] = {}
     _library.define(schema)
-    _library.impl(name, lambda *args: _run(name, args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nefkern::{name}", fake, lib=_library)
+    parameters = getattr(torch.ops.nefkern, name).default._schema.arguments
+    _floats[name] = tuple((i, p.name) for i, p in enumerate(parameters) if str(p.type) == "float")
+    if _floats[name]:
+        _library.define(f"{name}_dynamic({signature.replace('float ', 'Tensor ')}")
+    for twin in _twins(name):
+        _library.impl(twin, lambda *args: _run(name, args), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nefkern::{twin}", fake, lib=_library)
+
+
+def _twins(name: str) -> tuple[str, ...]:
+    return (name, f"{name}_dynamic") if _floats[name] else (name,)
 
 
 def kernel(name: str, backend: str, *, accepts: Callable[..., bool] | None = None) -> Callable:
@@ -46,21 +68,111 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
 
     A ``with backend(...)`` around it would not do: it may have ended, and autograd's thread for a
     GPU never sees it.
+
+    Gradients of results that nothing asked for come as None. A formula of differentiable operations
+    on saved inputs and results is itself differentiable, as often as wanted.
     """
 
     def remember(ctx, inputs, output):
         ctx.backend = backends.current()
+        ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
     def same(ctx, *gradients):
         with backends.backend(ctx.backend):
             return backward(ctx, *gradients)
 
-    torch.library.register_autograd(f"nefkern::{name}", same, setup_context=remember, lib=_library)
+    for twin in _twins(name):
+        torch.library.register_autograd(
+            f"nefkern::{twin}", same, setup_context=remember, lib=_library
+        )
+    _functions[name] = _function(name, same, remember)
+
+
+def _function(name: str, backward: Callable, setup_context: Callable) -> type:
+    """The operator for ``torch.func``: PyTorch's own registration is closed to it, because its
+    ``autograd.Function`` sets up the context inside ``forward``."""
+    members = {
+        "forward": lambda *args: _operator(name, args),
+        "setup_context": setup_context,
+        "backward": backward,
+        "jvp": lambda ctx, *tangents: _no_forward_mode(name),
+        "vmap": lambda info, in_dims, *args: _one_by_one(name, info.batch_size, in_dims, args),
+    }
+    statics = {key: staticmethod(member) for key, member in members.items()}
+    return type(name, (torch.autograd.Function,), statics)
+
+
+def _one_by_one(name: str, size: int, dims: tuple, args: tuple) -> tuple[Any, Any]:
+    """``torch.vmap``'s rule: a call for each of the ``size`` slices along ``dims``."""
+
+    def slices(arg, dim):
+        return [arg] * size if dim is None else arg.unbind(dim)
+
+    calls = zip(*map(slices, args, dims), strict=True)
+    results = [call(name, *one) for one in calls]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _no_forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run operator ``name``, by the way that the transform at work can follow.
+
+    - ``torch.func``: by an ``autograd.Function``, if the operator has a backward formula. Forward
+      mode too, for its error: the operator itself would drop the tangent.
+    - ``torch.compile``: a number that may change from call to call goes into the graph as a tensor.
+      To a ``float`` argument PyTorch would hand the number of today, and compile anew for the next.
+    """
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and name in _functions:
+        return _functions[name].apply(*args)
+    return _operator(name, args)
+
+
+def _operator(name: str, args: tuple) -> Any:
+    """The dispatcher's operator, or its twin where a number changes."""
+    places = [i for i, _ in _floats[name]]
+    if any(_changes(args[i]) for i in places):
+        name = f"{name}_dynamic"
+        args = tuple(_as_tensor(a) if i in places else a for i, a in enumerate(args))
+    return getattr(torch.ops.nefkern, name).default(*args)
+
+
+def _changes(number: float | Tensor) -> bool:
+    if isinstance(number, Tensor):
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # costs half a second
+
+    return not has_static_value(number)
+
+
+def _as_tensor(number: float | Tensor) -> Tensor:
+    """A product: the one way in which a changing number becomes a tensor and stays one."""
+    if isinstance(number, Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def _as_floats(name: str, args: tuple) -> tuple:
+    """The arguments of either twin as those of the first."""
+    plain = list(args)
+    for i, parameter in _floats[name]:
+        if isinstance(plain[i], Tensor):
+            plain[i] = checks.finite_number(parameter, plain[i].item())
+    return tuple(plain)
 
 
 def _run(name: str, args: tuple) -> Any:
     """Run the chosen implementation, outside autocast: it decides its own precision."""
+    args = _as_floats(name, args)
     function = select(name, *args)
     device = _device(args)
     if not torch.is_autocast_enabled(device):
@@ -70,7 +182,7 @@ def _run(name: str, args: tuple) -> Any:
 
 
 def _device(args: tuple) -> str:
-    return next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    return next(a.device.type for a in args if isinstance(a, Tensor))
 
 
 def select(name: str, *args: Any) -> Callable:

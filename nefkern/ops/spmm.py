@@ -18,7 +18,7 @@ from nefkern.reference.csr import transpose
 
 
 def spmm(graph: CSRGraph, x: Tensor) -> Tensor:
-    """kappa x, differentiable in ``x`` (not in the graph's values).
+    """kappa x, differentiable in ``x`` as often as wanted (not in the graph's values).
 
     Args:
         graph: N nodes.
@@ -36,7 +36,7 @@ def spmm(graph: CSRGraph, x: Tensor) -> Tensor:
     """
     check_graph("graph", graph)
     check_dense_operand("x", x, graph)
-    return torch.ops.nefkern.spmm(*graph.tensors(), x, graph.symmetric)
+    return registry.call("spmm", *graph.tensors(), x, graph.symmetric)
 
 
 registry.define(
@@ -95,7 +95,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.symmetric = symmetric
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx, grad: Tensor | None):
+    if grad is None:
+        return (None,) * 5
     return None, None, None, transposed_spmm(*ctx.saved_tensors, grad, ctx.symmetric), None
 
 
@@ -106,7 +108,7 @@ def transposed_spmm(
     graph = (row_offsets, columns, values)
     if not symmetric:
         graph = transpose(*graph)
-    return torch.ops.nefkern.spmm(*graph, x, symmetric)
+    return registry.call("spmm", *graph, x, symmetric)
 
 
 registry.autograd("spmm", _backward, _setup_context)

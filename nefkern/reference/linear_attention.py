@@ -80,6 +80,38 @@ def linear_attention_backward(
     Returns:
         Gradients of q, k and v in their dtype, stored token-major.
     """
+    gradients = _gradients(grad, q, k, v, mask, state, stats, feature_map, eps)
+    return tuple(token_major(x, q.dtype) for x in gradients)
+
+
+def linear_attention_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, feature_map: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradients as a function of grad, q, k and v alone, by differentiable operations.
+
+    State and stats are computed anew from k and v, so that its derivatives are the second ones of
+    :func:`linear_attention`.
+    """
+    dtype = compute_dtype(q)
+    k32, v32 = _without_masked(k.to(dtype), v.to(dtype), mask, feature_map)
+    stats = _key_stats(k32, mask, feature_map)
+    state = _key_features(k32, stats, mask, feature_map).mT @ v32
+    gradients = _gradients(grad, q, k, v, mask, state, stats, feature_map, eps)
+    return tuple(x.to(q.dtype) for x in gradients)
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    state: Tensor,
+    stats: Tensor,
+    feature_map: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas of :func:`linear_attention_backward`, in :func:`compute_dtype`."""
     dtype = compute_dtype(q)
     grad, q32 = grad.to(dtype), q.to(dtype)
     k32, v32 = _without_masked(k.to(dtype), v.to(dtype), mask, feature_map)
@@ -98,8 +130,7 @@ def linear_attention_backward(
     phi = _key_features(k32, stats, mask, feature_map)
     slope = phi.clamp(max=1) if feature_map == "elu" else phi
     dk = slope * (v32 @ dstate.mT + shift[:, :, None])
-    dv = phi @ dstate
-    return token_major(dq, q.dtype), token_major(dk, k.dtype), token_major(dv, v.dtype)
+    return dq, dk, phi @ dstate
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -130,7 +161,9 @@ def _query_features(
         return q.softmax(-1) / math.sqrt(q.shape[-1]), 1.0
     phi = _elu1(q)
     divisor = phi @ stats[:, :, 1:].mT + eps
-    reciprocal = torch.where(divisor == 0, 0, 1 / divisor)
+    zero = divisor == 0
+    # Replaced before the division: its slope at 0 would be 0 times infinity.
+    reciprocal = (1 / divisor.masked_fill(zero, 1)).masked_fill(zero, 0)
     return phi * reciprocal, reciprocal
 
 
@@ -142,7 +175,7 @@ def _key_stats(k: Tensor, mask: Tensor | None, feature_map: str) -> Tensor:
         phi = _elu1_keys(k, mask)
     else:
         if m:
-            shift = k.amax(-2, keepdim=True)
+            shift = k.detach().amax(-2, keepdim=True)  # φ(k) is the same for any shift
             shift = shift.masked_fill(shift == -torch.inf, 0)  # no valid key: exp(−inf − 0) = 0
         phi = (k - shift).exp()
     return torch.cat((shift, phi.sum(-2, keepdim=True)), -2)

@@ -22,8 +22,8 @@ def neuralef_loss(
     return loss_of_r(r, beta, t), r, y
 
 
-def neuralef_loss_backward(grad: Tensor, y: Tensor, r: Tensor, beta: float, t: float) -> Tensor:
-    """grad * dL/dpsi [N, K] = grad * (-(2t/K) Y + (2 beta t^2/K) Y triu(R, 1)).
+def gradient_factor(grad: Tensor, r: Tensor, beta: float, t: float) -> Tensor:
+    """F [K, K] of grad * dL/dpsi = Y F = grad * (-(2t/K) Y + (2 beta t^2/K) Y triu(R, 1)).
 
     kappa is symmetric, so kappa U = Y gives both terms and no second sparse product is needed; the
     scalars are folded into the K x K factor, so one dense product does all.
@@ -32,4 +32,9 @@ def neuralef_loss_backward(grad: Tensor, y: Tensor, r: Tensor, beta: float, t: f
     factor = (2 * beta * t * t / k) * r.triu(1) - (2 * t / k) * torch.eye(
         k, dtype=r.dtype, device=r.device
     )
-    return y @ (grad * factor).to(y.dtype)
+    return grad * factor
+
+
+def neuralef_loss_backward(grad: Tensor, y: Tensor, r: Tensor, beta: float, t: float) -> Tensor:
+    """grad * dL/dpsi [N, K] = Y F; differentiable, but Y and R are constants to it."""
+    return y @ gradient_factor(grad, r, beta, t).to(y.dtype)

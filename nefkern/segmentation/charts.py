@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nefkern.segmentation.pictures import colorize, grid
+from nefkern.segmentation.pictures import colorize, grid, shrunk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,14 +107,17 @@ def comparison_row(
 ) -> Image.Image:
     """The picture "image | annotation | first method | second | ..." of the paper's figure 2.
 
+    Large images are drawn smaller, see :func:`nefkern.segmentation.pictures.shrunk`.
+
     Args:
         image: uint8 ``[3, H, W]``.
         labels: ``[H, W]``, 255 = void, black.
         predicted: every method's classes, int64 ``[H, W]``, −1 = unmatched, black.
         colours: of the classes, uint8 ``[C, 3]``.
     """
-    panels = [colorize(classes.long(), colours) for classes in (labels, *predicted)]
-    return grid([[image.permute(1, 2, 0).numpy(), *panels]])
+    maps = (classes.numpy() for classes in (labels, *predicted))
+    photo, *maps = shrunk(image.permute(1, 2, 0).contiguous().numpy(), *maps)
+    return grid([[photo, *(colorize(index.astype(np.int64), colours) for index in maps)]])
 
 
 def comparison_sheet(rows: Sequence[Image.Image], heads: Sequence[str]) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nefkern.data.labels import absent_classes
 from nefkern.segmentation.evaluation import MATCHINGS
 
 
@@ -28,6 +29,9 @@ def describe(evaluation: dict[str, Any]) -> str:
         if "no_hungarian" in stage
     }
     parts = [title, summary_table(evaluation), "IoU, majority by IoU:", class_table(evaluation)]
+    pixels = evaluation["pixels"]
+    absent = absent_classes(list(pixels), list(pixels.values()), evaluation.get("void_pixels"))
+    parts += [f"note: {absent}"] if absent else []
     parts += [crf_times(evaluation["crf"])] if "crf" in evaluation else []
     return "\n\n".join([*parts, *sorted(reasons)])
 

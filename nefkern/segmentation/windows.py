@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nefkern.segmentation.upsample import upsample_part
+from nefkern.segmentation.winners import Plane, average, winners
 
 Predictor = Callable[[Tensor], "Tensor | tuple[Tensor, tuple[float, float]]"]
 """Crops ``[n, 3, h, w]`` to logits ``[n, K, gh, gw]`` on any grid that spans the crops; or the pair
@@ -71,22 +71,12 @@ def sliding_tiles(
     Raises:
         ValueError: see :func:`window_starts`.
     """
-    _, height, width = image.shape
-    tops, lefts = window_starts(height, window, stride), window_starts(width, window, stride)
-    h, w = min(window, height), min(window, width)
-    in_reach: dict[int, _WindowRow] = {}
-    for row_begin, row_end in _cuts(tops, h):
-        covering = [top for top in tops if top <= row_begin < top + h]
-        in_reach = {top: in_reach[top] for top in covering if top in in_reach}
-        for top in covering:
-            if top not in in_reach:
-                strip = image[:, top : top + h]
-                in_reach[top] = _predict_row(predict, strip, lefts, w, batch_size)
-        for cols in _cuts(lefts, w):
-            step = max(1, max_pixels // (cols[1] - cols[0]))
-            for begin in range(row_begin, row_end, step):
-                rows = (begin, min(begin + step, row_end))
-                yield Tile(rows, cols, _average(in_reach, lefts, w, rows, cols))
+    for rows, cols, planes in _regions(predict, image, window, stride, batch_size):
+        across = torch.arange(*cols)
+        step = max(1, max_pixels // len(across))
+        for begin in range(*rows, step):
+            end = min(begin + step, rows[1])
+            yield Tile((begin, end), cols, average(planes, torch.arange(begin, end), across))
 
 
 def sliding_windows(
@@ -105,17 +95,25 @@ def sliding_windows(
 
 
 def sliding_clusters(
-    predict: Predictor, image: Tensor, window: int, stride: int, *, batch_size: int = 4
+    predict: Predictor,
+    image: Tensor,
+    window: int,
+    stride: int,
+    *,
+    batch_size: int = 4,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """The argmax over K of :func:`sliding_windows`, int64 ``[H, W]``, in bounded memory.
+    """The argmax over K of :func:`sliding_windows`, ``[H, W]``, in bounded memory.
 
-    Ties go to the lower index. Arguments and errors as :func:`sliding_tiles`.
+    Its time grows with the pixels, not with K times the pixels (see
+    :mod:`nefkern.segmentation.winners`). Ties go to the lower index. Arguments and errors as
+    :func:`sliding_tiles`; ``dtype`` is the result's, and must hold K − 1.
     """
     clusters: Tensor | None = None
-    for tile in sliding_tiles(predict, image, window, stride, batch_size=batch_size):
+    for rows, cols, planes in _regions(predict, image, window, stride, batch_size):
         if clusters is None:
-            clusters = tile.logits.new_empty(image.shape[1:], dtype=torch.int64)
-        clusters[slice(*tile.rows), slice(*tile.cols)] = tile.logits.argmax(0)
+            clusters = planes[0].logits.new_empty(image.shape[1:], dtype=dtype)
+        winners(planes, rows, cols, clusters[slice(*rows), slice(*cols)])
     return clusters
 
 
@@ -157,11 +155,33 @@ class Replay:
         return predict
 
 
+def _regions(
+    predict: Predictor, image: Tensor, window: int, stride: int, batch_size: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], list[Plane]]]:
+    """Rows, columns and windows of each rectangle that one set of windows covers."""
+    _, height, width = image.shape
+    tops, lefts = window_starts(height, window, stride), window_starts(width, window, stride)
+    h, w = min(window, height), min(window, width)
+    in_reach: dict[int, _WindowRow] = {}
+    for rows in _cuts(tops, h):
+        covering = [top for top in tops if top <= rows[0] < top + h]
+        in_reach = {top: in_reach[top] for top in covering if top in in_reach}
+        for top in covering:
+            if top not in in_reach:
+                strip = image[:, top : top + h]
+                in_reach[top] = _predict_row(predict, strip, lefts, w, batch_size)
+        for cols in _cuts(lefts, w):
+            yield rows, cols, _covering(in_reach, lefts, w, cols[0])
+
+
 def _cuts(starts: list[int], window: int) -> Iterator[tuple[int, int]]:
     return pairwise(sorted({*starts, *(start + window for start in starts)}))
 
 
 def _batches(strip: Tensor, lefts: list[int], w: int, batch_size: int) -> Iterator[Tensor]:
+    if len(lefts) == 1:  # a view: the image may be large
+        yield strip[None, :, :, lefts[0] : lefts[0] + w]
+        return
     for i in range(0, len(lefts), batch_size):
         yield torch.stack([strip[:, :, left : left + w] for left in lefts[i : i + batch_size]])
 
@@ -179,24 +199,13 @@ def _predict_row(
     return _WindowRow(grids, extent)
 
 
-def _average(
-    window_rows: dict[int, _WindowRow],
-    lefts: list[int],
-    w: int,
-    rows: tuple[int, int],
-    cols: tuple[int, int],
-) -> Tensor:
-    parts = [
-        upsample_part(
-            grid, extent, (rows[0] - top, rows[1] - top), (cols[0] - left, cols[1] - left)
-        )
+def _covering(
+    window_rows: dict[int, _WindowRow], lefts: list[int], w: int, col: int
+) -> list[Plane]:
+    """The windows over column ``col``."""
+    return [
+        Plane(grid, extent, top, left)
         for top, (grids, extent) in window_rows.items()
         for grid, left in zip(grids, lefts, strict=True)
-        if left <= cols[0] < left + w
+        if left <= col < left + w
     ]
-    if len(parts) == 1:
-        return parts[0]
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total.div_(len(parts))

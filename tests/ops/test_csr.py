@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
+import numpy as np
 import pytest
 import scipy.sparse
 import torch
@@ -58,7 +63,7 @@ def make(offsets=(0, 1, 2), columns=(1, 0), values=(1.0, 1.0), n=2, symmetric=Fa
     return CSRGraph(
         torch.tensor(offsets),
         torch.tensor(columns, dtype=torch.int32),
-        torch.tensor(values),
+        torch.as_tensor(values),
         n,
         symmetric,
     )
@@ -97,3 +102,62 @@ def test_construction_checks_shapes_and_dtypes():
         CSRGraph.from_torch(torch.zeros(2, 3))
     with pytest.raises(TypeError, match="matrix: expected a scipy sparse matrix"):
         CSRGraph.from_scipy([[0.0]])
+
+
+@pytest.mark.parametrize("kind", ["complex64", "complex128"])
+def test_imaginary_parts_are_refused(kind):
+    matrix = scipy.sparse.csr_array(np.array([[0, 1j], [-1j, 0]], dtype=kind))
+    with pytest.raises(TypeError, match=f"matrix: expected real values, got {kind}"):
+        CSRGraph.from_scipy(matrix)
+    dense = torch.from_numpy(matrix.toarray())
+    for one in (dense, dense.to_sparse(), dense.to_sparse_csr()):
+        with pytest.raises(TypeError, match=f"matrix: expected real values, got torch.{kind}"):
+            CSRGraph.from_torch(one)
+
+
+def test_equality_is_of_the_content():
+    graph = make()
+    assert graph == make()
+    assert graph == copy.deepcopy(graph)
+    assert graph != make(values=(1.0, 2.0))
+    assert graph != make(columns=(0, 1))
+    assert graph != make(offsets=(0, 2, 2))
+    assert graph != make(offsets=(0, 1, 2, 2), n=3)
+    assert graph != make(symmetric=True)
+    assert graph != make(values=torch.ones(2, dtype=torch.float64))
+    assert graph != graph.to("meta")
+    assert graph != "a graph"
+    assert graph in [make()]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(graph)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_save_and_load(weights_only):
+    graph, file = random_graph(20, 4), io.BytesIO()
+    torch.save({"kappa": graph}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=weights_only)["kappa"] == graph
+    assert pickle.loads(pickle.dumps(graph)) == graph
+
+
+def test_a_damaged_graph_is_refused_on_loading():
+    graph, file = make(), io.BytesIO()
+    object.__setattr__(graph, "num_nodes", 3)
+    torch.save(graph, file)
+    file.seek(0)
+    with pytest.raises(Exception, match=r"row_offsets: expected shape \[4\]"):
+        torch.load(file, weights_only=True)
+
+
+def test_number_of_nodes_is_any_integer_but_no_float():
+    good = make()
+    for n in (np.int64(2), np.int32(2), torch.tensor(2)):
+        found = CSRGraph(*good.tensors(), n).num_nodes
+        assert found == 2
+        assert type(found) is int
+    for n in (2.0, np.float64(2), True, "2", None):
+        with pytest.raises(TypeError, match="num_nodes: expected an int, got "):
+            CSRGraph(*good.tensors(), n)
+    with pytest.raises(TypeError, match=r"columns: expected a torch\.Tensor, got list"):
+        CSRGraph(good.row_offsets, [0, 1], good.values, 2)

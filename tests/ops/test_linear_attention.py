@@ -364,14 +364,6 @@ def test_compiles_without_graph_breaks(backend, compiler):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_no_second_derivative(backend):
-    q, k, v, _ = inputs((1, 1, 3, 3, 4, 4))
-    q.requires_grad_()
-    (gradient,) = torch.autograd.grad(linear_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        gradient.sum().backward()
-
-
 def _ones(*shape, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype)
 

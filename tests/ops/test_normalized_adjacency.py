@@ -162,7 +162,7 @@ def test_index_out_of_range(name, bad):
         ({"indices": torch.zeros(3, 2)}, TypeError, "indices: expected int32 or int64"),
         ({"indices": torch.zeros(3, dtype=torch.int32)}, ValueError, "indices: expected shape"),
         ({"num_nodes": 4}, ValueError, r"indices: expected shape \[4, k\]"),
-        ({"num_nodes": -1}, ValueError, "num_nodes: expected 0"),
+        ({"num_nodes": -1}, ValueError, "num_nodes: expected at least 0"),
         ({"weights": torch.ones(3, 1)}, ValueError, "weights: expected the shape"),
         ({"weights": torch.ones(3, 2).int()}, TypeError, "weights: expected floating point"),
         ({"weights": torch.ones(3, 2, requires_grad=True)}, ValueError, "not differentiable"),

@@ -81,6 +81,17 @@ def test_comparison_row_paints_classes_and_leaves_void_black():
     assert (right[2:] == colours[1]).all()
 
 
+def test_comparison_row_of_a_large_image_is_drawn_smaller():
+    labels = (torch.arange(4096) >= 2048).expand(100, -1)
+    colours = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    image = torch.full((3, 100, 4096), 9, dtype=torch.uint8)
+    picture = np.array(comparison_row(image, labels.byte(), [labels.long()], colours))
+    assert picture.shape == (50, 3 * 2048 + 2 * 8, 3)
+    for left in (2056, 4112):
+        assert (picture[:, left : left + 1024] == colours[0]).all()
+        assert (picture[:, left + 1024 : left + 2048] == colours[1]).all()
+
+
 def test_legend_names_every_class_in_its_colour():
     text = words(legend(["sky", "road"], np.array([[70, 130, 180], [128, 64, 128]], np.uint8)))
     assert "<!-- sky -->" in text
