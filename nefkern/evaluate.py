@@ -25,8 +25,8 @@ from nefkern.options import ANNOTATED, PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
-over all images, in up to four ways (majority vote by IoU, as the paper's authors do, or by count;
-Hungarian, by count or, as the authors do, by IoU, where there are as many clusters as classes).
+over all images, in up to four ways: majority vote by IoU, as the paper's authors do, or by count;
+and, where there are as many clusters as classes, Hungarian by count, as the authors do, or by IoU.
 Pixel accuracy and mean IoU are then those of one confusion matrix. Baselines are fitted on the
 training split; all methods share each pass of the backbone.
 
@@ -44,6 +44,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
+  python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --resize none
   python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
   python -m nefkern.evaluate runs/imagenet --data cityscapes --data-root DIR
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
@@ -132,10 +133,18 @@ def _add_protocol(group: Any) -> None:
         "--protocol",
         default="crop320",
         choices=("crop320", "sliding"),
-        help="crop320: shorter side to 320 pixels, centre crop (tables 1 and 2); sliding: own "
-        "resolution, overlapping windows averaged (tables 3 and 4) [crop320]",
+        help="crop320: shorter side to 320 pixels, centre crop (tables 1 and 2); sliding: "
+        "shorter side to --resize, overlapping windows averaged, logits resized back to the "
+        "image's own resolution and scored there (tables 3 and 4) [crop320]",
     )
     group.add_argument("--size", type=int, default=320, help="of crop320 [320]")
+    group.add_argument(
+        "--resize",
+        type=_resize,
+        metavar="PX",
+        help="of sliding: shorter side at which the network sees an image, in pixels; none: its "
+        "own [the paper's for its data sets, 520, 1024 and 512; else that of training]",
+    )
     group.add_argument(
         "--window",
         type=int,
@@ -156,10 +165,17 @@ def _add_protocol(group: Any) -> None:
         nargs="?",
         const="clusters",
         choices=("clusters", "classes"),
-        help="score a second time after a CRF on the clusters or, faster for many clusters and "
-        "with a second pass over the images, on the matched classes",
+        help="score a second time after a CRF: on the clusters, before they are matched, as the "
+        "paper's numbers are; or, faster for many clusters and with a second pass over the images, "
+        "on the matched classes [clusters]",
     )
     add_crf_workers(group)
+
+
+def _resize(text: str) -> int | str:
+    if text != "none" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected pixels or none, got {text!r}")
+    return text if text == "none" else int(text)
 
 
 def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
@@ -177,11 +193,14 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if isinstance(arguments.resize, int) and arguments.resize < 1:
+        raise UserError(f"--resize {arguments.resize}: expected at least 1, or none")
     if arguments.pictures < 0:
         raise UserError(f"--pictures {arguments.pictures}: expected 0 or more")
     check_crf_workers(arguments)
-    if arguments.protocol == "crop320" and (arguments.window or arguments.stride):
-        raise UserError("--window, --stride: only for --protocol sliding")
+    sliding = arguments.window or arguments.stride or arguments.resize
+    if arguments.protocol == "crop320" and sliding:
+        raise UserError("--window, --stride, --resize: only for --protocol sliding")
 
 
 @command

@@ -29,7 +29,7 @@ from nefkern.baselines.methods import Method
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.errors import UserError
 from nefkern.files import replace_file
-from nefkern.options import ANNOTATED, CLASSES, WINDOWS
+from nefkern.options import ANNOTATED, CLASSES, PRESETS, WINDOWS
 from nefkern.progress import image_bar
 from nefkern.report import write_report
 from nefkern.runs import Run, versions
@@ -264,6 +264,7 @@ class Evaluator:
             "methods": [method.name for method in self.methods],
             "window": self.comparison.windows.window,
             "stride": self.comparison.windows.stride,
+            "resize": self.comparison.windows.shorter,
         }
 
     # ---- images ----
@@ -281,7 +282,17 @@ class Evaluator:
         stride = o.stride or stride
         if stride > window:
             raise UserError(f"--stride {stride}: expected at most the window, {window}")
-        return Windows(window, stride, o.batch_size)
+        return Windows(window, stride, o.batch_size, self._shorter())
+
+    def _shorter(self) -> int | None:
+        """The shorter side that protocol B resizes images to; None leaves them as they are."""
+        o = self.options
+        if o.resize == "none":
+            return None
+        if o.resize:
+            self._check_side("--resize", o.resize)
+        preset = PRESETS.get(o.data, {}).get("resize")
+        return o.resize or preset or self.segmenter.options.base_size()
 
     def _check_side(self, flag: str, side: int) -> None:
         patch = self.segmenter.patch

@@ -64,6 +64,10 @@ SCORES = (
     "right class. IoU: of a class, the pixels both predicted and annotated over those that are "
     "either; mIoU is the mean over classes. In %.</p>"
 )
+EIGENMAPS = (
+    "<p>ψ's raw outputs on the patches of an image, each over its own range: <code>python -m "
+    "nefkern.eigenmaps --help</code> says which, and what the colours mean.</p>"
+)
 SPECTRA = (
     "<p>How much of the graph's exact leading eigenvectors, which training approximates, the "
     "learned functions hold; <code>python -m nefkern.spectrum --help</code> explains every "
@@ -150,6 +154,8 @@ def write_report(run: Run) -> Path:
             "each scaled to its own largest value: white where a cluster wins.</p>"
             "<img src='eigenfunctions.png' alt='eigenfunctions'>",
         ]
+    if maps := sorted(run.path("eigenmaps").glob("*.png")):
+        parts += ["<h2>Eigenfunctions of single images</h2>", EIGENMAPS, *map(_figure, maps)]
     for scores in sorted(run.folder.glob("evaluation-*.json")):
         try:
             text = describe(json.loads(scores.read_text("utf-8")))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from nefkern.data.constants import LONGEST
 from nefkern.data.images import read_image, upright_pixels
 from nefkern.devices import choose_device
 from nefkern.eigenfunction import Eigenfunction
@@ -22,10 +23,6 @@ from nefkern.ops import CSRGraph
 from nefkern.options import TrainOptions
 from nefkern.runs import Run
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
-
-#: Length in crops to which an image is enlarged at most: at the scale of training a strip of a few
-#: pixels' width would become thousands of windows.
-LONGEST = 16
 
 
 @dataclass

@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from nefkern.data import ImageDataset, Sample
     from nefkern.ops import CSRGraph
+    from nefkern.options import TrainOptions
     from nefkern.segmenter import Maps, Segmenter
 
 log = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ def spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.ignore_class and not arguments.score:
         raise UserError(f"--ignore-class {arguments.ignore_class[0]}: expected --score beside it")
     segmenter = Segmenter.load(arguments.run, arguments.device)
-    dataset, where = _open(arguments, segmenter)
+    dataset, where = open_images(arguments, segmenter.options, arguments.ignore_class)
     count = arguments.images or min(segmenter.options.batch_size, len(dataset))
     if arguments.score and not dataset.annotated:
         raise UserError(f"--score: expected annotated images, {where['data_root']} has none")
@@ -139,13 +141,22 @@ def spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _open(
-    arguments: argparse.Namespace, segmenter: Segmenter
+def open_images(
+    arguments: argparse.Namespace, options: TrainOptions, ignored: Sequence[str] = ()
 ) -> tuple[ImageDataset, dict[str, Any]]:
-    """The data set that the options ask for, and how to name it."""
+    """The data set that ``--data``, ``--data-root`` and ``--split`` ask for, else the run's, and
+    how to name it.
+
+    Args:
+        arguments: what the command line parsed.
+        options: of the run.
+        ignored: classes that are read as void.
+
+    Raises:
+        UserError: no such data.
+    """
     from nefkern.data import open_dataset
 
-    options = segmenter.options
     name, root, split = arguments.data or options.data, options.data_root, options.split
     if arguments.data_root is not None:
         root, split = str(arguments.data_root), "train"
@@ -154,8 +165,8 @@ def _open(
     elif name != options.data:
         root, split = None, "train"
     split = arguments.split or split
-    dataset = open_dataset(name, root=root, split=split, ignore_classes=arguments.ignore_class)
-    return dataset, {"data_root": root or name, "split": split, "ignored": arguments.ignore_class}
+    dataset = open_dataset(name, root=root, split=split, ignore_classes=ignored)
+    return dataset, {"data_root": root or name, "split": split, "ignored": list(ignored)}
 
 
 def choose_samples(

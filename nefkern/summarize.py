@@ -28,7 +28,7 @@ example: three seeds, scored and summarised
 COUNTED = {
     "iou": "IoU vote",
     "count": "count vote",
-    "hungarian": "Hungarian",
+    "hungarian": "Hungarian by count",
     "hungarian-iou": "Hungarian by IoU",
 }
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, jaccard_score
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from nefkern import train
 from nefkern.data import eval_transform, open_dataset
@@ -96,6 +99,7 @@ class Pointwise:
     """A segmenter that looks at single pixels: five clusters by colour, so figures are exact."""
 
     num_clusters, window, stride, patch = 5, 40, 24, 1
+    options = TrainOptions(crop=64)
     device = torch.device("cpu")
     centres = torch.tensor(
         [[0.8, 0.2, 0.2], [0.2, 0.7, 0.2], [0.2, 0.2, 0.8], [0.5, 0.5, 0.5], [0.9, 0.1, 0.1]]
@@ -103,12 +107,14 @@ class Pointwise:
 
     def __init__(self) -> None:
         self.passes = 0
+        self.seen: list[tuple[int, int]] = []
 
     def cluster_logits(self, pixels):
         return -(pixels[:, None] - self.centres[:, :, None, None]).square().sum(2)
 
     def maps(self, images):
         self.passes += 1
+        self.seen.append(tuple(images.shape[2:]))
         pixels = images.float() / 255
         logits = self.cluster_logits(pixels)
         size = tuple(images.shape[2:])
@@ -154,11 +160,25 @@ def figures(result: dict, method: str = "ours", stage: str = "none", matching: s
     return result["methods"][method]["stages"][stage]["matchings"][matching]
 
 
-def by_hand(samples, segmenter, by):
-    """Accuracy and mean IoU by scikit-learn, the vote by loops over boolean masks."""
-    clusters = torch.cat(
-        [segmenter.cluster_logits(s.image[None].float() / 255).argmax(1).flatten() for s in samples]
-    ).numpy()
+def shorter_side_to(side: int, size: torch.Size) -> list[int]:
+    return [round(side * length / min(size)) for length in size]
+
+
+def by_hand(samples, segmenter, by, shorter=None):
+    """Accuracy and mean IoU by scikit-learn, the vote by loops over boolean masks.
+
+    With ``shorter``, of images seen at that shorter side, the logits resized to their own.
+    """
+
+    def clusters_of(image):
+        size, pixels = image.shape[1:], image[None]
+        if shorter:
+            seen = shorter_side_to(shorter, size)
+            pixels = resize(pixels, seen, InterpolationMode.BILINEAR, antialias=True)
+        logits = segmenter.cluster_logits(pixels.float() / 255)
+        return F.interpolate(logits, size, mode="bilinear").argmax(1).flatten()
+
+    clusters = torch.cat([clusters_of(s.image) for s in samples]).numpy()
     labels = torch.cat([s.annotation.flatten() for s in samples]).numpy()
     clusters, labels = clusters[labels != 255], labels[labels != 255]
     vote = np.zeros(5, int)
@@ -177,13 +197,40 @@ def by_hand(samples, segmenter, by):
 
 @pytest.mark.parametrize("by", ["iou", "count"])
 def test_sliding_figures_equal_an_independent_computation(run, folder, pointwise, by):
-    result = evaluate(run, folder, "--protocol", "sliding")
+    result = evaluate(run, folder, "--protocol", "sliding", "--resize", "none")
     samples = list(open_dataset("folder", root=folder, split="val"))
     accuracy, mean_iou = by_hand(samples, pointwise, by)
     found = figures(result, matching=by)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert found["mean_iou"] == pytest.approx(mean_iou, abs=1e-12)
     assert 0.6 < accuracy < 1  # neither trivial nor chance
+
+
+@pytest.mark.parametrize(("options", "shorter"), [([], 69), (["--resize", "130"], 130)])
+def test_protocol_b_sees_images_resized_and_scores_them_at_their_own(
+    run, folder, pointwise, options, shorter
+):
+    """By default at the size that training starts from: 13/12 of its crop of 64."""
+    result = evaluate(run, folder, "--protocol", "sliding", *options, "--methods", "ours,kmeans")
+    samples = list(open_dataset("folder", root=folder, split="val"))
+    accuracy, mean_iou = by_hand(samples, pointwise, "iou", shorter)
+    assert figures(result)["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert figures(result)["mean_iou"] == pytest.approx(mean_iou, abs=2e-3)
+    assert abs(accuracy - by_hand(samples, pointwise, "iou")[0]) > 5e-3, "scale matters here"
+    assert sum(result["pixels"].values()) == sum((s.annotation != 255).sum() for s in samples)
+    assert result["settings"]["resize"] == shorter
+
+
+def test_protocol_b_fits_and_scores_at_one_scale(run, folder, pointwise):
+    asked = ("--protocol", "sliding", "--resize", "130", "--window", "999", "--methods", "kmeans")
+    evaluate(run, folder, *asked)
+    expected = {
+        tuple(shorter_side_to(130, sample.image.shape[1:]))
+        for split in ("train", "val")
+        for sample in open_dataset("folder", root=folder, split=split)
+    }
+    assert set(pointwise.seen) == expected
+    assert len(pointwise.seen) == 6 + 4
 
 
 def test_crop320_figures_equal_an_independent_computation(run, folder, pointwise):
@@ -244,7 +291,8 @@ def test_pictures_beside_the_scores(run, folder, pointwise):
 
 
 def test_ignored_classes_are_void_and_gone(run, folder, pointwise):
-    result = evaluate(run, folder, "--protocol", "sliding", "--ignore-class", "grey")
+    asked = ("--protocol", "sliding", "--resize", "none", "--ignore-class", "grey")
+    result = evaluate(run, folder, *asked)
     assert result["classes"] == ["red", "green", "blue"]
     samples = list(open_dataset("folder", root=folder, split="val", ignore_classes=["grey"]))
     accuracy, _ = by_hand(samples, pointwise, "iou")
@@ -377,11 +425,11 @@ def test_classes_follow_the_protocol_unless_given(
 @pytest.mark.parametrize(
     ("patch", "options", "expected"),
     [
-        (16, [], (768, 512)),
-        (14, [], (770, 518)),  # on the patch grid
-        (16, ["--window", "60"], (60, 40)),
-        (16, ["--stride", "64"], (768, 64)),
-        (16, ["--window", "60", "--stride", "50"], (60, 50)),
+        (16, [], (768, 512, 1024)),
+        (14, [], (770, 518, 1024)),  # on the patch grid
+        (16, ["--window", "60", "--resize", "80"], (60, 40, 80)),
+        (16, ["--stride", "64"], (768, 64, 1024)),
+        (16, ["--window", "60", "--stride", "50", "--resize", "none"], (60, 50, None)),
     ],
 )
 def test_sliding_windows_are_the_paper_s_unless_given(
@@ -389,7 +437,7 @@ def test_sliding_windows_are_the_paper_s_unless_given(
 ):
     pointwise.patch = patch
     settings = evaluate_cityscapes(run, cityscapes, "--protocol", "sliding", *options)["settings"]
-    assert (settings["window"], settings["stride"]) == expected
+    assert (settings["window"], settings["stride"], settings["resize"]) == expected
 
 
 def test_data_sets_that_cannot_be_scored(run, cityscapes, pointwise, tmp_path, capsys):
@@ -458,7 +506,7 @@ def test_all_methods_on_a_real_run(run, folder, capsys):
 
 
 def test_sliding_on_a_real_run_equals_its_logits(run, folder):
-    result = evaluate(run, folder, "--protocol", "sliding")
+    result = evaluate(run, folder, "--protocol", "sliding", "--resize", "none")
     segmenter = Segmenter.load(run, "cpu")
     counts = torch.zeros(6, 4, dtype=torch.int64)
     for sample in open_dataset("folder", root=folder, split="val"):
@@ -537,7 +585,11 @@ def failure(capsys, *arguments: object) -> str:
         (["--seed", "-1"], "argument --seed: expected a number from 0"),
         (["--size", "9"], "--size 9: expected at least 16, a patch"),
         (["--protocol", "sliding", "--window", "9"], "--window 9: expected at least 16, a patch"),
-        (["--window", "64"], "--window, --stride: only for --protocol sliding"),
+        (["--protocol", "sliding", "--resize", "9"], "--resize 9: expected at least 16, a patch"),
+        (["--protocol", "sliding", "--resize", "-9"], "--resize -9: expected at least 1, or none"),
+        (["--resize", "big"], "argument --resize: expected pixels or none, got 'big'"),
+        (["--window", "64"], "--window, --stride, --resize: only for --protocol sliding"),
+        (["--resize", "64"], "--window, --stride, --resize: only for --protocol sliding"),
         (["--protocol", "sliding", "--stride", "999"], "--stride 999: expected at most the window"),
         (["--split", "test"], "no split 'test', there is: train, val"),
         (["--baseline", "kmeans", "--fit-split", "test"], "no split 'test'"),

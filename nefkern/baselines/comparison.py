@@ -12,7 +12,7 @@ from torch import Tensor
 from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral
 from nefkern.baselines.methods import Method
-from nefkern.data import Sample
+from nefkern.data import Sample, resize_shorter
 from nefkern.ops import CSRGraph
 from nefkern.segmentation.crf import winners
 from nefkern.segmentation.matching import class_logits
@@ -38,11 +38,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """How images reach the network: windows of this size and stride, so many at once."""
+    """How images reach the network: windows of this size and stride, so many at once.
+
+    With ``shorter`` they lie on the image resized to that shorter side, and what the network says
+    is resized back to the image's own resolution (protocol B).
+    """
 
     window: int
     stride: int
     batch_size: int = 4
+    shorter: int | None = None
 
 
 class Comparison:
@@ -89,7 +94,8 @@ class Comparison:
         """
         w = self.windows
         for image in images:
-            for crops in window_crops(image, w.window, w.stride, batch_size=w.batch_size):
+            seen = self._seen(image)
+            for crops in window_crops(seen, w.window, w.stride, batch_size=w.batch_size):
                 maps, _ = self._maps(crops)
                 for clusterer in self.clusterers.values():
                     clusterer.observe(maps)
@@ -211,11 +217,19 @@ class Comparison:
         maps, padded = self._maps(crops)
         return torch.cat([c.logits(maps) for c in self.clusterers.values()], dim=1), padded
 
+    def _seen(self, image: Tensor) -> Tensor:
+        """The image as the windows lie on it."""
+        shorter = self.windows.shorter
+        return image if shorter is None else resize_shorter(image, shorter)
+
     def _tiles(self, image: Tensor, predict: Callable) -> Iterator:
         w = self.windows
         pixels = _TILE_FLOATS // (len(self.clusterers) * self.network.num_clusters)
         return sliding_tiles(
-            predict, image, w.window, w.stride, batch_size=w.batch_size, max_pixels=max(1, pixels)
+            *(predict, self._seen(image), w.window, w.stride),
+            size=image.shape[1:],
+            batch_size=w.batch_size,
+            max_pixels=max(1, pixels),
         )
 
     def _clusters(self, image: Tensor, predict: Callable) -> dict[str, Tensor]:
@@ -238,12 +252,13 @@ class Comparison:
 
         Only their probabilities are made: those of the hundreds of others would fill the memory.
         """
-        w = self.windows
+        w, seen = self.windows, self._seen(sample.image)
         for name, clusters in found.items():
             shown = clusters.unique()
             logits = sliding_windows(
                 replay.select(shown + self._first_channel(name)),
-                *(sample.image, w.window, w.stride),
+                *(seen, w.window, w.stride),
+                size=sample.image.shape[1:],
                 batch_size=w.batch_size,
             )
             probabilities = self.clusterers[name].probabilities(logits)

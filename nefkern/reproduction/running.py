@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nefkern import evaluate, train
+from nefkern import eigenmaps, evaluate, train
 from nefkern.errors import UserError, first_line
 from nefkern.options import TrainOptions
 from nefkern.reproduction.paper import Row, Table
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Measured:
-    """What came of a row: an evaluation for each seed, with its run folder and the pictures that it
-    drew, or why there are none (more)."""
+    """What came of a row: for each seed an evaluation, if it has one, the run folder and the
+    pictures drawn; or why there are none (more)."""
 
     row: Row
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -47,14 +47,20 @@ def perform(job: Job) -> dict[str, Any]:
     """
     from nefkern.evaluator import Evaluator
 
-    options, scoring = job.train_options(), job.evaluate_options()
-    if not is_trained(options):
-        train.train(options)
+    scoring = job.evaluate_options()
+    train_if_needed(job)
     found = find_evaluation(job.folder, scoring)
     if found is None:
         return Evaluator(scoring, evaluate.chosen_methods(scoring)).run()
     log.info("%s: done", job.folder)
     return found
+
+
+def train_if_needed(job: Job) -> None:
+    """Train what is not trained yet; errors as :func:`perform`."""
+    options = job.train_options()
+    if not is_trained(options):
+        train.train(options)
 
 
 def is_trained(options: TrainOptions) -> bool:
@@ -110,11 +116,15 @@ def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measur
         try:
             job = planner.job(table, row, rows, seed)
             log.info("%s, %s, seed %d", table, row.name, seed)
-            evaluation = perform(job)
-            result.evaluations.append(evaluation)
+            if table.is_of_eigenfunctions:
+                train_if_needed(job)
+                result.pictures.append(eigenmaps.eigenmaps(job.draw_options()))
+            else:
+                evaluation = perform(job)
+                result.evaluations.append(evaluation)
+                file = free_name(job.folder, evaluation["settings"])
+                result.pictures.append(drawn_pictures(file.with_suffix("")))
             result.runs.append(str(job.folder))
-            file = free_name(job.folder, evaluation["settings"])
-            result.pictures.append(drawn_pictures(file.with_suffix("")))
         except (UserError, OSError, RuntimeError) as error:
             result.error = first_line(error, limit=1000)
             place = f"{table}, {row.name}, seed {seed}"

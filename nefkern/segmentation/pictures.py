@@ -21,7 +21,9 @@ BACKGROUND = (0, 0, 0)
 LONGEST_PANEL = 2048
 """The longer side, in pixels, of an image as it is drawn: what a screen shows."""
 
-_GAP = 8  # pixels between panels
+GAP = 8
+"""Pixels between panels."""
+
 _OUTLINE = (255, 255, 255)
 
 
@@ -139,7 +141,7 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
     heights = [max(p.height for p in row) for row in pictures]
     sheet = Image.new(
         "RGB",
-        (sum(widths) + _GAP * (columns - 1), sum(heights) + _GAP * (len(rows) - 1)),
+        (sum(widths) + GAP * (columns - 1), sum(heights) + GAP * (len(rows) - 1)),
         "white",
     )
     top = 0
@@ -147,8 +149,8 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
         left = 0
         for picture, width in zip(row, widths, strict=False):
             sheet.paste(picture, (left, top))
-            left += width + _GAP
-        top += height + _GAP
+            left += width + GAP
+        top += height + GAP
     return sheet
 
 

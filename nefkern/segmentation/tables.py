@@ -17,6 +17,8 @@ def describe(evaluation: dict[str, Any]) -> str:
     """
     s = evaluation["settings"]
     window = f"window {s['window']}, stride {s['stride']}"
+    # Scores from before images were resized do not have it.
+    window += f", shorter side {s['resize']}" if s.get("resize") else ""
     ignored = f", without {', '.join(s['ignored'])}" if s["ignored"] else ""
     title = (
         f"{s['data_root']}, {s['split']}{ignored}: {evaluation['images']} images, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,7 +58,36 @@ def spans(cells: int, length: float, pixels: Tensor) -> Tensor:
     return _position(cells, length, pixels).floor().clamp(-1, cells - 1).long()
 
 
-def _position(cells: int, length: float, pixels: Tensor) -> Tensor:
+def pixel_positions(size: int, length: float) -> Tensor:
+    """Where the pixels of an axis resized from ``length`` to ``size`` lie on the old one.
+
+    Returns:
+        float64 ``[size]``: 0 is the centre of the first old pixel; the outermost may lie beyond.
+    """
+    return _position(length, size, torch.arange(size))
+
+
+def interpolation(pixels: Tensor, cells: int, extent: float) -> Tensor:
+    """:func:`upsample` along one axis as a matrix, for any of its pixels.
+
+    Args:
+        pixels: int64 ``[n]``.
+        cells: of the map.
+        extent: pixels that the cells span, whole or not.
+
+    Returns:
+        float64 ``[n, cells]``, rows that sum to 1.
+    """
+    position = _position(cells, extent, pixels).clamp(0, cells - 1)
+    lower = position.long()
+    upper = (lower + 1).clamp(max=cells - 1)
+    fraction = position - lower
+    weights = position.new_zeros(len(pixels), cells)
+    weights.scatter_add_(1, lower[:, None], (1 - fraction)[:, None])
+    return weights.scatter_add_(1, upper[:, None], fraction[:, None])
+
+
+def _position(cells: float, length: float, pixels: Tensor) -> Tensor:
     """Pixels' centres in cells, 0 at the centre of the first."""
     return (pixels.double() + 0.5) * (cells / length) - 0.5
 
@@ -69,14 +99,10 @@ def _as_index(pixels: Tensor) -> slice | Tensor:
 
 
 def _interpolation(cells: int, length: float, pixels: Tensor, like: Tensor) -> tuple[slice, Tensor]:
-    """Linear interpolation of one axis as a matrix ``[pixels, cells touched]``."""
+    """The cells that ascending pixels touch, and :func:`interpolation` from these."""
     # On the CPU: tiny, and reading its ends would make a GPU wait.
-    position = _position(cells, length, pixels).clamp(0, cells - 1)
-    lower = position.long()
-    upper = (lower + 1).clamp(max=cells - 1)
-    fraction = position - lower
-    first, last = int(lower[0]), int(upper[-1])
-    weights = position.new_zeros(len(pixels), last - first + 1)
-    weights.scatter_add_(1, (lower - first)[:, None], (1 - fraction)[:, None])
-    weights.scatter_add_(1, (upper - first)[:, None], fraction[:, None])
-    return slice(first, last + 1), weights.to(like)
+    ends = _position(cells, length, pixels[[0, -1]]).clamp(0, cells - 1).floor().long().tolist()
+    first, last = ends[0], min(ends[1] + 1, cells - 1)
+    return slice(first, last + 1), interpolation(pixels, cells, length)[:, first : last + 1].to(
+        like
+    )
