@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nefkern.errors import UserError
+from nefkern.layers import parse_high, parse_input_size
 
 if TYPE_CHECKING:
     from nefkern.data import TrainTransform
@@ -120,10 +121,20 @@ class TrainOptions:
     )
     high: str = _option(
         "auto",
-        "graph features of a transformer: final (last norm), keys (of the "
-        "last attention), auto: keys for DINO v1",
+        "graph features: of a transformer final (after the last norm), block:N (a block's output, "
+        "before any norm), keys:N (of a block's attention), keys (of the last one's); of other "
+        "networks stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for "
+        "DINO v1, else final",
         "backbone",
-        choices=("auto", "final", "keys"),
+        metavar="MAPS",
+    )
+    input_size: str = _option(
+        "auto",
+        "what images are resized to before the backbone: crop (not at all), native (the input size "
+        "of its training), or their shorter side in pixels; auto: native for CLIP, as in the "
+        "paper, and for models that take one size only, else crop",
+        "backbone",
+        metavar="SIZE",
     )
     feature_cache: str | None = _option(
         None,
@@ -318,6 +329,8 @@ class TrainOptions:
                 f"--data-root {self.data_root}: expected --data folder beside it, or one of "
                 f"{', '.join(name for name in PRESETS if name not in ('samples', 'folder'))}"
             )
+        parse_high(self.high)
+        parse_input_size(self.input_size)
         self.graph()
         self.temperatures()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,38 +52,46 @@ def clusterings(
 
 
 def patch_score(
-    clusters: Tensor, annotations: Tensor, grid: tuple[int, int], patch: int, num_classes: int
+    clusters: Tensor,
+    annotations: Tensor,
+    grid: tuple[int, int],
+    extent: tuple[float, float],
+    num_classes: int,
 ) -> PatchScore:
     """Score a clustering of patches: every pixel has its patch's cluster.
 
     Args:
         clusters: int64 ``[B·h·w]``.
-        annotations: uint8 ``[B, H, W]``, 255 void; h and w patches cover at least H × W pixels.
+        annotations: uint8 ``[B, H, W]``, 255 void.
         grid: ``(h, w)``.
-        patch: its side in pixels.
+        extent: height and width in pixels that the grid spans, at least H × W.
         num_classes: C.
     """
     height, width = annotations.shape[1:]
-    pixels = clusters.view(-1, *grid).cpu()
-    pixels = pixels.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-    counts = count_matrix(
-        pixels[:, :height, :width], annotations, int(clusters.max()) + 1, num_classes
-    )
+    rows, cols = _cells(height, grid[0], extent[0]), _cells(width, grid[1], extent[1])
+    pixels = clusters.view(-1, *grid).cpu()[:, rows[:, None], cols]
+    counts = count_matrix(pixels, annotations, int(clusters.max()) + 1, num_classes)
     iou, count = (
         scores(matched_confusion(counts, majority_vote(counts, by))) for by in ("iou", "count")
     )
     return PatchScore(iou.accuracy, iou.mean_iou, count.accuracy, count.mean_iou)
 
 
+def _cells(length: int, cells: int, extent: float) -> Tensor:
+    """The cell that the middle of each of ``length`` pixels lies in, int64."""
+    middles = torch.arange(length, dtype=torch.float64) + 0.5
+    return (middles * (cells / extent)).long().clamp_(max=cells - 1)
+
+
 def patch_scores(
     found: dict[str, Tensor],
     annotations: Tensor,
     grid: tuple[int, int],
-    patch: int,
+    extent: tuple[float, float],
     num_classes: int,
 ) -> dict[str, dict[str, float]]:
     """:func:`patch_score` of every clustering; JSON-ready. Arguments as there."""
     return {
-        name: asdict(patch_score(clusters, annotations, grid, patch, num_classes))
+        name: asdict(patch_score(clusters, annotations, grid, extent, num_classes))
         for name, clusters in found.items()
     }

@@ -42,6 +42,10 @@ FREE_OPTIONS = frozenset(
 )
 
 
+#: What runs did before an option was there, where that is not its default.
+BEFORE = {"input_size": "crop"}
+
+
 def _differ(name: str, before: Any, now: Any) -> bool:
     if name == "feature_cache":  # maps in it are rounded; where it lies is of no consequence
         return bool(before) != bool(now)
@@ -157,7 +161,7 @@ class Run:
         Raises:
             UserError: no run, or one whose configuration was edited to something impossible.
         """
-        path, asked = self.path(CONFIG), self.config()["options"]
+        path, asked = self.path(CONFIG), BEFORE | self.config()["options"]
         known = [f for f in dataclasses.fields(TrainOptions) if f.name in asked]
         options = TrainOptions(**{f.name: converted(str(path), f, asked[f.name]) for f in known})
         try:

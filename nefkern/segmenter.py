@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +38,15 @@ class Maps:
         hidden: ``[B, D, h, w]``: ψ's features before the head.
         graph: ``[B, C, h, w]``: the backbone's graph features F.
         concat: ``[B, D, h, w]``: ψ's input.
-        padded: ``(H, W)`` of the padded images, ``h`` and ``w`` patches.
+        padded: ``(H, W)`` that the grid spans, in pixels of the images: padding included, and not
+            whole where the backbone sees the images resized.
     """
 
     logits: Tensor
     hidden: Tensor
     graph: Tensor
     concat: Tensor
-    padded: tuple[int, int]
+    padded: tuple[float, float]
 
 
 class Segmenter:
@@ -77,7 +79,8 @@ class Segmenter:
         self.temperature = options.temperatures()[1] if options.gumbel else 1.0
         self.graph_config = options.graph()
         self.num_clusters = options.num_eigenfunctions
-        self.patch = backbone.patch
+        # In pixels of the images: 1 where the backbone sees them resized, to any size.
+        self.patch = backbone.alignment
         # Sliding windows lie on the patch grid and overlap by a third, as the paper's 480 / 320.
         self.window = -(-options.crop // self.patch) * self.patch
         self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
@@ -109,7 +112,11 @@ class Segmenter:
         if found is None:
             raise UserError(f"{run}: holds no checkpoint yet")
         backbone = load_backbone(
-            options.backbone, options.weights, high=options.high, device=choose_device(device)
+            options.backbone,
+            options.weights,
+            high=options.high,
+            input_size=options.input_size,
+            device=choose_device(device),
         )
         if backbone.identity != config.get("backbone", {}).get("digest"):
             raise UserError(
@@ -164,7 +171,7 @@ class Segmenter:
             hidden=as_map(hidden),
             graph=as_map(features.high),
             concat=as_map(features.concat),
-            padded=(h * self.patch, w * self.patch),
+            padded=self.backbone.extent(images.shape[-2:]),
         )
 
     @torch.no_grad()
@@ -180,12 +187,12 @@ class Segmenter:
         Raises:
             UserError: as many neighbours asked for as the batch has patches.
         """
-        images, grid = self.backbone.pad(images.to(self.device)), maps.graph.shape[2:]
+        images, grid = self.backbone.seen(images.to(self.device)), maps.graph.shape[2:]
         near_by = self._near_by(maps, per_image)
         if not per_image:
             return kappa(near_by, images, grid, self.graph_config)
-        side = self.window // self.patch
-        k = resolve_neighbours(self.options.k, self.options.batch_size * side * side)
+        cells = math.prod(self.backbone.grid((self.window, self.window)))
+        k = resolve_neighbours(self.options.k, self.options.batch_size * cells)
         return image_kappa(near_by, images, grid, self.graph_config, k)
 
     def _near_by(self, maps: Maps, per_image: bool) -> Tensor:
@@ -221,7 +228,7 @@ class Segmenter:
     def _windows(self, window: int | None, stride: int | None) -> tuple[int, int]:
         return window or self.window, stride or self.stride
 
-    def predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def predict(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
         """Cluster logits on the patch grid, and the size in pixels that the grid spans: the
         predictor that :mod:`nefkern.segmentation.windows` asks for.
         """
@@ -229,7 +236,7 @@ class Segmenter:
             return flip_averaged(self._predict, self.pad)(images)
         return self._predict(images)
 
-    def _predict(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _predict(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
         maps = self.maps(images)
         return self.cluster_logits(maps), maps.padded
 

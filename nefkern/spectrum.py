@@ -269,7 +269,7 @@ def _scores(
         quantized=segmenter.options.gumbel,
     )
     grid = tuple(maps.graph.shape[2:])
-    return patch_scores(found, annotations, grid, segmenter.patch, num_classes)
+    return patch_scores(found, annotations, grid, maps.padded, num_classes)
 
 
 def _functions(segmenter: Segmenter, maps: Maps, seed: int) -> dict[str, Tensor]:

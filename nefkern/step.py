@@ -132,7 +132,7 @@ class TrainingStep:
     def _kappa(self, images: Tensor, maps: Features) -> CSRGraph:
         """κ of this process's images, or of those of all."""
         every = self.options.graph_features == "all"
-        near_by, images = maps.concat if every else maps.high, self.backbone.pad(images)
+        near_by, images = maps.concat if every else maps.high, self.backbone.seen(images)
         if self.shared:  # features have no gradient, so that every process can make the same κ
             near_by, images = distributed.gather_rows(near_by), distributed.gather_rows(images)
         near_by = standardized(near_by) if every else near_by

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +81,11 @@ class Trainer:
             options.data, root=options.data_root, split=options.split, strict=options.strict
         )
         self.backbone = load_backbone(
-            options.backbone, options.weights, high=options.high, device=self.device
+            options.backbone,
+            options.weights,
+            high=options.high,
+            input_size=options.input_size,
+            device=self.device,
         )
         cache = self.run.feature_cache(options)
         features = FeatureCache(cache, self.backbone, amp=options.amp)
@@ -107,14 +112,14 @@ class Trainer:
 
     def _check_rows(self) -> None:
         """Refuse K or k that the rows of a batch cannot carry, before anything is computed."""
-        if self.options.crop < self.backbone.patch:
+        crop = self.options.crop
+        if crop < self.backbone.alignment:
             raise UserError(
-                f"--crop {self.options.crop}: expected at least {self.backbone.patch}, "
-                "a patch of the backbone"
+                f"--crop {crop}: expected at least {self.backbone.patch}, a patch of the backbone"
             )
-        side = -(-self.options.crop // self.backbone.patch)
+        cells = math.prod(self.backbone.grid((crop, crop)))
         images = self.position.batch_size // (1 if self.step.shared else distributed.ranks())
-        rows = images * side * side  # of a graph
+        rows = images * cells  # of a graph
         resolve_neighbours(self.options.k, rows)
         if self.options.num_eigenfunctions > rows:
             raise UserError(
@@ -209,13 +214,7 @@ class Trainer:
     def facts(self) -> dict[str, Any]:
         """What the configuration records beside the options."""
         return {
-            "backbone": {
-                "name": self.options.backbone,
-                "digest": self.backbone.identity,
-                "patch": self.backbone.patch,
-                "dim": self.backbone.dim,
-                "concat_dim": self.backbone.concat_dim,
-            },
+            "backbone": {"name": self.options.backbone, **self.backbone.facts()},
             "dataset": {"images": len(self.dataset), "classes": list(self.dataset.classes)},
             "device": str(self.device),
             "processes": distributed.ranks(),

@@ -10,6 +10,7 @@ import yaml
 
 from nefkern.errors import UserError
 from nefkern.graph import GraphConfig
+from nefkern.layers import Layer, parse_high, parse_input_size
 from nefkern.options import SAMPLES, TrainOptions, parse_pairs, read_config, resolve
 from nefkern.train import parser
 
@@ -182,6 +183,13 @@ def test_config_that_cannot_be_read(tmp_path):
         ("--k none", "--k none: expected a number of neighbours"),
         ("--k 0", "--k 0: expected a number of neighbours"),
         ("--temperature 1", "--temperature 1: expected start:end"),
+        ("--high last", "--high last: expected auto, or one or several, comma-separated, of final"),
+        ("--high block:-1", "--high block:-1: expected auto, or"),
+        ("--high block:9,", "--high block:9,: expected auto, or"),
+        ("--high auto,final", "--high auto,final: expected auto, or"),
+        ("--high final:2", "--high final:2: expected auto, or"),
+        ("--input-size 0", "--input-size 0: expected auto, crop, native, or a number of pixels"),
+        ("--input-size 1e3", "--input-size 1e3: expected auto"),
         ("--temperature 1:0", "--temperature 1:0: expected start:end"),
         ("--temperature nan:1", "--temperature nan:1: expected start:end"),
         ("--pixel-graphs 10", "--pixel-graphs 10: expected pairs"),
@@ -199,6 +207,24 @@ def test_flags_out_of_range(arguments, message):
         given(*arguments.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_high_maps():
+    assert parse_high("auto") == ()
+    assert parse_high("keys, block:8,block:11,final") == (
+        *(Layer("keys"), Layer("block", 8), Layer("block", 11)),
+        Layer("final"),
+    )
+    assert [str(layer) for layer in parse_high("keys:10,stage:2")] == ["keys:10", "stage:2"]
+
+
+def test_input_sizes(config):
+    assert [parse_input_size(text) for text in ("auto", "crop", "224", 336)] == [
+        *("auto", "crop"),
+        *(224, 336),
+    ]
+    asked = given("--config", config("high: block:9\ninput-size: 224\n"))
+    assert (asked.high, asked.input_size) == ("block:9", "224")
 
 
 def test_pairs():

@@ -12,17 +12,25 @@ def test_pixels_have_their_patchs_cluster_and_void_does_not_count():
     annotations = torch.tensor([[[0, 0, 1], [0, 0, 1], [2, 2, 1]], [[1, 1, 1]] * 3]).byte()
     annotations[0, 2, 0] = 255
     clusters = torch.tensor([0, 1, 2, 1, 1, 1, 1, 0])
-    found = patch_score(clusters, annotations, (2, 2), 2, 3)
+    found = patch_score(clusters, annotations, (2, 2), (4, 4), 3)
     # Cluster 0: 4 pixels of class 0 and 1 of class 1; 1: 3 + 8 of class 1; 2: 1 of class 2.
     assert found.accuracy == found.accuracy_by_count == 16 / 17
     assert abs(found.mean_iou - (4 / 5 + 11 / 12 + 1) / 3) < 1e-12
+
+
+def test_patches_of_no_whole_number_of_pixels():
+    """Three cells over 8 pixels: pixel i belongs to the cell in which its middle lies."""
+    cells = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    annotations = (3 * cells[:, None] + cells).byte()[None]
+    found = patch_score(torch.arange(9), annotations, (3, 3), (8.0, 8.0), 9)
+    assert found.accuracy == found.mean_iou == 1
 
 
 def test_the_two_votes_differ_where_a_small_cluster_lies_in_a_large_class():
     annotations = torch.zeros(1, 4, 4, dtype=torch.uint8)
     annotations[0, 0, 0] = 1
     clusters = torch.tensor([0, 1, 1, 1])  # a quarter of 4 pixels of which 1 is the rare class
-    found = patch_score(clusters, annotations, (2, 2), 2, 2)
+    found = patch_score(clusters, annotations, (2, 2), (4, 4), 2)
     assert found.accuracy_by_count == 15 / 16
     assert found.accuracy == 13 / 16
 

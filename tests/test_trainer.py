@@ -22,8 +22,10 @@ import yaml
 from nefkern import files
 from nefkern.data import TrainLoader
 from nefkern.errors import UserError
+from nefkern.graph import kappa
 from nefkern.options import TrainOptions
 from nefkern.runs import CHECKPOINT, CONFIG, METRICS, Run
+from nefkern.segmentation.upsample import upsample_at
 from nefkern.segmenter import Segmenter
 from nefkern.step import TrainingStep
 from nefkern.trainer import Trainer
@@ -344,6 +346,30 @@ def test_resume_with_other_options(tiny, change):
     with pytest.raises(UserError, match=f"--resume: this run had --{name} .*, not {value}"):
         start(tiny(**{"epochs": 1, "resume": True, **change}))
     start(tiny(epochs=1, resume=True, pictures=7, checkpoint_seconds=3))  # decide no result
+
+
+@pytest.mark.parametrize(
+    "change", [{"high": "block:4"}, {"high": "keys"}, {"input_size": "native"}]
+)
+def test_resume_with_other_maps(tiny, change):
+    start(tiny(epochs=1)).train()
+    ((name, value),) = change.items()
+    flag = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"--resume: this run had --{flag} .*, not {value}"):
+        start(tiny(**{"epochs": 1, "resume": True, **change}))
+
+
+def test_runs_from_before_input_sizes_see_images_as_they_did(tiny):
+    options = tiny(epochs=1)
+    start(options).train()
+    run = Run(options.out)
+    config = yaml.safe_load(run.path(CONFIG).read_text())
+    assert config["options"].pop("input_size") == "auto"
+    run.path(CONFIG).write_text(yaml.safe_dump(config))
+    assert run.options().input_size == "crop"
+    start(tiny(epochs=1, input_size="crop", resume=True))
+    with pytest.raises(UserError, match="--resume: this run had --input-size crop, not auto"):
+        start(tiny(epochs=1, resume=True))
 
 
 def test_resume_with_the_feature_cache_elsewhere(tiny, tmp_path):
@@ -678,6 +704,34 @@ def test_segmenter_gives_what_the_trainer_had(tiny, images):
     assert torch.equal(maps.hidden.flatten(2).transpose(1, 2), hidden)
     assert torch.equal(maps.graph.flatten(2).transpose(1, 2), features.high)
     assert torch.equal(maps.concat.flatten(2).transpose(1, 2), features.concat)
+
+
+def test_segmenter_of_resized_images_and_blocks_side_by_side(tiny, images):
+    """Crops of 64 pixels seen at 80: cells of 12.8 pixels; F has two blocks."""
+    options = tiny(epochs=1, input_size="80", high="block:3,block:5", views=1)
+    trainer = start(options)
+    trainer.train()
+    assert (trainer.backbone.dim, trainer.backbone.concat_dim) == (128, 256)
+    recorded = Run(options.out).config()["backbone"]
+    assert recorded["high"] == "block:3,block:5"
+    assert (recorded["input_size"], recorded["interpolation"]) == (80, "bicubic")
+    segmenter = Segmenter.load(options.out)
+    # Images of any size are seen, so that windows need not lie on a grid.
+    assert (segmenter.patch, segmenter.window, segmenter.stride) == (1, 64, 43)
+    features = trainer.backbone(images)
+    maps = segmenter.maps(images)
+    assert features.grid == maps.logits.shape[2:] == (5, 8)  # of 80 × 114, padded to 128
+    assert maps.padded == (70, 128 * 100 / 114)
+    assert torch.equal(maps.graph.flatten(2).transpose(1, 2), features.high)
+    graph = segmenter.kappa(images, maps)
+    want = kappa(features.high, trainer.backbone.seen(images), (5, 8), options.graph())
+    assert torch.equal(graph.columns, want.columns)
+    assert torch.equal(graph.values, want.values)
+    own = segmenter.kappa(images, maps, per_image=True)
+    assert own.num_nodes == 80
+    whole = upsample_at(maps.logits[0], maps.padded, torch.arange(70), torch.arange(100))
+    assert torch.equal(segmenter.logits(images[0], window=100).argmax(0), whole.argmax(0))
+    assert segmenter(images[0][:, :, :70]).shape == (70, 70)
 
 
 def test_segmenter_takes_every_form_of_an_image(tiny, photos, tmp_path):
