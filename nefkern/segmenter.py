@@ -148,9 +148,10 @@ class Segmenter:
         """Where the models are."""
         return self.backbone.mean.device
 
-    def pad(self, images: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` completed to whole patches, on the models' device."""
-        return self.backbone.pad(images.to(self.device))
+    def pad(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Images ``[B, 3, H, W]`` as the backbone sees them, completed to whole patches, on its
+        device; and what these span in pixels of the images."""
+        return self.backbone.seen(images.to(self.device)), self.backbone.extent(images.shape[-2:])
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:

@@ -130,7 +130,7 @@ class Pointwise:
         return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
 
     def pad(self, images):
-        return images
+        return images, tuple(images.shape[2:])
 
     def project(self, concat, grid):
         assert math.prod(grid) == concat.shape[1]
