@@ -8,13 +8,10 @@ from torch import Tensor
 
 from nefkern.segmentation.windows import Predictor
 
-
 Extent = tuple[float, float]
 
 
-def flip_averaged(
-    predict: Predictor, pad: Callable[[Tensor], tuple[Tensor, Extent]]
-) -> Predictor:
+def flip_averaged(predict: Predictor, pad: Callable[[Tensor], tuple[Tensor, Extent]]) -> Predictor:
     """A predictor whose logits are the mean over crops and their mirror images.
 
     Args:
