@@ -32,6 +32,13 @@ def compress(rows: Tensor, num_nodes: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(num_nodes + 1, device=rows.device))
 
 
+def place_of(row_offsets: Tensor, columns: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
+    """Where the entries (``rows``, ``wanted``) are stored, int64; of those that are not, any."""
+    num_nodes = row_offsets.shape[0] - 1
+    stored = row_of_entry(row_offsets, columns.shape[0]) * num_nodes + columns
+    return torch.searchsorted(stored, rows * num_nodes + wanted)
+
+
 def transpose(row_offsets: Tensor, columns: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """The transposed square matrix; a stable sort by column keeps its columns ascending."""
     rows = row_of_entry(row_offsets, columns.shape[0])
