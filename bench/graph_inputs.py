@@ -27,10 +27,14 @@ ALPHA = 0.3
 def lists(size: str) -> tuple[Tensor, Tensor, Tensor]:
     """(feature neighbours [N, k], their similarities, pixel neighbours [N, 15])."""
     images, patches, channels, k, _ = SIZES[size]
-    similarities, neighbours = knn(clustered(images * patches, channels), k)
-    pixels = torch.rand(images * patches, 5, generator=torch.Generator().manual_seed(1))
-    pixels = pixels.to(DEVICE)
-    offsets = torch.arange(images + 1, device=DEVICE) * patches
+    return lists_of(clustered(images * patches, channels), images, k)
+
+
+def lists_of(features: Tensor, images: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for these rows, of so many images of random colours."""
+    similarities, neighbours = knn(features, k)
+    pixels = torch.rand(len(features), 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    offsets = torch.arange(images + 1, device=DEVICE) * (len(features) // images)
     near = [knn(pixels, n, metric="euclidean", segments=offsets)[1] for n in (10, 5)]
     return neighbours, similarities, torch.cat(near, dim=1)
 

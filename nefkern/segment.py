@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nefkern.backends import check_environment
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_crf_workers,
     add_device,
     add_run,
@@ -23,13 +23,13 @@ from nefkern.commandline import (
     log_to_stderr,
     make_output_folder,
 )
-from nefkern.errors import UserError, command
+from nefkern.runtime.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nefkern.segmentation.refinement import Job, Refiner
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
 T = TypeVar("T")
 
@@ -85,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="overlapping windows as large as the training crop, at the image's own resolution; "
         "without it the whole image is seen at the scale of training",
+    )
+    add(
+        "--flip",
+        action="store_true",
+        help="average over the image and its mirror image: twice the time, steadier segments",
     )
     add_device(result)
     return result
@@ -225,7 +230,8 @@ def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Jo
     clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
     shown = occurring(clusters).to(clusters.device)
     again = replay.select(shown)
-    probabilities = sliding_windows(again, pixels, window, stride, batch_size=1).softmax(0)
+    logits = sliding_windows(again, pixels, window, stride, batch_size=1)
+    probabilities = segmenter.probabilities(logits)
     return Job(str(file), pixels, probabilities, shown, (file, name, pixels))
 
 
@@ -286,16 +292,17 @@ def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
 
 def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
-    from nefkern.progress import image_bar
+    from nefkern.runtime.progress import image_bar
     from nefkern.segmentation.mean_field import require_pydensecrf
     from nefkern.segmentation.refinement import Refiner
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
     if arguments.crf:
         require_pydensecrf()
     refiner = Refiner(arguments.crf_workers) if arguments.crf else None
     files, folders = zip(*_found(arguments.images, recursive=arguments.recursive), strict=True)
-    segmenter = Segmenter.load(arguments.run, arguments.device)
+    segmenter = Segmenter.load(arguments.run, arguments.device, flip=arguments.flip)
+    segmenter.require_clusters()
     make_output_folder(arguments.out)
     named, failures = list(zip(files, output_names(files, folders), strict=True)), []
     with image_bar(len(files)) as bar:

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from nefkern.data import read_image
-from nefkern.errors import UserError
-from nefkern.options import TrainOptions
-from nefkern.runs import Run
+from nefkern.runtime.errors import UserError
 from nefkern.segment import image_files, main, occurring, output_names, parser
+from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.windows import window_starts
-from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import Run
+from nefkern.training.trainer import Trainer
 
 SIZES = {"wide.png": (120, 50), "tall.jpg": (40, 90), "large.png": (300, 260)}
 
@@ -114,6 +114,22 @@ def test_crf_workers_without_a_crf(run, pictures, tmp_path, capsys):
     options = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--crf-workers", "1"]
     assert main(options) == 2
     assert "--crf-workers 1: expected --crf beside it" in capsys.readouterr().err
+
+
+def test_flip_makes_a_mirrored_image_the_mirrored_segments(run, photograph, tmp_path):
+    """Sides of whole patches, and windows that lie alike from both ends: the grids are the same."""
+    image = photograph(112, 64, 5)
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
+    for flags in ([], ["--flip"], ["--flip", "--sliding"]):
+        out = tmp_path / "-".join(["out", *flags])
+        files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+        assert main([str(run), *files, "--out", str(out), *flags]) == 0
+        a, b = (indices(out / f"{name}.clusters.png") for name in "ab")
+        agree = (b.flip(1) == a).float().mean()
+        assert agree > 0.999 if flags else agree < 0.999
+    found = Segmenter.load(run, "cpu", flip=True)(tmp_path / "a.png")
+    assert torch.equal(found, indices(tmp_path / "out---flip" / "a.clusters.png"))
 
 
 def test_a_folder_is_all_of_its_images(run, pictures, tmp_path):

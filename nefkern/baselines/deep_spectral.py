@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nefkern.baselines.kmeans import KMeans
-from nefkern.eigenpairs import leading_eigenpairs
 from nefkern.ops import CSRGraph
+from nefkern.spectral.eigenpairs import leading_eigenpairs
+from nefkern.spectral.kmeans import KMeans
 
 #: Eigenvectors, and so segments, of an image: theirs for semantic segmentation.
 NUM_SEGMENTS = 15
@@ -62,7 +62,7 @@ class DeepSpectral:
             int64 ``[n]`` on the CPU, from 0 to m - 1.
         """
         count = min(self.num_segments, graph.num_nodes)
-        _, vectors = leading_eigenpairs(graph, count, seed=self.seed)
+        vectors = leading_eigenpairs(graph, count, tol=0, seed=self.seed).vectors.cpu()
         rows = F.normalize(vectors, dim=1).float()
         return KMeans(count, self.seed).fit(rows).predict(rows)
 
@@ -70,7 +70,7 @@ class DeepSpectral:
         """Every patch's feature replaced by the mean over its segment.
 
         Args:
-            graph: κ of all images, block-diagonal (:func:`nefkern.graph.image_kappa`).
+            graph: κ of all images, block-diagonal (:func:`nefkern.images.graph.image_kappa`).
             features: F, ``[B, C, h, w]``.
 
         Returns:

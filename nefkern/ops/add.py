@@ -6,8 +6,8 @@ import torch
 
 from nefkern import reference
 from nefkern.ops import checks, registry
-from nefkern.ops.csr import CSRGraph, check_content, check_graph, raise_invalid_content
-from nefkern.reference.csr import place_of, row_of_entry
+from nefkern.ops.csr import CSRGraph, check_graph
+from nefkern.reference.csr import check_content, place_of, raise_invalid_content, row_of_entry
 
 
 def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:

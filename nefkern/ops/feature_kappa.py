@@ -9,7 +9,8 @@ from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph
 from nefkern.ops.kappa import kappa
 from nefkern.ops.knn import knn
-from nefkern.ops.normalized_adjacency import check_indices, normalized_adjacency
+from nefkern.ops.normalized_adjacency import normalized_adjacency
+from nefkern.reference.normalized_adjacency import check_indices
 
 
 def feature_kappa(

@@ -7,15 +7,9 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import (
-    CSRGraph,
-    check_content,
-    check_dense_operand,
-    check_graph,
-    raise_invalid_content,
-)
+from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
 from nefkern.ops.sddmm import values_gradient
-from nefkern.reference.csr import transpose
+from nefkern.reference.csr import check_content, raise_invalid_content, transpose
 
 
 def spmm(graph: CSRGraph, x: Tensor) -> Tensor:

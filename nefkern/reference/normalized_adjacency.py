@@ -138,3 +138,13 @@ def _shares(
     if union:
         return wins / winners.index_add(0, back, wins)[there].clamp_min(1)
     return wins / winners[there].clamp_min(1) / 2
+
+
+def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
+    """Raise ValueError for an index outside -1 ... num_nodes - 1."""
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= num_nodes:
+            raise ValueError(
+                f"{name}: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
+            )

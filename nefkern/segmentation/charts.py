@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from nefkern.segmentation.evaluation import shown
 from nefkern.segmentation.pictures import GAP, colorize, grid, shrunk
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
 
     pixels = evaluation["pixels"]
     methods = {
-        name: method["stages"]["none"]["matchings"][matching]["iou"]
+        name: matchings[shown(matchings, matching)]["iou"]
         for name, method in evaluation["methods"].items()
+        for matchings in [method["stages"]["none"]["matchings"]]
     }
     # A class that is neither annotated nor predicted has no IoU.
     met = [label for label in pixels if any(iou[label] is not None for iou in methods.values())]

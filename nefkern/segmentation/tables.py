@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nefkern.data.labels import absent_classes
-from nefkern.segmentation.evaluation import MATCHINGS
+from nefkern.segmentation.evaluation import MATCHINGS, shown
 
 
 def describe(evaluation: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def summary_table(evaluation: dict[str, Any]) -> str:
                         _percent(result["accuracy"]),
                         _percent(result["mean_iou"]),
                         f"{result['classes_matched']}/{count}",
-                        f"{stage['clusters_used']}/{clusters}",
+                        "-" if matching == "own" else f"{stage['clusters_used']}/{clusters}",
                     )
                 )
     return aligned(rows, left=3)
@@ -71,7 +71,10 @@ def summary_table(evaluation: dict[str, Any]) -> str:
 def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
     """IoU of every class, in percent, a column for each method; largest class first."""
     columns = [
-        (name if crf == "none" else f"{name}+crf", stage["matchings"][matching]["iou"])
+        (
+            name if crf == "none" else f"{name}+crf",
+            stage["matchings"][shown(stage["matchings"], matching)]["iou"],
+        )
         for name, method in evaluation["methods"].items()
         for crf, stage in method["stages"].items()
     ]
