@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nefkern import reference
+from nefkern import backends, reference
 from nefkern.ops import registry
 from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
 from nefkern.reference.csr import check_content, raise_invalid_content, transpose
@@ -45,9 +45,6 @@ registry.define(
 )
 
 
-# On a GPU too: there is no kernel of ours yet, and a backward pass keeps the backend it was given.
-@registry.kernel("sddmm", "triton")
-@registry.kernel("sddmm", "cuda")
 @registry.kernel("sddmm", "reference")
 def _reference(row_offsets, columns, x, y):
     check_content(row_offsets, columns)
@@ -64,6 +61,20 @@ def _cpu(row_offsets, columns, x, y):
     if not valid:
         raise_invalid_content()
     return values
+
+
+@registry.kernel("sddmm", "triton", accepts=_native_accepts)
+def _triton(row_offsets, columns, x, y):
+    from nefkern.triton.sddmm import sddmm
+
+    return sddmm(row_offsets, columns, x, y)
+
+
+@registry.kernel("sddmm", "cuda", accepts=_native_accepts)
+def _cuda(row_offsets, columns, x, y):
+    """By Triton's kernel where it is installed, else by PyTorch: the extension has none of it."""
+    found = _reference if backends.why_not("triton") else _triton
+    return found(row_offsets, columns, x, y)
 
 
 def _setup_context(ctx, inputs, output) -> None:

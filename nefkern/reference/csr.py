@@ -41,6 +41,13 @@ def place_of(row_offsets: Tensor, columns: Tensor, rows: Tensor, wanted: Tensor)
     return torch.searchsorted(stored, rows * num_nodes + wanted)
 
 
+def mirrored_places(columns: Tensor) -> Tensor:
+    """For each stored entry (i, j) of a matrix of symmetric structure, where (j, i) is stored.
+
+    Sorted by column, the entries stand in the order of the transposed matrix, which is the same."""
+    return torch.sort(columns, stable=True).indices
+
+
 def transpose(row_offsets: Tensor, columns: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """The transposed square matrix; a stable sort by column keeps its columns ascending."""
     rows = row_of_entry(row_offsets, columns.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nefkern.reference.csr import compress, merge_entries, place_of
+from nefkern.reference.csr import compress, merge_entries, mirrored_places, place_of
 
 _SMALLEST = 2.0**-1074  # of float64's positive numbers
 
@@ -103,7 +103,8 @@ def normalized_adjacency_gradient(
     # One place more than there are, for edges that are not stored.
     spare = columns.shape[0]
     there = torch.where(kept, place_of(row_offsets, columns, rows, ends), spare)
-    back = torch.where(kept, place_of(row_offsets, columns, ends, rows), spare)
+    mirror = torch.cat([mirrored_places(columns), rows.new_zeros(1)])
+    back = torch.where(kept, mirror[there], spare)
     share = _shares(w.detach(), kept, there, back, spare + 1, symmetrize)
 
     def node_sums(edges: Tensor) -> Tensor:

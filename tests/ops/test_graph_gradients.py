@@ -154,6 +154,18 @@ def test_competing_weights():
     assert twin.grad[0] == twin.grad[1] != 0
 
 
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (3, 2)])
+def test_no_edge_at_all(n, k):
+    weights = torch.ones(n, k, requires_grad=True)
+    padding = torch.full((n, k), -1)
+    for graph in (
+        ops.normalized_adjacency(padding, weights, num_nodes=n),
+        ops.kappa(padding, weights, padding, num_nodes=n),
+    ):
+        (gradient,) = torch.autograd.grad(graph.values.sum(), weights)
+        assert torch.equal(gradient, torch.zeros(n, k))
+
+
 @pytest.mark.parametrize("factor", [1e-38, 1e36])
 def test_weights_of_any_size(factor):
     """κ does not change with the weights' unit, so the gradient is 1 / unit times as large."""
