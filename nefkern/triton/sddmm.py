@@ -75,8 +75,8 @@ def shipped() -> list[Shipped]:
             _sddmm_kernel,
             {
                 "row_offsets": "*i64", "columns": "*i32", "x": kinds[of], "y": kinds[to],
-                "values": "*fp32", "num_nodes": "i32", "nnz": "i64", "width": "i32", "x_stride": "i64",
-                "y_stride": "i64",
+                "values": "*fp32", "num_nodes": "i32", "nnz": "i64", "width": "i32",
+                "x_stride": "i64", "y_stride": "i64",
             },
             TILE,
         )
