@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -54,7 +55,8 @@ class NeuralEstimator(GraphEstimator):
         checks.choice("loss", self.loss, LOSSES)
         checks.integer("max_iter", self.max_iter, 1)
         checks.integer("batch_size", self.batch_size, 2)
-        hidden = tuple(checks.integer("hidden_layer_sizes", n, 1) for n in self.hidden_layer_sizes)
+        sizes = np.atleast_1d(self.hidden_layer_sizes)
+        hidden = tuple(checks.integer("hidden_layer_sizes", size, 1) for size in sizes)
         checks.finite_number("learning_rate_init", self.learning_rate_init, 0)
         teacher = self.loss == "regression"
         if teacher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
@@ -73,7 +74,7 @@ class GraphEstimator(BaseEstimator):
             self._units = Units.of(array, AFFINITIES[affinity])
             rows = self._units.rows(array, device_of(X))
             lists = neighbour_lists(rows, self.n_neighbors - 1, affinity)
-        self._of_components(_as_graph(lists, len(rows)))
+        self._check_connected(lambda: _as_graph(lists, len(rows)))
         with self._stage("graph and eigenvectors"):
             found = embed_lists(lists, count, **options)
         return dataclasses.replace(
@@ -84,7 +85,7 @@ class GraphEstimator(BaseEstimator):
         matrix = self._valid_matrix(X, fitting=True)
         self._check_sizes(matrix.shape[0], count, neighbours=False)
         matrix = sparse.csr_array(check_symmetric(matrix, raise_warning=True))
-        self._of_components(matrix)
+        self._check_connected(lambda: matrix)
         graph = CSRGraph.from_scipy(matrix, symmetric=True).to(device_of(X))
         with self._stage("eigenvectors"):
             return embed_adjacency(graph, count, **options)
@@ -93,7 +94,7 @@ class GraphEstimator(BaseEstimator):
         matrix = self._valid_matrix(X, fitting=True)
         self._check_sizes(matrix.shape[0], count)
         lists = _nearest(matrix, self.n_neighbors - 1, own=True, device=device_of(X))
-        self._of_components(_as_graph(lists, matrix.shape[0]))
+        self._check_connected(lambda: _as_graph(lists, matrix.shape[0]))
         with self._stage("graph and eigenvectors"):
             return embed_lists(lists, count, **options)
 
@@ -109,8 +110,17 @@ class GraphEstimator(BaseEstimator):
                 f"eigenvectors, got {count}"
             )
 
-    def _of_components(self, graph) -> None:
-        """Hook: what a graph that isn't connected means."""
+    def _check_connected(self, graph: Callable[[], sparse.csr_array]) -> None:
+        """Warns of a graph in parts, where coordinates are wanted: clusters may well be parts."""
+        if not isinstance(self, TransformerMixin):
+            return
+        parts = connected_components(graph(), directed=False, return_labels=False)
+        if parts > 1:
+            warnings.warn(
+                f"Graph is not fully connected ({parts} parts): the first coordinates tell the "
+                "parts apart, and which direction among them is left out is arbitrary.",
+                stacklevel=5,
+            )
 
     def _valid_matrix(self, X, *, fitting: bool):
         """A checked matrix of affinities or distances, ``[n, N]``, N = n when fitting."""
@@ -234,15 +244,6 @@ class SpectralEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Graph
         """
         check_is_fitted(self)
         return like(X, self._coordinates(X)[:, 1:], self._dtype)
-
-    def _of_components(self, graph) -> None:
-        count = connected_components(graph, directed=False, return_labels=False)
-        if count > 1:
-            warnings.warn(
-                f"Graph is not fully connected ({count} parts): the first coordinates tell the "
-                "parts apart, and which direction among them is left out is arbitrary.",
-                stacklevel=2,
-            )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
