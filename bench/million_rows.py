@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from nefkern.errors import ArgumentParser, command
 from nefkern.estimators import SpectralClustering
+from nefkern.runtime.errors import ArgumentParser, command
 
 
 def clustered(n: int, columns: int, clusters: int, dimensions: int = 4):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nefkern.backends import check_environment
-from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_crf_workers,
     add_device,
     add_ignore_class,
@@ -20,15 +19,17 @@ from nefkern.commandline import (
     command_parser,
     log_to_stderr,
 )
-from nefkern.errors import UserError, command
-from nefkern.options import ANNOTATED, PRESETS
+from nefkern.runtime.errors import UserError, command
+from nefkern.segmentation.methods import ALIASES, METHODS, Method, parse_methods
+from nefkern.training.options import ANNOTATED, PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
-over all images, in up to four ways (majority vote by IoU, as the paper's authors do, or by count;
-Hungarian, by count or, as the authors do, by IoU, where there are as many clusters as classes).
+over all images, in up to four ways: majority vote by IoU, as the paper's authors do, or by count;
+and, where there are as many clusters as classes, Hungarian by count, as the authors do, or by IoU.
 Pixel accuracy and mean IoU are then those of one confusion matrix. Baselines are fitted on the
-training split; all methods share each pass of the backbone.
+training split; all methods share each pass of the backbone. A linear probe has classes of its own:
+it is trained on the annotations of the training split, and nothing is matched.
 
 Mean IoU is over the classes that occur in the annotations or in the prediction.
 """
@@ -44,8 +45,10 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --baseline kmeans --features hidden
   python -m nefkern.evaluate runs/voc --data-root voc --ignore-class background
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
+  python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --resize none
   python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
   python -m nefkern.evaluate runs/imagenet --data cityscapes --data-root DIR
+  python -m nefkern.evaluate runs/voc --data-root voc --methods ours,linear-probe --flip
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
 the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.png (class indices,
@@ -57,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     width = max(map(len, METHODS))
     methods = "\n  ".join(f"{m.name:{width}}  {m.title}" for m in METHODS.values())
-    aliases = "".join(f"{alias} is {name}; " for alias, name in ALIASES.items())
-    aliases += "these need no quotes in a shell"
+    aliases = "; ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
+    aliases += "\n  the star needs quotes in a shell, these names do not"
     examples = EXAMPLES.format(methods=methods, aliases=aliases)
     result = command_parser("evaluate", DESCRIPTION, examples)
     add_run(result)
@@ -100,7 +103,9 @@ def _add_data(group: Any) -> None:
         "crop320, 60 and 19 with sliding]",
     )
     group.add_argument("--split", default="val", help="images to score on [val]")
-    group.add_argument("--fit-split", default="train", help="images to fit K-means on [train]")
+    group.add_argument(
+        "--fit-split", default="train", help="images to fit K-means and probes on [train]"
+    )
     add_ignore_class(group)
     group.add_argument("--limit", type=int, metavar="N", help="only the first N images of a split")
 
@@ -119,11 +124,26 @@ def _add_methods(group: Any) -> None:
         "--untrained", action="store_true", help="add ours*-untrained, the control of ours*"
     )
     group.add_argument(
+        "--fit-images",
+        default="augmented",
+        choices=("augmented", "plain"),
+        help="what K-means is fitted on: augmented crops, as the run was trained on and as the "
+        "paper's authors do; plain: the crops that are scored, of the other split [augmented]",
+    )
+    group.add_argument(
+        "--fit-passes",
+        type=int,
+        metavar="N",
+        help="augmented views of each image that K-means sees [the run's --views, whose maps it "
+        "has kept; 2 where it drew new ones in every epoch]",
+    )
+    group.add_argument(
         "--sample-rows",
         type=int,
-        default=1 << 16,
+        default=5_000_000,
         metavar="N",
-        help="patches K-means is fitted on before its one pass over the rest [65536]",
+        help="patches K-means is fitted on before its one pass over the rest, at most 4 GiB of "
+        "them a method, in half precision where they fill it; also those of a probe [5000000]",
     )
 
 
@@ -132,10 +152,18 @@ def _add_protocol(group: Any) -> None:
         "--protocol",
         default="crop320",
         choices=("crop320", "sliding"),
-        help="crop320: shorter side to 320 pixels, centre crop (tables 1 and 2); sliding: own "
-        "resolution, overlapping windows averaged (tables 3 and 4) [crop320]",
+        help="crop320: shorter side to 320 pixels, centre crop (tables 1 and 2); sliding: "
+        "shorter side to --resize, overlapping windows averaged, logits resized back to the "
+        "image's own resolution and scored there (tables 3 and 4) [crop320]",
     )
     group.add_argument("--size", type=int, default=320, help="of crop320 [320]")
+    group.add_argument(
+        "--resize",
+        type=_resize,
+        metavar="PX",
+        help="of sliding: shorter side at which the network sees an image, in pixels; none: its "
+        "own [the paper's for its data sets, 520, 1024 and 512; else that of training]",
+    )
     group.add_argument(
         "--window",
         type=int,
@@ -149,6 +177,11 @@ def _add_protocol(group: Any) -> None:
         help="of sliding [the paper's for its data sets and windows, else 2/3 of the window]",
     )
     group.add_argument(
+        "--flip",
+        action="store_true",
+        help="average every method's logits over the image and its mirror image: twice the time",
+    )
+    group.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="windows in one pass [4]"
     )
     group.add_argument(
@@ -156,10 +189,17 @@ def _add_protocol(group: Any) -> None:
         nargs="?",
         const="clusters",
         choices=("clusters", "classes"),
-        help="score a second time after a CRF on the clusters or, faster for many clusters and "
-        "with a second pass over the images, on the matched classes",
+        help="score a second time after a CRF: on the clusters, before they are matched, as the "
+        "paper's numbers are; or, faster for many clusters and with a second pass over the images, "
+        "on the matched classes [clusters]",
     )
     add_crf_workers(group)
+
+
+def _resize(text: str) -> int | str:
+    if text != "none" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected pixels or none, got {text!r}")
+    return text if text == "none" else int(text)
 
 
 def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
@@ -173,15 +213,21 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option out of range."""
-    for name in ("limit", "sample_rows", "classes", "size", "window", "stride", "batch_size"):
+    names = ("limit", "sample_rows", "fit_passes", "classes", "size", "window", "stride")
+    for name in (*names, "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if arguments.fit_passes and arguments.fit_images == "plain":
+        raise UserError("--fit-passes: only for --fit-images augmented")
+    if isinstance(arguments.resize, int) and arguments.resize < 1:
+        raise UserError(f"--resize {arguments.resize}: expected at least 1, or none")
     if arguments.pictures < 0:
         raise UserError(f"--pictures {arguments.pictures}: expected 0 or more")
     check_crf_workers(arguments)
-    if arguments.protocol == "crop320" and (arguments.window or arguments.stride):
-        raise UserError("--window, --stride: only for --protocol sliding")
+    sliding = arguments.window or arguments.stride or arguments.resize
+    if arguments.protocol == "crop320" and sliding:
+        raise UserError("--window, --stride, --resize: only for --protocol sliding")
 
 
 @command
@@ -193,8 +239,8 @@ def main(arguments: list[str] | None = None) -> None:
     log_to_stderr()
 
     check_environment()
-    from nefkern import distributed
-    from nefkern.evaluator import Evaluator
+    from nefkern.evaluation.evaluator import Evaluator
+    from nefkern.runtime import distributed
     from nefkern.segmentation.tables import describe
 
     # K-means is fitted by one process, and the others wait.

@@ -10,16 +10,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from nefkern.commandline import command_parser, log_to_stderr
-from nefkern.errors import UserError, command
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Job, Planner, also_methods, chosen, command_lines
 from nefkern.reproduction.rendering import as_dict, figure, listing, markdown
 from nefkern.reproduction.running import Measured, measure
+from nefkern.runtime.commandline import command_parser, log_to_stderr
+from nefkern.runtime.errors import UserError, command
 
 DESCRIPTION = """\
 Every experiment of the paper as a command: tables 1 to 9; 4.4, the comparison in the text of that
-section; figure-2 and figure-3, the segments of K-means and ours beside the annotation. Each row is
+section; figure-2, segments on Pascal Context beside the annotation, and figure-3, on ADE20K beside
+the image; of the appendix figure-cityscapes and figure-eigenfunctions, ψ's raw outputs. Each row is
 trained and scored by python -m nefkern.train and nefkern.evaluate, and printed beside the paper's
 numbers. It goes on where it was interrupted: what is trained or scored already, here or by the
 commands that --dry-run prints, is not done again, and rows that train alike (five tables have a row
@@ -33,7 +34,7 @@ examples:
   python -m nefkern.reproduce 1 vit-s --data-root DIR --seeds 3
   python -m nefkern.reproduce figure-2 --data-root DIR --evaluate="--pictures 12"
   python -m nefkern.reproduce all --data-root DIR --dry-run   commands to spread over machines
-  python -m nefkern.reproduce 1 --data-root DIR --evaluate="--crf classes"
+  python -m nefkern.reproduce 1 --data-root DIR --evaluate="--crf clusters"
                                                               with a CRF, as the paper's numbers are
   python -m nefkern.reproduce 1 --data-root DIR --also deep-spectral,kmeans-concat
                                                               with baselines that it does not have
@@ -148,7 +149,7 @@ def check(options: argparse.Namespace) -> None:
 def reproduce(options: argparse.Namespace, line: str) -> int:
     """Run the chosen rows and write their tables, anew after every row; returns the exit code."""
     from nefkern.backends import check_environment
-    from nefkern.files import replace_file
+    from nefkern.runtime.files import replace_file
     from nefkern.segmentation.pictures import write_png
 
     check_environment()
@@ -163,9 +164,9 @@ def reproduce(options: argparse.Namespace, line: str) -> int:
             code = 2 if measured[-1].error else code
             text = markdown(TABLES[number], measured, planner, line)
             replace_file(options.out / f"{TABLES[number].stem}.md", text)
-            if TABLES[number].is_figure and (sheet := figure(measured)):
+            if TABLES[number].is_figure and (sheet := figure(TABLES[number], measured)):
                 write_png(sheet, options.out / f"{TABLES[number].stem}.png")
-            content = {"command": line, **as_dict(TABLES[number], measured)}
+            content = {"command": line, **as_dict(TABLES[number], measured, planner)}
             replace_file(
                 options.out / f"{TABLES[number].stem}.json",
                 json.dumps(content, indent=1, ensure_ascii=False),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nefkern.backends import check_environment
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_crf_workers,
     add_device,
     add_run,
@@ -21,13 +23,13 @@ from nefkern.commandline import (
     log_to_stderr,
     make_output_folder,
 )
-from nefkern.errors import UserError, command
+from nefkern.runtime.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nefkern.segmentation.refinement import Job, Refiner
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
 T = TypeVar("T")
 
@@ -38,15 +40,17 @@ WRITTEN = OVERLAY, CLUSTERS = ".overlay.png", ".clusters.png"
 
 DESCRIPTION = """\
 Segment images with a trained run, each at its own resolution. For NAME.jpg it writes
-  NAME.overlay.png   image | clusters | blend
-  NAME.clusters.png  an image whose pixel values are the cluster indices (8 bits, coloured by a
-                     palette; 16 bits grey from 257 clusters on)
+  NAME.overlay.png   image | clusters | blend, each at most 2048 pixels long
+  NAME.clusters.png  an image as large as NAME.jpg whose pixel values are the cluster indices (8
+                     bits, coloured by a palette; 16 bits grey from 257 clusters on)
 A cluster has the same index and colour in every image.
 """
 EXAMPLES = """\
 examples:
   python -m nefkern.segment runs/voc photo.jpg --out segments
   python -m nefkern.segment runs/voc holiday/ --out segments         every image of a folder
+  python -m nefkern.segment runs/voc holiday/ --out segments --recursive
+                                     and of the folders inside; segments/ is laid out like holiday/
   python -m nefkern.segment runs/voc photo.jpg --out segments --crf  edges as sharp as the image's
   python -m nefkern.segment runs/voc map.tif --out segments --sliding
                                      small things in a large image, window by window
@@ -54,6 +58,8 @@ examples:
 read the indices:  numpy.array(PIL.Image.open("segments/photo.clusters.png"))
 
 An image that cannot be read is reported, the others are done, and the exit code is 2.
+In the environment: NEFKERN_MAX_PIXELS=N allows images beyond 500 megapixels, and NEFKERN_WHITE=N
+says which value is white in images of more than 8 bits (python -m nefkern.data --help).
 """
 
 
@@ -66,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add_run(result)
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    add(
+        "--recursive",
+        action="store_true",
+        help="take the images in folders inside the given folders too",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
     add("--crf", action="store_true", help="refine by a CRF (needs pydensecrf)")
     add_crf_workers(result)
@@ -75,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
         help="overlapping windows as large as the training crop, at the image's own resolution; "
         "without it the whole image is seen at the scale of training",
     )
+    add(
+        "--flip",
+        action="store_true",
+        help="average over the image and its mirror image: twice the time, steadier segments",
+    )
     add_device(result)
     return result
 
@@ -82,42 +98,81 @@ def parser() -> argparse.ArgumentParser:
 # ---- build ----
 
 
-def image_files(given: list[Path]) -> list[Path]:
+def image_files(given: list[Path], *, recursive: bool = False) -> list[Path]:
     """The files, and the images in the folders, in order, without what this command wrote there.
+
+    Args:
+        given: files and folders.
+        recursive: take the images in folders inside the folders too; without it a warning names
+            those folders.
 
     Raises:
         UserError: a folder without images.
     """
+    return [file for file, _ in _found(given, recursive=recursive)]
+
+
+def _found(given: list[Path], *, recursive: bool) -> list[tuple[Path, Path]]:
+    """Each file, and the folder below ``--out`` for what is written of it."""
     from nefkern.data import IMAGE_SUFFIXES
 
-    files: list[Path] = []
+    found: list[tuple[Path, Path]] = []
     for path in given:
         if not path.is_dir():
-            files.append(path)
+            found.append((path, Path()))
             continue
-        inside = [
-            p
-            for p in sorted(path.iterdir())
-            if p.suffix.lower() in IMAGE_SUFFIXES
-            and not p.name.startswith(".")
-            and not p.name.endswith(WRITTEN)
-        ]
+        inside = list(_images_in(path, recursive=recursive))
+        if not recursive:
+            _tell_nested(path, empty=not inside)
         if not inside:
-            raise UserError(f"{path}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
-        files += inside
-    return files
+            suffixes = " ".join(IMAGE_SUFFIXES)
+            raise UserError(f"{path}: no images in this folder ({suffixes})")
+        found += inside
+    return found
 
 
-def output_names(files: list[Path]) -> list[str]:
-    """A name for each file: its stem; with the suffix, then a number, where two would agree."""
+def _images_in(root: Path, *, recursive: bool) -> Iterator[tuple[Path, Path]]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
+        for name in sorted(filter(_is_wanted, names)):
+            yield Path(folder, name), Path(folder).relative_to(root)
+
+
+def _is_wanted(name: str) -> bool:
+    from nefkern.data.folder import is_image_name
+
+    return is_image_name(name) and not name.endswith(WRITTEN)
+
+
+def _tell_nested(folder: Path, *, empty: bool) -> None:
+    from nefkern.data.folder import nested_images
+
+    line = nested_images(folder, _is_wanted)
+    if line and empty:
+        raise UserError(f"{line}, and there are none beside them; --recursive takes them")
+    if line:
+        log.warning("%s; --recursive takes them too", line)
+
+
+def output_names(files: list[Path], folders: list[Path] | None = None) -> list[str]:
+    """A name for each file: its stem; with the suffix, then a number, where two would agree.
+
+    Args:
+        files: in any number; the time is linear in it.
+        folders: of each, below ``--out``; default, ``--out`` itself.
+    """
+    folders = folders or [Path()] * len(files)
+    stems = [str(folder / file.stem) for file, folder in zip(files, folders, strict=True)]
+    shared = Counter(stems)
+    last: Counter[str] = Counter()  # the last number given to a name
+    taken: set[str] = set()
     names: list[str] = []
-    for file in files:
-        stem, number = file.stem, 1
-        name = stem if [f.stem for f in files].count(stem) == 1 else file.name
-        base = name
-        while name in names:
-            number += 1
-            name = f"{base}-{number}"
+    for file, folder, stem in zip(files, folders, stems, strict=True):
+        base = name = stem if shared[stem] == 1 else str(folder / file.name)
+        while name in taken:
+            last[base] += 1
+            name = f"{base}-{last[base] + 1}"
+        taken.add(name)
         names.append(name)
     return names
 
@@ -126,7 +181,7 @@ def output_names(files: list[Path]) -> list[str]:
 
 
 class Segmented(NamedTuple):
-    """A file's pixels uint8 ``[3, H, W]`` and clusters int64 ``[H, W]``, and its output name."""
+    """A file's pixels uint8 ``[3, H, W]`` and clusters ``[H, W]``, and its output name."""
 
     file: Path
     name: str
@@ -142,10 +197,26 @@ def windows(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> tuple:
 
 
 def segment(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> Tensor:
-    """Clusters of ``[3, H, W]`` uint8 pixels, int64 ``[H, W]`` on the CPU."""
+    """Clusters of ``[3, H, W]`` uint8 pixels, ``[H, W]`` in few bits, on the CPU."""
+    import torch
+
     from nefkern.segmentation.windows import sliding_clusters
 
-    return sliding_clusters(*windows(segmenter, pixels, sliding=sliding), batch_size=1).cpu()
+    dtype = torch.uint8 if segmenter.num_clusters <= 256 else torch.int32
+    cut = windows(segmenter, pixels, sliding=sliding)
+    return sliding_clusters(*cut, batch_size=1, dtype=dtype).cpu()
+
+
+def occurring(clusters: Tensor) -> Tensor:
+    """The clusters that win a pixel, int64 and ascending: ``unique`` without sorting."""
+    import torch
+
+    counts = torch.zeros(0, dtype=torch.int64)
+    for part in clusters.flatten().split(1 << 22):
+        seen = part.bincount(minlength=len(counts)).cpu()
+        seen[: len(counts)] += counts
+        counts = seen
+    return counts.nonzero().flatten()
 
 
 def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Job:
@@ -156,9 +227,11 @@ def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Jo
     pixels = read(segmenter, file)
     predict, _, window, stride = windows(segmenter, pixels, sliding=sliding)
     replay = Replay(predict)
-    shown = sliding_clusters(replay, pixels, window, stride, batch_size=1).unique()
+    clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
+    shown = occurring(clusters).to(clusters.device)
     again = replay.select(shown)
-    probabilities = sliding_windows(again, pixels, window, stride, batch_size=1).softmax(0)
+    logits = sliding_windows(again, pixels, window, stride, batch_size=1)
+    probabilities = segmenter.probabilities(logits)
     return Job(str(file), pixels, probabilities, shown, (file, name, pixels))
 
 
@@ -210,6 +283,7 @@ def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
     """Write both pictures of a file."""
     from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
 
+    (folder / segmented.name).parent.mkdir(parents=True, exist_ok=True)
     sheet = overlay(segmented.pixels, segmented.clusters, colours=palette(num_clusters))
     write_png(sheet, folder / f"{segmented.name}{OVERLAY}")
     indices = index_image(segmented.clusters, num_clusters)
@@ -218,18 +292,19 @@ def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
 
 def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
-    from nefkern.progress import image_bar
+    from nefkern.runtime.progress import image_bar
     from nefkern.segmentation.mean_field import require_pydensecrf
     from nefkern.segmentation.refinement import Refiner
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
     if arguments.crf:
         require_pydensecrf()
     refiner = Refiner(arguments.crf_workers) if arguments.crf else None
-    files = image_files(arguments.images)
-    segmenter = Segmenter.load(arguments.run, arguments.device)
+    files, folders = zip(*_found(arguments.images, recursive=arguments.recursive), strict=True)
+    segmenter = Segmenter.load(arguments.run, arguments.device, flip=arguments.flip)
+    segmenter.require_clusters()
     make_output_folder(arguments.out)
-    named, failures = list(zip(files, output_names(files), strict=True)), []
+    named, failures = list(zip(files, output_names(files, folders), strict=True)), []
     with image_bar(len(files)) as bar:
 
         def fail(error: UserError) -> None:
@@ -243,7 +318,7 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
         with closing(results):
             for segmented in results:
                 write(segmented, segmenter.num_clusters, arguments.out)
-                bar.write(f"{segmented.file}: {len(segmented.clusters.unique())} clusters")
+                bar.write(f"{segmented.file}: {len(occurring(segmented.clusters))} clusters")
                 bar.update()
     if refiner and refiner.inferences:
         log.info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,18 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, jaccard_score
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
-from nefkern import train
-from nefkern.data import eval_transform, open_dataset
+from nefkern import segment, train
+from nefkern.data import Views, eval_transform, open_dataset
 from nefkern.evaluate import main, parser
-from nefkern.graph import GraphConfig, image_kappa
-from nefkern.options import TrainOptions
-from nefkern.runs import Run
-from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer
+from nefkern.images.features import Backbone
+from nefkern.images.graph import GraphConfig, image_kappa
+from nefkern.runtime.errors import UserError
+from nefkern.segmentation.metrics import count_matrix
+from nefkern.segmentation.segmenter import Segmenter
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import CLUSTERS, Run
+from nefkern.training.trainer import Trainer
 
 CLASSES = ("red", "green", "blue", "grey")
 COLOURS = np.array([[200, 40, 40], [40, 190, 60], [50, 60, 210], [128, 128, 128]])
@@ -96,6 +103,7 @@ class Pointwise:
     """A segmenter that looks at single pixels: five clusters by colour, so figures are exact."""
 
     num_clusters, window, stride, patch = 5, 40, 24, 1
+    options = TrainOptions(crop=64)
     device = torch.device("cpu")
     centres = torch.tensor(
         [[0.8, 0.2, 0.2], [0.2, 0.7, 0.2], [0.2, 0.2, 0.8], [0.5, 0.5, 0.5], [0.9, 0.1, 0.1]]
@@ -103,12 +111,14 @@ class Pointwise:
 
     def __init__(self) -> None:
         self.passes = 0
+        self.seen: list[tuple[int, int]] = []
 
     def cluster_logits(self, pixels):
         return -(pixels[:, None] - self.centres[:, :, None, None]).square().sum(2)
 
     def maps(self, images):
         self.passes += 1
+        self.seen.append(tuple(images.shape[2:]))
         pixels = images.float() / 255
         logits = self.cluster_logits(pixels)
         size = tuple(images.shape[2:])
@@ -118,6 +128,9 @@ class Pointwise:
         assert per_image
         rows = maps.graph.movedim(1, -1).flatten(0, 2)
         return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
+
+    def pad(self, images):
+        return images, tuple(images.shape[2:])
 
     def project(self, concat, grid):
         assert math.prod(grid) == concat.shape[1]
@@ -154,11 +167,25 @@ def figures(result: dict, method: str = "ours", stage: str = "none", matching: s
     return result["methods"][method]["stages"][stage]["matchings"][matching]
 
 
-def by_hand(samples, segmenter, by):
-    """Accuracy and mean IoU by scikit-learn, the vote by loops over boolean masks."""
-    clusters = torch.cat(
-        [segmenter.cluster_logits(s.image[None].float() / 255).argmax(1).flatten() for s in samples]
-    ).numpy()
+def shorter_side_to(side: int, size: torch.Size) -> list[int]:
+    return [round(side * length / min(size)) for length in size]
+
+
+def by_hand(samples, segmenter, by, shorter=None):
+    """Accuracy and mean IoU by scikit-learn, the vote by loops over boolean masks.
+
+    With ``shorter``, of images seen at that shorter side, the logits resized to their own.
+    """
+
+    def clusters_of(image):
+        size, pixels = image.shape[1:], image[None]
+        if shorter:
+            seen = shorter_side_to(shorter, size)
+            pixels = resize(pixels, seen, InterpolationMode.BILINEAR, antialias=True)
+        logits = segmenter.cluster_logits(pixels.float() / 255)
+        return F.interpolate(logits, size, mode="bilinear").argmax(1).flatten()
+
+    clusters = torch.cat([clusters_of(s.image) for s in samples]).numpy()
     labels = torch.cat([s.annotation.flatten() for s in samples]).numpy()
     clusters, labels = clusters[labels != 255], labels[labels != 255]
     vote = np.zeros(5, int)
@@ -177,13 +204,40 @@ def by_hand(samples, segmenter, by):
 
 @pytest.mark.parametrize("by", ["iou", "count"])
 def test_sliding_figures_equal_an_independent_computation(run, folder, pointwise, by):
-    result = evaluate(run, folder, "--protocol", "sliding")
+    result = evaluate(run, folder, "--protocol", "sliding", "--resize", "none")
     samples = list(open_dataset("folder", root=folder, split="val"))
     accuracy, mean_iou = by_hand(samples, pointwise, by)
     found = figures(result, matching=by)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert found["mean_iou"] == pytest.approx(mean_iou, abs=1e-12)
     assert 0.6 < accuracy < 1  # neither trivial nor chance
+
+
+@pytest.mark.parametrize(("options", "shorter"), [([], 69), (["--resize", "130"], 130)])
+def test_protocol_b_sees_images_resized_and_scores_them_at_their_own(
+    run, folder, pointwise, options, shorter
+):
+    """By default at the size that training starts from: 13/12 of its crop of 64."""
+    result = evaluate(run, folder, "--protocol", "sliding", *options, "--methods", "ours,kmeans")
+    samples = list(open_dataset("folder", root=folder, split="val"))
+    accuracy, mean_iou = by_hand(samples, pointwise, "iou", shorter)
+    assert figures(result)["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert figures(result)["mean_iou"] == pytest.approx(mean_iou, abs=2e-3)
+    assert abs(accuracy - by_hand(samples, pointwise, "iou")[0]) > 5e-3, "scale matters here"
+    assert sum(result["pixels"].values()) == sum((s.annotation != 255).sum() for s in samples)
+    assert result["settings"]["resize"] == shorter
+
+
+def test_protocol_b_fits_and_scores_at_one_scale(run, folder, pointwise):
+    asked = ("--protocol", "sliding", "--resize", "130", "--window", "999", "--methods", "kmeans")
+    evaluate(run, folder, *asked)
+    expected = {
+        tuple(shorter_side_to(130, sample.image.shape[1:]))
+        for split in ("train", "val")
+        for sample in open_dataset("folder", root=folder, split=split)
+    }
+    assert set(pointwise.seen) == expected
+    assert len(pointwise.seen) == 6 + 4
 
 
 def test_crop320_figures_equal_an_independent_computation(run, folder, pointwise):
@@ -228,7 +282,7 @@ def test_methods_share_the_backbones_passes(run, folder, pointwise):
         run, folder, "--methods", "ours,ours*,kmeans,kmeans-concat,deep-spectral,ours-untrained"
     )
     assert alone == 4  # one an image of the val split
-    assert pointwise.passes - alone == 6 + 4
+    assert pointwise.passes - alone == 12 / 4 + 4  # two views of six images, four at once
 
 
 def test_pictures_beside_the_scores(run, folder, pointwise):
@@ -244,7 +298,8 @@ def test_pictures_beside_the_scores(run, folder, pointwise):
 
 
 def test_ignored_classes_are_void_and_gone(run, folder, pointwise):
-    result = evaluate(run, folder, "--protocol", "sliding", "--ignore-class", "grey")
+    asked = ("--protocol", "sliding", "--resize", "none", "--ignore-class", "grey")
+    result = evaluate(run, folder, *asked)
     assert result["classes"] == ["red", "green", "blue"]
     samples = list(open_dataset("folder", root=folder, split="val", ignore_classes=["grey"]))
     accuracy, _ = by_hand(samples, pointwise, "iou")
@@ -328,6 +383,191 @@ def test_crf_in_worker_processes_gives_the_same_figures(run, folder, pointwise, 
     assert "s/image]" in last
 
 
+# ---- what methods are fitted on ----
+
+
+def test_kmeans_sees_the_runs_augmented_crops(run, folder, pointwise, monkeypatch):
+    """Each image once a pass, in the views of the run's epochs, and no more than asked for."""
+    seen = []
+    maps = pointwise.maps
+    monkeypatch.setattr(pointwise, "maps", lambda x: seen.extend(x) or maps(x))
+    result = evaluate(run, folder, "--methods", "kmeans", "--fit-passes", "3", "--limit", "4")
+    assert (result["settings"]["fit_images"], result["settings"]["fit_passes"]) == ("augmented", 3)
+    options = Run(run).options()
+    train_set = open_dataset("folder", root=folder, split="train")
+    views = Views(train_set, options.transform(), seed=options.seed)
+    expected = {views.view(e, i).image.numpy().tobytes() for e in range(3) for i in range(4)}
+    assert len(seen) == 3 * 4 + 4
+    assert {image.numpy().tobytes() for image in seen[:12]} == expected
+
+
+def test_plain_crops_are_those_of_the_protocol(run, folder, pointwise, monkeypatch):
+    seen = []
+    maps = pointwise.maps
+    monkeypatch.setattr(pointwise, "maps", lambda x: seen.extend(x) or maps(x))
+    result = evaluate(run, folder, "--methods", "kmeans", "--fit-images", "plain")
+    assert result["settings"]["fit_passes"] is None
+    assert figures(result, "kmeans", matching="count")["accuracy"] > 0.7
+    crops = map(eval_transform("crop320", size=48), open_dataset("folder", root=folder))
+    expected = {sample.image.numpy().tobytes() for sample in crops}
+    assert {image.numpy().tobytes() for image in seen[:6]} == expected
+
+
+def test_maps_that_the_run_has_kept_are_not_computed_again(folder, tmp_path, monkeypatch):
+    options = TrainOptions(
+        data="folder", data_root=str(folder), out=str(tmp_path / "views"), views=2,
+        backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
+        epochs=2, batch_size=3, workers=0, pictures=0,
+    )  # fmt: skip
+    Trainer(options, Run.create(options)).train()
+    kept = sorted((tmp_path / "views" / "features").rglob("*.safetensors"))
+    assert len(kept) == 2 * 6
+    computed = []
+    forward = Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda b, x: computed.extend(x) or forward(b, x))
+    evaluate(tmp_path / "views", folder, "--methods", "ours,kmeans")
+    assert len(computed) == 4, "the images that are scored"
+    assert sorted((tmp_path / "views" / "features").rglob("*.safetensors")) == kept
+
+
+# ---- linear probes ----
+
+
+def test_probes_are_scored_by_their_own_classes(run, folder, pointwise, capsys):
+    result = evaluate(run, folder, "--methods", "ours,linear-probe", "--flip")
+    assert list(result["methods"]) == ["ours", "probe-ours", "probe"]
+    for name in ("probe-ours", "probe"):
+        assert set(result["methods"][name]["stages"]["none"]["matchings"]) == {"own"}
+        found = figures(result, name, matching="own")
+        assert found["assignment"] == [0, 1, 2, 3]
+        assert found["accuracy"] > 0.98, "classes are colours, and noise is a fifth of their gaps"
+    out = capsys.readouterr().out
+    assert "its own classes" in out
+    (drawn,) = (path for path in run.glob("evaluation-*") if path.is_dir())
+    assert (drawn / "000-image-annotation-ours-probe-ours-probe.png").exists()
+    assert (drawn / "confusion-probe.svg").exists()
+
+
+def test_a_probe_on_windows_of_resized_images(run, folder, pointwise):
+    options = ("--protocol", "sliding", "--resize", "60", "--methods", "probe")
+    assert figures(evaluate(run, folder, *options), "probe", matching="own")["accuracy"] > 0.95
+
+
+def test_a_probe_does_not_know_ignored_classes(run, folder, pointwise):
+    result = evaluate(run, folder, "--methods", "probe", "--ignore-class", "green")
+    assert list(figures(result, "probe", matching="own")["iou"]) == ["red", "blue", "grey"]
+    assert figures(result, "probe", matching="own")["accuracy"] > 0.98
+
+
+@pytest.mark.parametrize("on", ["clusters", "classes"])
+def test_a_crf_that_changes_nothing_leaves_a_probe_alone(run, folder, pointwise, monkeypatch, on):
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    crf = ("--crf", on, "--crf-workers", "0", "--protocol", "sliding")
+    result = evaluate(run, folder, "--methods", "probe,ours", *crf)
+    before = figures(result, "probe", "none", "own")
+    assert figures(result, "probe", on, "own") == before
+
+
+def test_a_probe_needs_annotations_to_fit(run, folder, tmp_path, pointwise, capsys):
+    root = write_folder(tmp_path / "bare", {"train": 2, "val": 2})
+    for file in (root / "annotations" / "train").iterdir():
+        file.unlink()
+    (root / "annotations" / "train").rmdir()
+    line = failure(capsys, run, "--data-root", root, "--methods", "probe", "--size", "48")
+    assert "--fit-split train: has no annotations" in line
+
+
+# ---- flip averaging ----
+
+
+def test_flip_asks_twice_and_changes_nothing_for_single_pixels(run, folder, pointwise):
+    plain = evaluate(run, folder, "--methods", "ours")
+    asked = pointwise.passes
+    flipped = evaluate(run, folder, "--methods", "ours", "--flip")
+    assert pointwise.passes == 3 * asked
+    assert flipped["methods"] == plain["methods"]
+    assert flipped["settings"]["flip"]
+    assert len(list(run.glob("evaluation-*.json"))) == 2
+
+
+# ---- continuous eigenfunctions ----
+
+
+@pytest.fixture(scope="module")
+def continuous(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "continuous"
+    assert train.main([
+        "--data", "folder", "--data-root", str(folder), "--out", str(out), "--crop", "64",
+        "--backbone", "test_vit", "--weights", "random", "--k", "8", "-K", "6", "--no-gumbel",
+        "--epochs", "1", "--batch-size", "3", "--workers", "0", "--pictures", "1",
+    ]) == 0  # fmt: skip
+    return out
+
+
+def test_continuous_eigenfunctions_are_clustered_by_kmeans(continuous, folder):
+    """What is scored are the run's own clusters, and they are K-means on unit rows."""
+    own = ("--protocol", "sliding", "--resize", "none")
+    result = evaluate(continuous, folder, *own, "--methods", "ours,kmeans")
+    segmenter = Segmenter.load(continuous, "cpu")
+    state = Run(continuous).load_clusters()
+    counts = torch.zeros(6, 4, dtype=torch.int64)
+    for sample in open_dataset("folder", root=folder, split="val"):
+        maps = segmenter.maps(sample.image[None])
+        outputs = maps.logits[0].flatten(1).T.double() * state["scale"].double()
+        unit = outputs / outputs.norm(dim=1, keepdim=True)
+        nearest = torch.cdist(unit, state["centers"].double()).argmin(1)
+        found = segmenter.cluster_logits(maps)[0].flatten(1).argmax(0)
+        assert torch.equal(found, nearest)
+        assert not torch.equal(found, maps.logits[0].flatten(1).argmax(0))
+        clusters = segmenter.logits(sample.image).argmax(0)
+        counts += count_matrix(clusters, sample.annotation, 6, 4)
+    accuracy = counts.amax(1).sum() / counts.sum()
+    assert figures(result, matching="count")["accuracy"] == pytest.approx(accuracy.item(), abs=2e-3)
+    assert "continuous" in result["methods"]["ours"]["title"]
+
+
+def test_a_continuous_run_without_clusters(continuous, folder, tmp_path, capsys, caplog):
+    """Refused in a line, fitted where there are images, and made by --resume as they were."""
+    caplog.set_level("INFO")
+    old = tmp_path / "old"
+    shutil.copytree(continuous, old)
+    (old / CLUSTERS).unlink()
+    photo = str(folder / "images" / "val" / "0.png")
+    assert segment.main([str(old), photo, "--out", str(tmp_path / "out")]) == 2
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    assert "the run has none (clusters.safetensors)" in line
+    assert "--resume" in line
+    result = evaluate(old, folder)
+    assert "keeps no clusters" in caplog.text
+    assert figures(result)["accuracy"] > 0.25
+    config = ["--config", str(old / "config.yaml"), "--out", str(old), "--resume"]
+    assert train.main(config) == 0
+    made, before = (load_file(folder / CLUSTERS) for folder in (old, continuous))
+    assert made.keys() == before.keys()
+    assert all(torch.equal(made[name], before[name]) for name in made)
+    assert segment.main([str(old), photo, "--out", str(tmp_path / "out"), "--flip"]) == 0
+
+
+def test_clusters_of_an_earlier_step_and_damaged_ones(continuous, tmp_path):
+    run = Run(tmp_path / "old")
+    shutil.copytree(continuous, run.folder)
+    assert run.load_clusters() is not None
+    save_file(load_file(run.path(CLUSTERS)), run.path(CLUSTERS), {"step": "1"})
+    assert run.load_clusters() is None
+    run.path(CLUSTERS).write_bytes(b"none")
+    with pytest.raises(UserError, match="not a readable file of clusters"):
+        run.load_clusters()
+
+
+@pytest.mark.parametrize("options", [[], ["--crf", "classes"], ["--crf"]])
+def test_all_of_evaluate_takes_a_continuous_run(continuous, folder, options):
+    if options:
+        pytest.importorskip("pydensecrf")
+    names = "ours,ours-untrained,hidden"
+    result = evaluate(continuous, folder, "--methods", names, "--limit", "2", *options)
+    assert list(result["methods"]) == ["ours", "ours-untrained", "ours*"]
+
+
 # ---- the paper's data sets ----
 
 
@@ -377,11 +617,11 @@ def test_classes_follow_the_protocol_unless_given(
 @pytest.mark.parametrize(
     ("patch", "options", "expected"),
     [
-        (16, [], (768, 512)),
-        (14, [], (770, 518)),  # on the patch grid
-        (16, ["--window", "60"], (60, 40)),
-        (16, ["--stride", "64"], (768, 64)),
-        (16, ["--window", "60", "--stride", "50"], (60, 50)),
+        (16, [], (768, 512, 1024)),
+        (14, [], (770, 518, 1024)),  # on the patch grid
+        (16, ["--window", "60", "--resize", "80"], (60, 40, 80)),
+        (16, ["--stride", "64"], (768, 64, 1024)),
+        (16, ["--window", "60", "--stride", "50", "--resize", "none"], (60, 50, None)),
     ],
 )
 def test_sliding_windows_are_the_paper_s_unless_given(
@@ -389,7 +629,7 @@ def test_sliding_windows_are_the_paper_s_unless_given(
 ):
     pointwise.patch = patch
     settings = evaluate_cityscapes(run, cityscapes, "--protocol", "sliding", *options)["settings"]
-    assert (settings["window"], settings["stride"]) == expected
+    assert (settings["window"], settings["stride"], settings["resize"]) == expected
 
 
 def test_data_sets_that_cannot_be_scored(run, cityscapes, pointwise, tmp_path, capsys):
@@ -458,7 +698,7 @@ def test_all_methods_on_a_real_run(run, folder, capsys):
 
 
 def test_sliding_on_a_real_run_equals_its_logits(run, folder):
-    result = evaluate(run, folder, "--protocol", "sliding")
+    result = evaluate(run, folder, "--protocol", "sliding", "--resize", "none")
     segmenter = Segmenter.load(run, "cpu")
     counts = torch.zeros(6, 4, dtype=torch.int64)
     for sample in open_dataset("folder", root=folder, split="val"):
@@ -531,13 +771,19 @@ def failure(capsys, *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "kmean"], "ours*-untrained, hidden, untrained; got 'kmean'"),
+        (["--methods", "kmean"], "probe, hidden, untrained, linear-probe; got 'kmean'"),
+        (["--fit-passes", "0"], "--fit-passes 0: expected at least 1"),
+        (["--fit-images", "plain", "--fit-passes", "2"], "--fit-passes: only for --fit-images"),
         (["--limit", "0"], "--limit 0: expected at least 1"),
         (["--pictures", "-1"], "--pictures -1: expected 0 or more"),
         (["--seed", "-1"], "argument --seed: expected a number from 0"),
         (["--size", "9"], "--size 9: expected at least 16, a patch"),
         (["--protocol", "sliding", "--window", "9"], "--window 9: expected at least 16, a patch"),
-        (["--window", "64"], "--window, --stride: only for --protocol sliding"),
+        (["--protocol", "sliding", "--resize", "9"], "--resize 9: expected at least 16, a patch"),
+        (["--protocol", "sliding", "--resize", "-9"], "--resize -9: expected at least 1, or none"),
+        (["--resize", "big"], "argument --resize: expected pixels or none, got 'big'"),
+        (["--window", "64"], "--window, --stride, --resize: only for --protocol sliding"),
+        (["--resize", "64"], "--window, --stride, --resize: only for --protocol sliding"),
         (["--protocol", "sliding", "--stride", "999"], "--stride 999: expected at most the window"),
         (["--split", "test"], "no split 'test', there is: train, val"),
         (["--baseline", "kmeans", "--fit-split", "test"], "no split 'test'"),
@@ -601,6 +847,32 @@ def test_an_image_smaller_than_a_patch_is_named(run, tmp_path, capsys):
     line = failure(capsys, run, "--data-root", root, "--protocol", "sliding")
     assert "at least one patch" in line
     assert line.startswith(f"error: {root / 'images' / 'val' / '0.png'}:")
+
+
+@pytest.mark.parametrize("protocol", ["crop320", "sliding"])
+def test_masks_of_0_and_255_are_told(run, tmp_path, pointwise, capsys, protocol):
+    """The object, all of it void, would score as if it were not there."""
+    root = write_folder(tmp_path / "masks", {"val": 2})
+    (root / "classes.txt").write_text("ground\nobject\n")
+    for path in (root / "annotations" / "val").iterdir():
+        mask = np.zeros(Image.open(path).size[::-1], np.uint8)
+        mask[:, : mask.shape[1] // 2] = 255
+        Image.fromarray(mask).save(path)
+    result = evaluate(run, root, "--protocol", protocol)
+    assert result["pixels"]["object"] == 0
+    share = result["void_pixels"] / (result["void_pixels"] + result["pixels"]["ground"])
+    assert share == pytest.approx(0.5, abs=0.02)
+    printed = capsys.readouterr().out
+    assert f"note: no pixel is object (1), but {100 * share:.0f}% of the pixels are 255" in printed
+    assert "(object: 1)" in printed
+    result = evaluate(run, root, "--protocol", protocol, "--ignore-class", "object")
+    assert "void_pixels" not in result
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_nothing_is_noted_where_every_class_occurs(run, folder, pointwise, capsys):
+    evaluate(run, folder)
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_nothing_but_void(run, tmp_path, pointwise, capsys):

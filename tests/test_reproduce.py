@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nefkern import evaluate, train
-from nefkern.baselines.methods import METHODS
-from nefkern.evaluator import Evaluator
-from nefkern.options import CLASSES, resolve
+from nefkern import eigenmaps, evaluate, train
+from nefkern.evaluation.evaluator import Evaluator
 from nefkern.reproduce import main, parser
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Planner
-from nefkern.runs import CHECKPOINT, Run
-from nefkern.step import TrainingStep
-from nefkern.trainer import Trainer
+from nefkern.reproduction.rendering import as_dict, markdown
+from nefkern.reproduction.running import Measured
+from nefkern.segmentation.methods import METHODS
+from nefkern.training.options import CLASSES, resolve
+from nefkern.training.runs import CHECKPOINT, Run
+from nefkern.training.step import TrainingStep
+from nefkern.training.trainer import Trainer
 
 TINY = (
     '--train="--backbone test_vit --weights random --crop 64 --k 8 --epochs 1 --batch-size 2 '
@@ -101,18 +103,42 @@ def test_numbers_of_the_paper(table, row, method, accuracy, mean_iou):
 def test_hungarian_beside_the_majority():
     numbers = TABLES["4.4"].rows["classes"].numbers
     found = [(n.matching, n.mean_iou) for _, n in numbers]
-    assert found == [("hungarian-iou", 23.5), ("iou", 27.7)]
+    assert found == [("hungarian", 23.5), ("iou", 27.7)], "by count, as the authors match"
 
 
 def test_settings_that_tables_share_have_the_same_numbers():
     ours = dict(TABLES["1"].rows["vit-s"].numbers)["ours"]
-    for number, name in (("1", "figure-2"), ("2", "figure-3")):
-        table = dict(TABLES[number].rows["vit-s"].numbers)
-        del table["ours*"]
-        assert dict(TABLES[name].rows["vit-s"].numbers) == table
+    for number, row, name in (
+        ("1", "vit-s", "figure-2"),
+        ("4", "ade20k", "figure-3"),
+        ("2", "vit-s", "figure-cityscapes"),
+    ):
+        table, figure = TABLES[number], TABLES[name]
+        shown = dict(figure.rows[row].numbers)
+        assert dict(table.rows[row].numbers).items() >= shown.items()
+        assert (figure.protocol, figure.rows[row].data) == (table.protocol, table.rows[row].data)
+        assert "ours" in shown
     assert dict(TABLES["5"].rows["K256"].numbers)["ours"] == ours
     for table, row in (("6", "pascal_context-alpha0.3"), ("7", "beta0.08")):
         assert dict(TABLES[table].rows[row].numbers)["ours"].mean_iou == ours.mean_iou
+
+
+@pytest.mark.parametrize(
+    ("table", "cited"),
+    [
+        ("1", {"MaskCLIP": 25.5, "MaskCLIP+": 31.1, "ReCo": 27.2}),
+        ("2", {"MaskCLIP": 10.0, "ReCo": 19.3, "ReCo+": 24.2}),
+        ("4", {}),
+    ],
+)
+def test_methods_that_the_paper_cites(table, cited):
+    assert {other.method: other.mean_iou for other in TABLES[table].cited} == cited
+    assert {c.data for c in TABLES[table].cited} <= {r.data for r in TABLES[table].rows.values()}
+
+
+def test_the_supervised_bound_of_both_data_sets():
+    found = {other.data: other.mean_iou for other in TABLES["3"].cited}
+    assert found == {"pascal_context": 48.5, "cityscapes": 77.3}
 
 
 def test_every_method_is_one_of_evaluate():
@@ -125,21 +151,25 @@ def test_every_method_is_one_of_evaluate():
 def test_dry_run_lines_are_commands(capsys):
     assert main(["all", "--data-root", "DIR", "--dry-run", "--seeds", "2"]) == 0
     lines = commands(capsys.readouterr().out)
-    trained, scored = [], []
+    trained, scored, drawn = [], [], []
     for command, arguments in lines:
         if command == "nefkern.train":
             flags = vars(train.parser().parse_args(arguments))
             trained.append(resolve(flags, flags.pop("config")))
             assert trained[-1].resume
+        elif command == "nefkern.eigenmaps":
+            drawn.append(eigenmaps.parser().parse_args(arguments))
+            eigenmaps.check(drawn[-1])
         else:
             scored.append(evaluate.parser().parse_args(arguments))
             evaluate.check(scored[-1])
             assert evaluate.chosen_methods(scored[-1])
     assert len({options.out for options in trained}) == len(trained)
     assert {str(options.run) for options in scored} == {options.out for options in trained}
-    # Of 34 rows 8 repeat the training of table 1 or 2's ViT-S (3, 5, 6, 7, the figures), one that
-    # of table 8.
-    assert len(trained) == 2 * (sum(len(t.rows) for t in TABLES.values()) - 9)
+    # Of 36 rows 9 repeat the training of table 1 or 2's ViT-S (3, 5, 6, 7, the figures), one that
+    # of table 4, one that of table 8.
+    assert len(trained) == 2 * (sum(len(t.rows) for t in TABLES.values()) - 11)
+    assert {str(options.run) for options in drawn} == {trained[0].out, trained[1].out}
     # Only table 3's two rows and table 8's second score a run anew.
     assert len(scored) == len(trained) + 2 * 3
 
@@ -296,6 +326,70 @@ def test_a_figure_is_a_picture_of_table_1(reproduce, counted, tmp_path, capsys):
     counted.clear()
     assert reproduce(asked) == 0
     assert counted == []
+
+
+def test_figure_3_has_the_result_beside_the_image(reproduce, counted, tmp_path):
+    """Table 4's run and scores, at the images' own resolution; no annotation between."""
+    sliding = "--scale-K 0.03 --evaluate='--window 64 --stride 64 --pictures 2'"
+    assert reproduce(f"4 {sliding}") == 0
+    counted.clear()
+    assert reproduce(f"figure-3 {sliding}") == 0
+    assert counted == []
+    sheet = np.array(Image.open(tmp_path / "out" / "figure-3.png"))
+    assert sheet.shape[1] == 70 * 2 + 8
+    photo = np.array(Image.open(next((tmp_path / "out").glob("*/*/000-image-*.png"))))
+    first = sheet[-(80 * 2 + 8) :][:80]
+    assert (first[:, :70] == photo[:, :70]).all(), "the image"
+    ours = photo[:, 3 * 78 :][:, :70]  # after image, annotation and K-means
+    assert (first[:, -70:] == ours).all()
+
+
+def test_the_appendix_s_eigenfunctions(reproduce, counted, tmp_path, capsys):
+    """Of the run of table 1: trained, not scored."""
+    asked = "figure-eigenfunctions --evaluate='--size 48 --pictures 2'"
+    assert reproduce(asked) == 0
+    assert counted == ["step", "step"]
+    (folder,) = (tmp_path / "out").glob("scenes-*/eigenmaps")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{i}.eigenmaps.png" for i in (0, 1)]
+    single = [Image.open(path) for path in sorted(folder.iterdir())]
+    sheet = Image.open(tmp_path / "out" / "figure-eigenfunctions.png")
+    assert sheet.size == (single[0].width, 8 + sum(picture.height for picture in single))
+    text = (tmp_path / "out" / "figure-eigenfunctions.md").read_text()
+    assert "![figure eigenfunctions](figure-eigenfunctions.png)" in text
+    assert "CRF" not in text
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("crf", "heading", "note"),
+    [
+        ("", "measured: without a CRF)", "Measured without a CRF. The paper's numbers are after"),
+        ("--crf clusters", "measured: after a CRF on clusters)", "as the paper's numbers are."),
+        ("--crf classes", "measured: after a CRF on classes)", '`--evaluate="--crf clusters"`'),
+    ],
+)
+def test_a_table_says_with_or_without_a_crf_and_what_is_cited(crf, heading, note):
+    planner = planned(f"1 --data-root DIR --evaluate='{crf}'")
+    measured = [Measured(TABLES["1"].rows["vit-b"])]
+    text = markdown(TABLES["1"], measured, planner, "command")
+    assert f"(protocol crop320, %; paper: after a CRF on clusters, {heading}" in text
+    assert note in text
+    assert "the authors' CRF saw black images" in text
+    assert "| Pascal Context | MaskCLIP+ | cited | | | 31.1 | | |" in text
+    assert "Cited: numbers of others" in text
+    content = as_dict(TABLES["1"], measured, planner)
+    assert content["crf"] == {"paper": "clusters", "measured": crf.removeprefix("--crf ") or None}
+    assert content["cited"][0] == {"method": "MaskCLIP", "data": "pascal_context", "mean_iou": 25.5}
+
+
+def test_cited_numbers_are_those_of_the_rows_shown():
+    planner = planned("3 --data-root DIR")
+    text = markdown(TABLES["3"], [Measured(TABLES["3"].rows["cityscapes"])], planner, "command")
+    assert "| Cityscapes | DeepLabv3+, supervised | cited | | | 77.3 | | |" in text
+    assert "48.5" not in text
+    assert "black" not in text, "it saw colours in protocol B"
+    text = markdown(TABLES["4"], [Measured(TABLES["4"].rows["ade20k"])], planner, "command")
+    assert "cited" not in text.lower()
 
 
 def test_a_failing_row_does_not_stop_the_others(reproduce, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from PIL import Image
 
 from nefkern.data import read_image
-from nefkern.errors import UserError
-from nefkern.options import TrainOptions
-from nefkern.runs import Run
-from nefkern.segment import image_files, main, output_names, parser
+from nefkern.runtime.errors import UserError
+from nefkern.segment import image_files, main, occurring, output_names, parser
+from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.windows import window_starts
-from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import Run
+from nefkern.training.trainer import Trainer
 
 SIZES = {"wide.png": (120, 50), "tall.jpg": (40, 90), "large.png": (300, 260)}
 
@@ -115,6 +116,22 @@ def test_crf_workers_without_a_crf(run, pictures, tmp_path, capsys):
     assert "--crf-workers 1: expected --crf beside it" in capsys.readouterr().err
 
 
+def test_flip_makes_a_mirrored_image_the_mirrored_segments(run, photograph, tmp_path):
+    """Sides of whole patches, and windows that lie alike from both ends: the grids are the same."""
+    image = photograph(112, 64, 5)
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
+    for flags in ([], ["--flip"], ["--flip", "--sliding"]):
+        out = tmp_path / "-".join(["out", *flags])
+        files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+        assert main([str(run), *files, "--out", str(out), *flags]) == 0
+        a, b = (indices(out / f"{name}.clusters.png") for name in "ab")
+        agree = (b.flip(1) == a).float().mean()
+        assert agree > 0.999 if flags else agree < 0.999
+    found = Segmenter.load(run, "cpu", flip=True)(tmp_path / "a.png")
+    assert torch.equal(found, indices(tmp_path / "out---flip" / "a.clusters.png"))
+
+
 def test_a_folder_is_all_of_its_images(run, pictures, tmp_path):
     assert main([str(run), str(pictures), "--out", str(tmp_path / "new" / "deep")]) == 0
     names = {p.name for p in (tmp_path / "new" / "deep").glob("*.clusters.png")}
@@ -159,6 +176,76 @@ def test_names_of_different_files_stay_apart_from_stems():
         "x.jpg",
         "x.png-2",
     ]
+
+
+class CountedPath(type(Path())):
+    """A path that counts how often its stem is asked for."""
+
+    asked = 0
+
+    @property
+    def stem(self):
+        CountedPath.asked += 1
+        return super().stem
+
+
+@pytest.mark.parametrize("name", ["{}.png", "{}/x.png"])
+def test_names_of_many_files_take_linear_time(name):
+    files = [CountedPath(name.format(i)) for i in range(2000)]
+    CountedPath.asked = 0
+    assert len(set(output_names(files))) == 2000
+    assert CountedPath.asked <= 2 * len(files)
+
+
+def test_folders_inside_are_named(run, pictures, tmp_path, caplog):
+    """One of them is called as an image is. What the command wrote there is no image."""
+    shutil.copy(pictures / "wide.png", tmp_path / "a.png")
+    for inside in ("x.jpg", "deep/er", "segments"):
+        (tmp_path / inside).mkdir(parents=True)
+    for copy in ("x.jpg/b.png", "deep/er/a.png", "segments/a.overlay.png"):
+        shutil.copy(pictures / "tall.jpg", tmp_path / copy)
+    out = tmp_path / "segments"
+    assert main([str(run), str(tmp_path), "--out", str(out)]) == 0
+    line = f"{tmp_path}: the images in folders inside are not taken: deep, x.jpg; --recursive "
+    assert line in caplog.text
+    caplog.clear()
+    assert {p.name for p in out.iterdir()} == {"a.overlay.png", "a.clusters.png"}
+
+    assert main([str(run), str(tmp_path), "--out", str(out), "--recursive"]) == 0
+    assert "not taken" not in caplog.text
+    found = {str(p.relative_to(out)) for p in out.rglob("*.clusters.png")}
+    assert found == {"a.clusters.png", "deep/er/a.clusters.png", "x.jpg/b.clusters.png"}
+
+
+def test_a_folder_of_folders(run, pictures, tmp_path, capsys):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    shutil.copy(pictures / "wide.png", tmp_path / "in" / "deep")
+    assert main([str(run), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    assert "not taken: deep, and there are none beside them; --recursive" in capsys.readouterr().err
+
+
+def test_hidden_folders_are_left_alone(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.png", ".cache/b.png", ".c.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    assert image_files([tmp_path], recursive=True) == [tmp_path / "a.png"]
+
+
+def test_names_in_several_folders():
+    files = [Path(p) for p in ("r/x.png", "r/a/x.png", "r/a/x.jpg", "s/x.png")]
+    folders = [Path(p) for p in (".", "a", "a", ".")]
+    assert output_names(files, folders) == ["x.png", "a/x.png", "a/x.jpg", "x.png-2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_occurring_is_unique(dtype):
+    clusters = torch.randint(0, 200, (2100, 2000), generator=torch.Generator().manual_seed(0))
+    clusters[0, 0] = 7
+    clusters[-1, -1] = 250
+    clusters[clusters == 5] = 9
+    clusters = clusters.to(dtype)
+    assert torch.equal(occurring(clusters), clusters.unique().long())
+    assert occurring(clusters[:0]).tolist() == []
 
 
 def test_an_empty_folder_is_named(tmp_path, run, capsys):

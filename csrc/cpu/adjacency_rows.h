@@ -249,12 +249,21 @@ int64_t count_row(Row& row, int64_t i, const Lists&... lists) {
   return size;
 }
 
-// Collects row i of A + A^T, or of max(A, A^T).
+// A row is kept as A + A^T: exact for the smallest weights, too, whose halves are not. Where a sum
+// overflows, as only sums of the largest do, all rows are collected again with half of every
+// weight, which does not change the normalised matrix.
+enum class Unit { kWhole, kHalf };
+
+inline float in_unit(float weight, Unit unit) {
+  return unit == Unit::kWhole ? weight : std::max(0.5f * weight, 0x1p-149f);  // none becomes 0
+}
+
+// Collects row i of A + A^T, in `unit`, or of max(A, A^T).
 template <class Index, bool kUnion>
-void collect_row(const NeighbourLists& lists, Row& row, int64_t i) {
+void collect_row(const NeighbourLists& lists, Row& row, int64_t i, Unit unit) {
   List<Index>(lists, i).for_each_edge([&](int64_t node, float weight) {
     row.insert(node);
-    row.weight(node) = larger(row.weight(node), weight);
+    row.weight(node) = larger(row.weight(node), in_unit(weight, unit));
   });
   const int64_t end = lists.incoming_offsets[i + 1];
   for (int64_t e = lists.incoming_offsets[i]; e < end; ++e) {
@@ -262,6 +271,7 @@ void collect_row(const NeighbourLists& lists, Row& row, int64_t i) {
     float weight = lists.incoming[e].weight;
     while (e + 1 < end && lists.incoming[e + 1].row == node)  // listed twice by the same node
       weight = larger(weight, lists.incoming[++e].weight);
+    weight = in_unit(weight, unit);
     row.insert(node);
     row.weight(node) = kUnion ? larger(row.weight(node), weight) : row.weight(node) + weight;
   }
@@ -277,6 +287,15 @@ inline double sum_of_magnitudes(const float* values, int64_t size) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
+// Of an entry: a d_i^(-1/2) d_j^(-1/2). The product of two scales has no place in float32 where
+// weights are far from 1; in double it is exact, and the same for (j, i).
+inline float normalized(double a, float scale_i, float scale_j) {
+  return static_cast<float>(a * (double{scale_i} * scale_j));
+}
+
+// d^(-1/2) of a row whose entries add up to `degree`.
+inline float inverse_root(double degree) { return static_cast<float>(1 / std::sqrt(degree)); }
+
 // f(row workspace, row) for all rows, in parallel.
 template <class F>
 void for_each_row(const RowWorkspace& space, const F& f) {
@@ -286,6 +305,19 @@ void for_each_row(const RowWorkspace& space, const F& f) {
     const int64_t begin = piece * kRowsAPiece;
     for (int64_t i = begin; i < begin + kRowsAPiece && i < space.num_nodes; ++i) f(row, i);
   });
+}
+
+// fill(unit, row workspace, row) for all rows, which returns whether the row's degree is finite;
+// with half of the weights where one is not.
+template <class F>
+void fill_rows(const RowWorkspace& space, const F& fill) {
+  for (const Unit unit : {Unit::kWhole, Unit::kHalf}) {
+    std::atomic<bool> finite{true};
+    for_each_row(space, [&](Row& row, int64_t i) {
+      if (!fill(unit, row, i)) finite.store(false, std::memory_order_relaxed);
+    });
+    if (finite.load()) return;
+  }
 }
 
 // Row offsets from the sizes that size(row workspace, row) tells.

@@ -21,15 +21,19 @@ int64_t mark_pixels(const NeighbourLists& pixels, Row& row, int64_t i) {
   return degree;
 }
 
+// Writes row i of both graphs, not yet normalised, and its scales. False where the feature graph's
+// degree is not finite.
 template <class Index>
-void fill_row(const KappaArgs& args, Row& row, int64_t i) {
-  collect_row<Index, false>(args.features, row, i);
+bool fill_row(const KappaArgs& args, Unit unit, Row& row, int64_t i) {
+  collect_row<Index, false>(args.features, row, i, unit);
   const int64_t pixel_degree = mark_pixels<Index>(args.pixels, row, i);
   const int64_t size = row.drain_entries(), begin = args.row_offsets[i];
   std::copy_n(row.columns(), size, args.columns + begin);
-  for (int64_t e = 0; e < size; ++e) args.values[begin + e] = 0.5f * row.values()[e];
-  args.scale[i] = static_cast<float>(1 / std::sqrt(0.5 * sum_of_magnitudes(row.values(), size)));
-  args.pixel_scale[i] = static_cast<float>(1 / std::sqrt(static_cast<double>(pixel_degree)));
+  std::copy_n(row.values(), size, args.values + begin);
+  const double degree = 0.5 * sum_of_magnitudes(row.values(), size);
+  args.scale[i] = inverse_root(degree);
+  args.pixel_scale[i] = inverse_root(static_cast<double>(pixel_degree));
+  return std::isfinite(degree);
 }
 
 // Scales row i, and adds the pixel graph where an entry is marked. A node without neighbours in one
@@ -39,7 +43,8 @@ void scale_row(const KappaArgs& args, int64_t i) {
   for (int64_t e = args.row_offsets[i]; e < args.row_offsets[i + 1]; ++e) {
     const int32_t column = args.columns[e];
     const float mark = args.values[e], weight = std::fabs(mark);
-    const float feature = weight == 0 ? 0 : weight * (args.scale[i] * args.scale[column]);
+    const float feature =
+        weight == 0 ? 0 : normalized(0.5 * weight, args.scale[i], args.scale[column]);
     const float pixel = std::signbit(mark) ? args.pixel_scale[i] * args.pixel_scale[column] : 0;
     // In double, as add() does: the product is exact, so that fusing it changes nothing.
     args.values[e] = static_cast<float>(feature + alpha * pixel);
@@ -59,7 +64,8 @@ bool count(const KappaArgs& args) {
 
 template <class Index>
 void fill(const KappaArgs& args) {
-  for_each_row(args.workspace, [&](Row& row, int64_t i) { fill_row<Index>(args, row, i); });
+  fill_rows(args.workspace,
+            [&](Unit unit, Row& row, int64_t i) { return fill_row<Index>(args, unit, row, i); });
 }
 
 }  // namespace

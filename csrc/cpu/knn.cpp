@@ -20,8 +20,7 @@ constexpr int64_t kSharedSegment = 768;
 // Sorts rows' candidates by their values and writes the results, with marks for the missing ones.
 class Writer {
  public:
-  Writer(const KnnArgs& args, int64_t capacity, float unscale)
-      : args_(args), unscale_(unscale), keys_(capacity), sorter_(capacity) {}
+  Writer(const KnnArgs& args, int64_t capacity) : args_(args), keys_(capacity), sorter_(capacity) {}
 
   template <class Exact>
   void row(int64_t index, const Row& row, const Exact& exact) {
@@ -33,7 +32,7 @@ class Writer {
     int32_t* indices = args_.indices + index * args_.k;
     for (int64_t c = 0; c < found; ++c) {
       const float value = key_value(keys_[c]);
-      values[c] = args_.euclidean ? -value * unscale_ + 0.0f : value;
+      values[c] = args_.euclidean ? -value + 0.0f : value;
       indices[c] = key_index(keys_[c]);
     }
     std::fill(values + found, values + args_.k, args_.euclidean ? kNothing : -kNothing);
@@ -42,7 +41,6 @@ class Writer {
 
  private:
   const KnnArgs& args_;
-  float unscale_;
   Array<uint64_t> keys_;
   KeySorter sorter_;
 };
@@ -109,12 +107,12 @@ void tile_segment(const KnnArgs& args, int64_t begin, int64_t end, float scale, 
               args.euclidean, scale);
   for (int64_t p = 0; p < panels.padded_n; ++p)
     candidates.reset(p, panels.offset[p] == -kNothing ? kNothing : kAnything, panels.margin(p));
-  const ExactRows exact{panels, args.euclidean,
+  const ExactRows exact{panels, args, scale,
                         args.euclidean ? 4 * (panels.value_gamma() + 8 * 0x1p-24) : 0.0};
   collect(Tiles(panels, candidates, args.include_self, exact), panels.padded_n, threads);
   parallel_for(0, panels.n, 64, [&](int64_t first, int64_t last) {
     Rerank rerank(exact, candidates);
-    Writer writer(args, candidates.capacity(), 1 / scale);
+    Writer writer(args, candidates.capacity());
     for (int64_t p = first; p < last; p += rerank.block()) {
       const int64_t end = std::min(p + rerank.block(), last);
       rerank.values(p, end);
@@ -174,20 +172,22 @@ void direct_knn(const KnnArgs& args, float scale) {
     std::fill(planes.data() + c * plane + args.n, planes.data() + (c + 1) * plane, 0.0f);
   const ScanRow scan =
       scan_for(args.channels, std::make_integer_sequence<int, kDirectChannels + 1>());
-  const ExactScores exact{args.euclidean, args.euclidean ? 16 * 0x1p-24 : 0.0};
+  const ExactScores exact{args, scale, args.euclidean ? 16 * 0x1p-24 : 0.0};
+  const float margin = direct_margin(args, scale);
   parallel_for(0, args.n, 16, [&](int64_t first, int64_t last) {
     Candidates candidates(1, args.k, args.n);
-    Writer writer(args, candidates.capacity(), 1 / scale);
+    Writer writer(args, candidates.capacity());
     int64_t s =
         std::upper_bound(args.offsets, args.offsets + args.segments + 1, first) - args.offsets - 1;
     for (int64_t i = first; i < last; ++i) {
       while (args.offsets[s + 1] <= i) ++s;
-      candidates.reset(0, kAnything, 0);
+      candidates.reset(0, kAnything, margin);
       const Row row = candidates.row(0);
       scan(planes.data(), plane, args.channels, i, args.offsets[s], args.offsets[s + 1],
            args.include_self, args.k, candidates.limit(), exact, row);
       if (!settle(row, static_cast<int32_t>(i), args.k, exact))
-        for (int32_t c = 0; c < *row.count; ++c) row.score[c] = exact.value(0, 0, row.score[c]);
+        for (int32_t c = 0; c < *row.count; ++c)
+          row.score[c] = exact.value(static_cast<int32_t>(i), row.position[c], row.score[c]);
       writer.row(i, row, exact);
     }
   });

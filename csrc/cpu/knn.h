@@ -16,7 +16,8 @@ struct KnnArgs {
   int64_t k;
   bool euclidean;
   bool include_self;
-  float* values;     // [n, k], best first; -inf (cosine) or +inf (euclidean) where missing
+  float* values;     // [n, k], best first; -inf (cosine) or +inf (euclidean) where missing. A
+                     // distance beyond the largest float is +inf, too
   int32_t* indices;  // [n, k]; -1 where missing
 };
 

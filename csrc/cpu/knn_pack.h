@@ -18,7 +18,13 @@
 // cosine within h |y_i| |y_j|, for the square root of a sum of squares within a relative h + 4 *
 // 2^-24 (see `relative`). Replacing row j's lengths by their maxima gives the margin of row i for
 // all j. Numbers too small for float32's normal range count as lost: C * 2^-120 is far more than
-// they can add up to.
+// they can add up to. A distance is decided on as it is given back, without the scale, where it may
+// be rounded below the normal range: by 2^-150, which moves the score by that, scaled, times the
+// distance.
+//
+// Small distances. The squares of differences below 2^-63 of the largest entry vanish, so where the
+// sum is below kSmallSquare the distance is computed from the rows as they came, in double: no
+// square of a float leaves its range. Above, what vanished changes no digit.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +32,10 @@
 #include <cstdint>
 #include <numeric>
 
+#include "cpu/knn.h"
 #include "cpu/knn_lanes.h"
 #include "cpu/knn_memory.h"
+#include "cpu/knn_select.h"
 #include "cpu/parallel.h"
 
 namespace nefkern::cpu::NEFKERN_ISA {
@@ -90,6 +98,35 @@ inline float power_of_two_scale(const float* x, int64_t size) {
   return std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -126, 126));
 }
 
+constexpr float kSmallSquare = 0x1p-64f;
+
+// |x - y|, of two rows as they came that are near for the size of their entries: no difference
+// overflows. Symmetric in x and y.
+__attribute__((noinline)) inline float small_distance(const float* x, const float* y,
+                                                      int64_t channels) {
+  typedef double Doubles __attribute__((vector_size(8 * kLanes)));
+  Doubles part[2] = {};
+  int64_t c = 0;
+  const auto add = [&](Doubles& to, const Lanes& difference) {
+    const Doubles wide = __builtin_convertvector(difference, Doubles);
+    to += wide * wide;
+  };
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    add(part[0], load(x + c) - load(y + c));
+    add(part[1], load(x + c + kLanes) - load(y + c + kLanes));
+  }
+  for (; c < channels; c += kLanes) {
+    Lanes rest = {};
+    for (int64_t l = 0; l < std::min<int64_t>(kLanes, channels - c); ++l)
+      rest[l] = x[c + l] - y[c + l];
+    add(part[0], rest);
+  }
+  part[0] += part[1];
+  double total = 0;
+  for (int l = 0; l < kLanes; ++l) total += part[0][l];
+  return static_cast<float>(std::sqrt(total));
+}
+
 // Where position p of a segment of n rows comes from: a step coprime to n near the golden ratio.
 // Any run of positions is then a fair sample of the segment, so thresholds rise early whatever the
 // order of the input.
@@ -132,6 +169,7 @@ struct Panels {
   Array<int32_t> index;      // the row's index in the input
   Array<float> centre;
   double gamma = 0;
+  double unit = 0;  // of values below float32's normal range, scaled
   float max_offset = 0, max_length = 0, max_residual = 0;
   bool euclidean_ = false;
 
@@ -199,6 +237,7 @@ inline void Panels::pack(const float* x, int64_t count, int64_t first_index, int
   n = count;
   padded_n = round_up(n, kTileColumns);
   euclidean_ = euclidean;
+  unit = euclidean ? 0x1p-149 * scale : 0;
   gamma = (channels + 4.0) * 0x1p-24;
   gamma = gamma < 0.5 ? gamma / (1 - gamma) : 1e30;
   const int64_t step = scatter_step(n);
@@ -242,7 +281,8 @@ inline float Panels::margin(int64_t i) const {
   const double summing = gamma * packed * max_packed +
                          4 * 0x1p-24 * (double{std::abs(offset[i])} + max_offset) +
                          (euclidean_ ? 0 : 1.01 * value_gamma());
-  return static_cast<float>((rounding + summing + padded_channels * 0x1p-120) * (1 + 1e-6));
+  const double lost = padded_channels * 0x1p-120 + unit * (packed + max_packed + unit);
+  return static_cast<float>((rounding + summing + lost) * (1 + 1e-6));
 }
 
 }  // namespace nefkern::cpu::NEFKERN_ISA

@@ -56,7 +56,7 @@ class KeySorter {
       high = std::max(high, key_value(keys[c]));
     }
     const float scale = static_cast<float>(count - 1) / (high - low);
-    if (!std::isfinite(scale)) return sort_all(keys, keys + count);
+    if (!std::isfinite(scale) || !std::isfinite(low)) return sort_all(keys, keys + count);
     const auto bucket = [&](uint64_t key) {  // rises as the value falls, whatever the rounding
       return std::min<int64_t>(static_cast<int64_t>((high - key_value(key)) * scale), count - 1);
     };

@@ -46,7 +46,8 @@ inline void score_tile(const Panels& panels, int64_t i, int64_t j,
 // two rows: the result doesn't depend on tiles or threads, and copies of a row tie exactly.
 struct ExactRows {
   const Panels& panels;
-  bool euclidean;
+  const KnnArgs& args;
+  float scale;
   double relative;
 
   float value(int32_t i, int32_t j, float) const {
@@ -58,10 +59,12 @@ struct ExactRows {
   // The values of row i with kCount others at once, which share the loads of row i.
   template <int kCount>
   void values(int32_t i, const int32_t* j, float* result) const {
-    euclidean ? values_by<true, kCount>(i, j, result) : values_by<false, kCount>(i, j, result);
+    args.euclidean ? values_by<true, kCount>(i, j, result) : values_by<false, kCount>(i, j, result);
   }
 
-  float score(float value) const { return euclidean ? -0.5f * value * value : value; }
+  float score(float value) const {
+    return args.euclidean ? -0.5f * (value * scale) * (value * scale) : value;
+  }
   int32_t index(int32_t position) const { return panels.index[position]; }
 
  private:
@@ -84,8 +87,16 @@ struct ExactRows {
     }
     for (int n = 0; n < kCount; ++n) {
       const float total = sum((part[n][0] + part[n][1]) + (part[n][2] + part[n][3]));
-      result[n] = kEuclidean ? -std::sqrt(total) : total;
+      result[n] = kEuclidean ? -distance(i, j[n], total) : total;
     }
+  }
+
+  float distance(int32_t i, int32_t j, float square) const {
+    if (square >= kSmallSquare) return std::sqrt(square) * (1 / scale);
+    return small_distance(input(i), input(j), args.channels);
+  }
+  const float* input(int32_t position) const {  // of no row: any, as nothing reads its values
+    return args.features + std::max(panels.index[position], 0) * args.channels;
   }
 
   static constexpr int kParts = 4;

@@ -5,18 +5,22 @@
 namespace nefkern::cpu::NEFKERN_ISA {
 namespace {
 
-// Writes row i of A, not yet normalised, and its scale d^(-1/2).
+// A is this part of what a row holds.
+inline double share(const AdjacencyArgs& args) { return args.take_union ? 1 : 0.5; }
+
+// Writes row i of A, not yet normalised, and its scale d^(-1/2). False where d is not finite.
 template <class Index>
-void fill_row(const AdjacencyArgs& args, Row& row, int64_t i) {
+bool fill_row(const AdjacencyArgs& args, Unit unit, Row& row, int64_t i) {
   if (args.take_union)
-    collect_row<Index, true>(args.lists, row, i);
+    collect_row<Index, true>(args.lists, row, i, unit);
   else
-    collect_row<Index, false>(args.lists, row, i);
-  const float share = args.take_union ? 1.0f : 0.5f;
+    collect_row<Index, false>(args.lists, row, i, unit);
   const int64_t size = row.drain_entries(), begin = args.row_offsets[i];
   std::copy_n(row.columns(), size, args.columns + begin);
-  for (int64_t e = 0; e < size; ++e) args.values[begin + e] = share * row.values()[e];
-  args.scale[i] = static_cast<float>(1 / std::sqrt(share * sum_of_magnitudes(row.values(), size)));
+  std::copy_n(row.values(), size, args.values + begin);
+  const double degree = share(args) * sum_of_magnitudes(row.values(), size);
+  args.scale[i] = inverse_root(degree);
+  return std::isfinite(degree);
 }
 
 template <class Index>
@@ -29,7 +33,8 @@ bool count(const AdjacencyArgs& args) {
 
 template <class Index>
 void fill(const AdjacencyArgs& args) {
-  for_each_row(args.workspace, [&](Row& row, int64_t i) { fill_row<Index>(args, row, i); });
+  fill_rows(args.workspace,
+            [&](Unit unit, Row& row, int64_t i) { return fill_row<Index>(args, unit, row, i); });
 }
 
 }  // namespace
@@ -46,7 +51,8 @@ void adjacency_fill(const AdjacencyArgs& args) {
     fill<int32_t>(args);
   for_each_row(args.workspace, [&](Row&, int64_t i) {
     for (int64_t e = args.row_offsets[i]; e < args.row_offsets[i + 1]; ++e)
-      args.values[e] *= args.scale[i] * args.scale[args.columns[e]];
+      args.values[e] =
+          normalized(share(args) * args.values[e], args.scale[i], args.scale[args.columns[e]]);
   });
 }
 

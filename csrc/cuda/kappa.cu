@@ -4,10 +4,6 @@
 namespace nefkern::cuda {
 namespace {
 
-__device__ __forceinline__ float feature_weight(const Merged& entry) {
-  return fabsf(0.5f * (entry.listed + entry.mirrored));  // no sign, a NaN's neither
-}
-
 // A warp a row: the number of its entries, where its offset will be, and its scales.
 __global__ void __launch_bounds__(kThreads)
     count_both(RowPairs pairs, int64_t* row_offsets, Scales scales) {
@@ -15,7 +11,7 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= pairs.num_nodes) return;
   double degree = 0, pixel_degree = 0;
   const int64_t entries = for_each_entry(pairs, row, [&](int64_t, int64_t, const Merged& entry) {
-    degree += feature_weight(entry);
+    degree += symmetrized(entry);
     pixel_degree += entry.pixels;
   });
   degree = warp_sum(degree);
@@ -36,8 +32,8 @@ __global__ void __launch_bounds__(kThreads)
   const float own = scales.features[row], pixel_own = scales.pixels[row];
   const double alpha = args.alpha;
   for_each_entry(pairs, row, [&](int64_t place, int64_t column, const Merged& entry) {
-    const float weight = feature_weight(entry);
-    const float feature = weight == 0 ? 0 : weight * (own * scales.features[column]);
+    const double weight = symmetrized(entry);
+    const float feature = weight == 0 ? 0 : normalized(weight, own, scales.features[column]);
     const float pixel = entry.pixels == 0 ? 0 : pixel_own * scales.pixels[column];
     args.columns[begin + place] = static_cast<int32_t>(column);
     // In double, as add() does: the product is exact, so that fusing it changes nothing.

@@ -63,7 +63,9 @@ Memory cut(const KnnArgs& args, void* memory) {
   Memory space;
   const int64_t n = args.n, depth = direct(args) ? round_up(std::max<int64_t>(args.channels, 1), 4)
                                                  : round_up(args.channels, kStageDepth);
-  space.rows = {workspace.take<float>(n * depth),
+  space.rows = {args.features,
+                args.channels,
+                workspace.take<float>(n * depth),
                 workspace.take<unsigned char>(n),
                 workspace.take<int>(n),
                 workspace.take<int>(n),
@@ -109,7 +111,7 @@ class Knn {
   Knn(const KnnArgs& args, void* workspace, cudaStream_t stream)
       : args_(args),
         space_(cut(args, workspace)),
-        out_{args.values, args.indices, args.k, args.tuning.keep, space_.rows.largest},
+        out_{args.values, args.indices, args.k, args.tuning.keep},
         select_size_(selection_size(std::min(args.k, args.tuning.keep))),
         launch_(stream) {}
 

@@ -39,7 +39,8 @@ struct KnnArgs {
   bool euclidean;
   bool include_self;
   KnnMethod method;
-  float* values;     // device, [n, k], best first; -inf (cosine) or +inf (euclidean) where missing
+  float* values;     // device, [n, k], best first; -inf (cosine) or +inf (euclidean) where missing.
+                     // A distance beyond the largest float is +inf, too
   int32_t* indices;  // device, [n, k]; -1 where missing
   KnnTuning tuning = {};
 };

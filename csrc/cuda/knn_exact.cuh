@@ -15,12 +15,11 @@ template <bool kEuclidean>
 __global__ void __launch_bounds__(kSelectThreads, 6)
     direct_rows(Rows rows, bool include_self, int size, Output out) {
   const int64_t i = blockIdx.x, begin = rows.begin[i];
-  const float* x = rows.values + i * rows.depth;
+  const float unscale = kEuclidean ? 1 / scale_of(rows) : 1;
   const auto key_of = [&](int64_t at) {
     const int64_t j = begin + at;
     if (!rows.present[j] || (j == i && !include_self)) return kNoKey;
-    const float value = pair_value<kEuclidean>(x, rows.values + j * rows.depth, rows.depth);
-    return sort_key(value, static_cast<int>(j));
+    return sort_key(pair_value<kEuclidean>(rows, i, j, unscale), static_cast<int>(j));
   };
   const int64_t total = rows.present[i] ? rows.end[i] - begin : 0;
   write_lowest<kEuclidean>(out, i, dynamic_shared<uint64_t>(), size, total, key_of);
@@ -41,7 +40,8 @@ struct RowBlock {
   __device__ int64_t row(int64_t r) const { return list ? list[first + r] : first + r; }
 };
 
-constexpr int kTile = 128;  // rows and columns of a tile
+constexpr float kNoScore = std::numeric_limits<float>::quiet_NaN();  // of what is no candidate
+constexpr int kTile = 128;                                           // rows and columns of a tile
 constexpr int kTileThreads = 256;
 constexpr int kTileDepth = 16;
 constexpr int kEach = 8;  // a thread has 8 x 8 pairs
@@ -94,8 +94,8 @@ __device__ __forceinline__ void write_four(float* scores, int64_t at, int64_t le
 }
 
 // One tile of scores[r][j - begin of row r], the values of the block's rows with their segments'
-// rows; -inf for what is no candidate. Block (x, y): rows from 128 y on; columns from 128 x on,
-// counted from the first row's segment.
+// rows, or kSmall; NaN for what is no candidate. Block (x, y): rows from 128 y on; columns from 128
+// x on, counted from the first row's segment.
 template <bool kEuclidean>
 __global__ void __launch_bounds__(kTileThreads, 2)
     exact_tile(Rows rows, RowBlock block, int64_t column_tiles, bool include_self, float* scores,
@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     __syncthreads();
   }
 
+  const float unscale = kEuclidean ? 1 / scale_of(rows) : 1;
 #pragma unroll
   for (int p = 0; p < kEach; ++p) {
     const int64_t r = r0 + ty + p % 4 + p / 4 * 64;
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       for (int e = 0; e < 4; ++e) {
         const bool candidate = j + e < rows.n && rows.present[i] && rows.present[j + e] &&
                                (include_self || i != j + e);
-        value[e] = candidate ? value_of<kEuclidean>(total[p][4 * h + e]) : -kNothing;
+        value[e] = candidate ? value_of<kEuclidean>(total[p][4 * h + e], unscale) : kNoScore;
       }
       write_four(scores + r * width, j - begin, length, value);
     }
@@ -166,8 +167,10 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   const int64_t i = block.row(r), begin = rows.begin[i];
   const float* row = scores + r * width;
   const auto key_of = [&](int64_t at) {
-    const float score = row[at];
-    return score > -kNothing ? sort_key(score, static_cast<int>(begin + at)) : kNoKey;
+    float score = row[at];
+    if (score != score) return kNoKey;
+    if (kEuclidean && score > 0) score = -small_distance(rows, i, begin + at);
+    return sort_key(score, static_cast<int>(begin + at));
   };
   write_lowest<kEuclidean>(out, i, dynamic_shared<uint64_t>(), size, rows.end[i] - begin, key_of);
 }

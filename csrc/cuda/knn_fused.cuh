@@ -354,8 +354,7 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   if (threadIdx.x != 0) return;
   float threshold = kAnything;
   if (found == rank)
-    threshold =
-        margin_of<kEuclidean>(estimates, i, rows.depth).threshold_from(key_value(keys[rank - 1]));
+    threshold = margin_of<kEuclidean>(rows, estimates, i).threshold_from(key_value(keys[rank - 1]));
   candidates.threshold[r] = rows.present[i] ? threshold : kNothing;
   candidates.count[r] = 0;
 }
@@ -441,7 +440,7 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   if (threadIdx.x == 0) sums.kept = 0;
   __syncthreads();
   const float kth = about_kth(scores, count, k, sums);
-  const float bound = margin_of<kEuclidean>(estimates, i, rows.depth).threshold_from(kth);
+  const float bound = margin_of<kEuclidean>(rows, estimates, i).threshold_from(kth);
   if (bound < threshold) return redo();
   const int kept = count_reached(scores, count, bound, sums);
   if (kept > size) return redo();
@@ -449,10 +448,10 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
     if (scores[c] >= bound)
       keys[atomicAdd(&sums.kept, 1)] = candidates.index[r * candidates.capacity + c];
   __syncthreads();
-  const float* x = rows.values + i * rows.depth;
+  const float unscale = kEuclidean ? 1 / scale_of(rows) : 1;
   for (int c = threadIdx.x; c < kept; c += kSelectThreads) {
     const int j = static_cast<int>(keys[c]);
-    keys[c] = sort_key(pair_value<kEuclidean>(x, rows.values + j * rows.depth, rows.depth), j);
+    keys[c] = sort_key(pair_value<kEuclidean>(rows, i, j, unscale), j);
   }
   sort_keys(keys, kept);
   write_places<kEuclidean>(out, i, 0, out.k, keys, min(kept, k));

@@ -19,7 +19,13 @@
 // multiply-adds in float32: with h = (C + 8) u, within h |y_i| |y_j| for cosine, and, for
 // euclidean, its square within a relative h of the squared distance. Replacing row j's lengths by
 // their maxima gives the margin m_i for all j. Numbers below float32's normal range count as lost:
-// C 2^-120 is far more than they can add up to.
+// C 2^-120 is far more than they can add up to. A distance is decided on as it is given back,
+// without the scale, where it may be rounded below the normal range: by 2^-150, which moves the
+// score by that, scaled, times the distance.
+//
+// Small distances. The squares of differences below 2^-63 of the largest entry vanish, so where the
+// sum is below kSmallSquare the distance is computed from the rows as they came, in double: no
+// square of a float leaves its range. Above, what vanished changes no digit.
 //
 // Selection. Let s be a score that at least k candidates reach. Their values are at least s - m, so
 // the k-th best is, and whoever is among the k best has a score of at least s - 2m; for euclidean
@@ -53,6 +59,8 @@ __device__ __forceinline__ void atomic_max(unsigned* target, float x) {
 // ---- the rows that decide ----
 
 struct Rows {
+  const float* features;  // [n, channels]: as they came
+  int64_t channels;
   float* values;           // y: [n, depth], padded with zeros; zeros where not finite
   unsigned char* present;  // [n]: whether all entries are finite
   int* begin;              // [n]: the row's segment
@@ -82,6 +90,11 @@ __device__ __forceinline__ float power_of_two(float largest) {
   return ldexpf(1.0f, min(max(-ilogbf(largest), -126), 126));
 }
 
+// What the rows were multiplied by (euclidean).
+__device__ __forceinline__ float scale_of(const Rows& rows) {
+  return power_of_two(__uint_as_float(*rows.largest));
+}
+
 // One warp a row: y_i, and its segment. A row of unit length has its largest entry divided out
 // first: no square overflows or vanishes.
 template <bool kEuclidean>
@@ -103,7 +116,7 @@ __global__ void __launch_bounds__(kRowThreads)
   finite = __all_sync(kAllLanes, finite);
   float scale = 1, norm = 1;
   if constexpr (kEuclidean) {
-    scale = power_of_two(__uint_as_float(*rows.largest));
+    scale = scale_of(rows);
   } else {
     largest = warp_max(largest);
     double total = 0;
@@ -226,8 +239,9 @@ struct Margin {
 };
 
 template <bool kEuclidean>
-__device__ Margin margin_of(const Estimates& estimates, int64_t i, int64_t depth) {
+__device__ Margin margin_of(const Rows& rows, const Estimates& estimates, int64_t i) {
   constexpr double kUnit = 1.0 / (1 << 24);
+  const int64_t depth = rows.depth;
   const double max_offset = __uint_as_float(estimates.maxima->offset);
   const double max_length = __uint_as_float(estimates.maxima->length);
   const double max_residual = __uint_as_float(estimates.maxima->residual);
@@ -240,7 +254,11 @@ __device__ Margin margin_of(const Estimates& estimates, int64_t i, int64_t depth
   const double summing = gamma * packed * max_packed +
                          4 * kUnit * (fabs(static_cast<double>(estimates.offset[i])) + max_offset) +
                          (kEuclidean ? 0 : 1.01 * value);
-  const double lost = static_cast<double>(depth) * (1.0 / (1ll << 60)) * (1.0 / (1ll << 60));
+  double lost = static_cast<double>(depth) * 0x1p-120;
+  if constexpr (kEuclidean) {
+    const double smallest = 0x1p-149 * scale_of(rows);  // of values, scaled
+    lost += smallest * (packed + max_packed + smallest);
+  }
   return {(rounding + summing + lost) * (1 + 1e-6), kEuclidean ? 2.1 * value : 0};
 }
 
@@ -258,17 +276,35 @@ __device__ __forceinline__ float add_channel(float total, float x, float y) {
   }
 }
 
-// What decides, greater is better: the cosine, or minus the distance.
+constexpr float kSmallSquare = 0x1p-64f;
+constexpr float kSmall = 1;  // stands for the value of such a pair: no distance's minus is positive
+
+// What decides, greater is better: the cosine, or minus the distance, inf beyond the largest float;
+// kSmall where small_distance must say. `unscale`: 1 / scale_of(rows).
 template <bool kEuclidean>
-__device__ __forceinline__ float value_of(float total) {
-  return kEuclidean ? -__fsqrt_rn(total) : total;
+__device__ __forceinline__ float value_of(float total, float unscale) {
+  if constexpr (!kEuclidean) return total;
+  return total >= kSmallSquare ? -(__fsqrt_rn(total) * unscale) : kSmall;
 }
 
-// The value of two rows, aligned to 16 bytes.
+// |x_i - x_j|, of rows that are near for the size of their entries: no difference overflows.
+__device__ __forceinline__ float small_distance(const Rows& rows, int64_t i, int64_t j) {
+  const float* x = rows.features + i * rows.channels;
+  const float* y = rows.features + j * rows.channels;
+  double total = 0;
+  for (int64_t c = 0; c < rows.channels; ++c) {
+    const double difference = __fsub_rn(x[c], y[c]);
+    total += difference * difference;
+  }
+  return static_cast<float>(sqrt(total));
+}
+
+// The value of rows i and j.
 template <bool kEuclidean>
-__device__ __forceinline__ float pair_value(const float* x, const float* y, int64_t depth) {
-  const float4* a = reinterpret_cast<const float4*>(x);
-  const float4* b = reinterpret_cast<const float4*>(y);
+__device__ __forceinline__ float pair_value(const Rows& rows, int64_t i, int64_t j, float unscale) {
+  const int64_t depth = rows.depth;  // rows are aligned to 16 bytes
+  const float4* a = reinterpret_cast<const float4*>(rows.values + i * depth);
+  const float4* b = reinterpret_cast<const float4*>(rows.values + j * depth);
   float total = 0;
 #pragma unroll 4
   for (int64_t c = 0; c < depth / 4; ++c) {
@@ -278,7 +314,8 @@ __device__ __forceinline__ float pair_value(const float* x, const float* y, int6
     total = add_channel<kEuclidean>(total, p.z, q.z);
     total = add_channel<kEuclidean>(total, p.w, q.w);
   }
-  return value_of<kEuclidean>(total);
+  const float value = value_of<kEuclidean>(total, unscale);
+  return kEuclidean && value > 0 ? -small_distance(rows, i, j) : value;
 }
 
 }  // namespace nefkern::cuda

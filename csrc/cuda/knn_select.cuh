@@ -100,21 +100,18 @@ struct Output {
   float* values;  // [n, k]
   int* indices;   // [n, k]
   int64_t k;
-  int64_t keep;             // places found in one pass
-  const unsigned* largest;  // of Rows
+  int64_t keep;  // places found in one pass
 };
 
 // Writes places [first, last) of row i: `found` sorted keys, and marks for the missing ones.
 template <bool kEuclidean>
 __device__ __forceinline__ void write_places(const Output& out, int64_t i, int64_t first,
                                              int64_t last, const uint64_t* keys, int found) {
-  float unscale = 1;
-  if constexpr (kEuclidean) unscale = 1 / power_of_two(__uint_as_float(*out.largest));
   for (int64_t place = first + threadIdx.x; place < last; place += blockDim.x) {
     const bool there = place - first < found;
     const uint64_t key = there ? keys[place - first] : kNoKey;
     const float value = there ? key_value(key) : -kNothing;
-    out.values[i * out.k + place] = kEuclidean ? -value * unscale + 0.0f : value;
+    out.values[i * out.k + place] = kEuclidean ? -value + 0.0f : value;
     out.indices[i * out.k + place] = there ? key_index(key) : -1;
   }
 }

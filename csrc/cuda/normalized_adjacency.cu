@@ -4,8 +4,8 @@
 namespace nefkern::cuda {
 namespace {
 
-__device__ __forceinline__ float symmetrized(const Merged& entry, bool take_union) {
-  return take_union ? larger(entry.listed, entry.mirrored) : 0.5f * (entry.listed + entry.mirrored);
+__device__ __forceinline__ double symmetrized(const Merged& entry, bool take_union) {
+  return take_union ? fabsf(larger(entry.listed, entry.mirrored)) : symmetrized(entry);
 }
 
 // A warp a row: the number of its entries, where its offset will be, and d^(-1/2).
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= pairs.num_nodes) return;
   double degree = 0;
   const int64_t entries = for_each_entry(pairs, row, [&](int64_t, int64_t, const Merged& entry) {
-    degree += fabs(static_cast<double>(symmetrized(entry, take_union)));
+    degree += symmetrized(entry, take_union);
   });
   degree = warp_sum(degree);
   if (lane_id() != 0) return;
@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = args.row_offsets[row];
   const float own = scale[row];
   for_each_entry(pairs, row, [&](int64_t place, int64_t column, const Merged& entry) {
-    const float a = fabsf(symmetrized(entry, args.take_union));  // no sign, a NaN's neither
     args.columns[begin + place] = static_cast<int32_t>(column);
-    args.values[begin + place] = a * (own * scale[column]);
+    args.values[begin + place] =
+        normalized(symmetrized(entry, args.take_union), own, scale[column]);
   });
 }
 

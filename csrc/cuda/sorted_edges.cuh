@@ -124,6 +124,18 @@ __device__ __forceinline__ int64_t for_each_entry(const RowPairs& pairs, int64_t
   return entries;
 }
 
+// An entry of (A + A^T) / 2. In double no sum overflows and no half is lost. No sign, a NaN's
+// neither.
+__device__ __forceinline__ double symmetrized(const Merged& entry) {
+  return fabs(0.5 * (static_cast<double>(entry.listed) + static_cast<double>(entry.mirrored)));
+}
+
+// a d_i^(-1/2) d_j^(-1/2). The product of two scales has no place in float32 where weights are far
+// from 1; in double it is exact, and the same for (j, i).
+__device__ __forceinline__ float normalized(double a, float scale_i, float scale_j) {
+  return static_cast<float>(a * (static_cast<double>(scale_i) * scale_j));
+}
+
 // d^(-1/2) of a row whose entries add up to `degree`; inf for an empty row: nothing reads it.
 __device__ __forceinline__ float inverse_root(double degree) {
   return static_cast<float>(1 / sqrt(degree));

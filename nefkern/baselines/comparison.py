@@ -8,14 +8,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
-from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral
-from nefkern.baselines.methods import Method
-from nefkern.data import Sample
+from nefkern.baselines.probe import Probe, patch_labels
+from nefkern.data import Sample, resize_shorter
 from nefkern.ops import CSRGraph
+from nefkern.segmentation.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.segmentation.crf import winners
+from nefkern.segmentation.flip import flip_averaged
 from nefkern.segmentation.matching import class_logits
+from nefkern.segmentation.methods import Method
 from nefkern.segmentation.metrics import count_matrix
 from nefkern.segmentation.refinement import Job, Refiner
 from nefkern.segmentation.windows import Replay, sliding_tiles, sliding_windows, window_crops
@@ -24,12 +28,14 @@ _TILE_FLOATS = 1 << 24  # up-sampled logits held at once
 
 
 class Network(Protocol):
-    """What is asked of :class:`nefkern.segmenter.Segmenter`."""
+    """What is asked of :class:`nefkern.segmentation.segmenter.Segmenter`."""
 
     num_clusters: int
     device: torch.device
 
     def maps(self, images: Tensor) -> Any: ...
+
+    def pad(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]: ...
 
     def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]: ...
 
@@ -38,11 +44,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """How images reach the network: windows of this size and stride, so many at once."""
+    """How images reach the network: windows of this size and stride, so many at once.
+
+    With ``shorter`` they lie on the image resized to that shorter side, and what the network says
+    is resized back to the image's own resolution (protocol B).
+    """
 
     window: int
     stride: int
     batch_size: int = 4
+    shorter: int | None = None
 
 
 class Comparison:
@@ -52,6 +63,8 @@ class Comparison:
         network: the trained segmenter.
         methods: which methods, at least one.
         windows: how images are cut.
+        num_classes: C, of methods that learn classes.
+        flip: average logits over an image and its mirror image.
         control: a segmenter with an untrained ψ and the same backbone, if a method asks for one.
         seed, sample_rows: of K-means, see :class:`Clusterer`; the seed is also that of
             :class:`DeepSpectral`.
@@ -63,38 +76,83 @@ class Comparison:
         methods: list[Method],
         windows: Windows,
         *,
+        num_classes: int = 0,
+        flip: bool = False,
         control: Network | None = None,
         seed: int = 0,
-        sample_rows: int = 1 << 16,
+        sample_rows: int = SAMPLE_ROWS,
     ) -> None:
         self.network, self.control, self.windows = network, control, windows
         segments = any(method.source == "segments" for method in methods)
         self.deep_spectral = DeepSpectral(seed=seed) if segments else None
-        self.clusterers = {
-            method.name: Clusterer(method, network.num_clusters, seed=seed, sample_rows=sample_rows)
+        self._predict = flip_averaged(self._once, network.pad) if flip else self._once
+        self.clusterers: dict[str, Clusterer | Probe] = {
+            method.name: Probe(method, num_classes, sample_rows=sample_rows)
+            if method.supervised
+            else Clusterer(method, network.num_clusters, seed=seed, sample_rows=sample_rows)
             for method in methods
         }
 
     @property
     def needs_fit(self) -> bool:
-        """Whether some method has to see training images."""
-        return any(c.kmeans is not None for c in self.clusterers.values())
+        """Whether some K-means has to see training images."""
+        return bool(self._unfitted(Clusterer))
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether some method has to see annotated training images."""
+        return bool(self._unfitted(Probe))
 
     @torch.inference_mode()
-    def fit(self, images: Iterable[Tensor]) -> None:
-        """Fit every K-means on training images, uint8 ``[3, H, W]`` each, in their order.
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Fit every K-means on crops of training images, uint8 ``[B, 3, h, w]``, in their order.
 
         Raises:
             ValueError: fewer patches than clusters.
         """
+        unfitted = self._unfitted(Clusterer)
+        for crops in batches:
+            maps, _ = self._maps(crops)
+            for clusterer in unfitted:
+                clusterer.observe(maps)
+        for clusterer in unfitted:
+            clusterer.finish(self.network.device)
+
+    def crops(self, images: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Images uint8 ``[3, H, W]`` as they are cut for scoring, in batches for :meth:`fit`."""
         w = self.windows
         for image in images:
-            for crops in window_crops(image, w.window, w.stride, batch_size=w.batch_size):
-                maps, _ = self._maps(crops)
-                for clusterer in self.clusterers.values():
-                    clusterer.observe(maps)
-        for clusterer in self.clusterers.values():
-            clusterer.finish(self.network.device)
+            seen = self._seen(image)
+            yield from window_crops(seen, w.window, w.stride, batch_size=w.batch_size)
+
+    @torch.inference_mode()
+    def fit_labels(self, samples: Iterable[Sample]) -> None:
+        """Fit the methods that learn classes on annotated images, cut as for scoring.
+
+        Raises:
+            ValueError: no patch is annotated.
+        """
+        unfitted = self._unfitted(Probe)
+        for sample in samples:
+            w, seen = self.windows, self._seen(sample.image)
+            # Each pixel that the network sees has one class: the nearest annotated pixel's.
+            size = list(seen.shape[1:])
+            annotation = resize(sample.annotation[None], size, InterpolationMode.NEAREST_EXACT)
+            pieces = (
+                window_crops(whole, w.window, w.stride, batch_size=w.batch_size)
+                for whole in (seen, annotation)
+            )
+            for crops, labels in zip(*pieces, strict=True):
+                maps, padded = self._maps(crops)
+                grid = tuple(maps["graph"].shape[2:])
+                for probe in unfitted:
+                    found = [patch_labels(a[0], grid, padded, probe.channels) for a in labels]
+                    probe.observe(maps, torch.stack(found))
+        for probe in unfitted:
+            probe.finish(self.network.device)
+
+    def _unfitted(self, kind: type) -> list:
+        return [c for c in self.clusterers.values() if isinstance(c, kind) and not c.fitted]
 
     @torch.inference_mode()
     def clusters(self, image: Tensor) -> dict[str, Tensor]:
@@ -120,17 +178,20 @@ class Comparison:
             done: called whenever an image is counted.
 
         Returns:
-            By method, "none" and perhaps "clusters": int64 counts ``[K, num_classes]``.
+            By method, "none" and perhaps "clusters": int64 counts ``[K, num_classes]``; classes
+            instead of clusters for methods that learn those.
         """
-        k = self.network.num_clusters
         stages = ("none", "clusters") if refiner else ("none",)
         counts = {
-            name: {stage: torch.zeros(k, num_classes, dtype=torch.int64) for stage in stages}
-            for name in self.clusterers
+            name: {
+                stage: torch.zeros(c.channels, num_classes, dtype=torch.int64) for stage in stages
+            }
+            for name, c in self.clusterers.items()
         }
 
         def add(stage: str, sample: Sample, name: str, clusters: Tensor) -> None:
-            counts[name][stage] += count_matrix(clusters, sample.annotation, k, num_classes).cpu()
+            table = counts[name][stage]
+            table += count_matrix(clusters, sample.annotation, len(table), num_classes).cpu()
 
         def looked_at() -> Iterator[tuple[Sample, Replay, dict[str, Tensor]]]:
             for sample in samples:
@@ -206,30 +267,42 @@ class Comparison:
             found["segments"] = self.deep_spectral.segment_means(graph, maps.graph)
         return found, maps.padded
 
-    def _predict(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _once(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The cluster logits of all methods, one after another along the channels."""
         maps, padded = self._maps(crops)
         return torch.cat([c.logits(maps) for c in self.clusterers.values()], dim=1), padded
 
+    def _seen(self, image: Tensor) -> Tensor:
+        """The image as the windows lie on it."""
+        shorter = self.windows.shorter
+        return image if shorter is None else resize_shorter(image, shorter)
+
     def _tiles(self, image: Tensor, predict: Callable) -> Iterator:
         w = self.windows
-        pixels = _TILE_FLOATS // (len(self.clusterers) * self.network.num_clusters)
+        pixels = _TILE_FLOATS // sum(self._channels)
         return sliding_tiles(
-            predict, image, w.window, w.stride, batch_size=w.batch_size, max_pixels=max(1, pixels)
+            *(predict, self._seen(image), w.window, w.stride),
+            size=image.shape[1:],
+            batch_size=w.batch_size,
+            max_pixels=max(1, pixels),
         )
 
     def _clusters(self, image: Tensor, predict: Callable) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for tile in self._tiles(image, predict):
-            parts = tile.logits.split(self.network.num_clusters)
+            parts = tile.logits.split(self._channels)
             for name, part in zip(self.clusterers, parts, strict=True):
                 if name not in found:
                     found[name] = part.new_empty(image.shape[1:], dtype=torch.int64)
                 found[name][slice(*tile.rows), slice(*tile.cols)] = part.argmax(0)
         return found
 
+    @property
+    def _channels(self) -> list[int]:
+        return [clusterer.channels for clusterer in self.clusterers.values()]
+
     def _first_channel(self, name: str) -> int:
-        return list(self.clusterers).index(name) * self.network.num_clusters
+        return sum(self._channels[: list(self.clusterers).index(name)])
 
     def _cluster_jobs(
         self, sample: Sample, replay: Replay, found: dict[str, Tensor]
@@ -238,12 +311,13 @@ class Comparison:
 
         Only their probabilities are made: those of the hundreds of others would fill the memory.
         """
-        w = self.windows
+        w, seen = self.windows, self._seen(sample.image)
         for name, clusters in found.items():
             shown = clusters.unique()
             logits = sliding_windows(
                 replay.select(shown + self._first_channel(name)),
-                *(sample.image, w.window, w.stride),
+                *(seen, w.window, w.stride),
+                size=sample.image.shape[1:],
                 batch_size=w.batch_size,
             )
             probabilities = self.clusterers[name].probabilities(logits)
@@ -266,7 +340,7 @@ class Comparison:
         self, image: Tensor, replay: Replay, name: str, assignment: Tensor, num_classes: int
     ) -> Tensor:
         first = self._first_channel(name)
-        predict = replay.select(slice(first, first + self.network.num_clusters))
+        predict = replay.select(slice(first, first + self.clusterers[name].channels))
         merged: Tensor | None = None
         for tile in self._tiles(image, predict):
             part = class_logits(tile.logits, assignment.to(tile.logits.device), num_classes)

@@ -21,8 +21,13 @@ from nefkern.data.images import read_annotation, read_image
 from nefkern.data.loader import TrainLoader, View, Views, train_loader
 from nefkern.data.pascal_context import PASCAL_CONTEXT
 from nefkern.data.samples import open_samples
-from nefkern.data.transforms import TrainTransform, eval_transform, photometric_distortion
-from nefkern.errors import UserError
+from nefkern.data.transforms import (
+    TrainTransform,
+    eval_transform,
+    photometric_distortion,
+    resize_shorter,
+)
+from nefkern.runtime.errors import UserError
 
 __all__ = [
     "BENCHMARKS",
@@ -42,6 +47,7 @@ __all__ = [
     "photometric_distortion",
     "read_annotation",
     "read_image",
+    "resize_shorter",
     "train_loader",
 ]
 

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nefkern.commandline import command_parser
 from nefkern.data import BENCHMARKS
 from nefkern.data.check import SplitReport, check, check_folder
 from nefkern.data.prepare import prepare_pascal_context
-from nefkern.errors import UserError, command
+from nefkern.runtime.commandline import command_parser, log_to_stderr
+from nefkern.runtime.errors import UserError, command
 
 DESCRIPTION = """\
 The paper's data sets as their publishers lay them out, and folders of your own. Nothing is
@@ -34,8 +34,15 @@ below DIR:
   ade20k          [ADEChallengeData2016/]{images,annotations}/{training,validation}/*
                   (0 void, 1 to 150 the classes)
   imagenet        [ILSVRC/Data/CLS-LOC/]train/<synset>/*.JPEG; no annotations
-  folder          images/{split}/*, annotations/{split}/<same name>.png (class indices, 255 void),
-                  classes.txt (one name a line); without splits, or images alone
+  folder          images/{split}/*, annotations/{split}/<same name>.png (class indices, 255 void:
+                  in masks of 0 and 255, write 1 for 255), classes.txt (one name a line); without
+                  splits, or images alone
+
+check also notes classes that occur nowhere, and folders of images that are not read. Images of more
+than 8 bits are scaled by what their file states, else floats from 0 to 1;
+integers to 65535, or to 4095 (12 bits) or 255 where no sample is above. In the environment,
+NEFKERN_WHITE=N says which sample value is white, and NEFKERN_MAX_PIXELS=N allows images beyond 500
+megapixels.
 """
 _SHOWN = 20  # problems of a split
 _CHECKED = (*BENCHMARKS, "folder")
@@ -67,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def print_check(options: argparse.Namespace) -> None:
-    """Print a line for every split and every problem.
+    """Print a line for every split, every problem and every note.
 
     Raises:
         UserError: there were problems.
@@ -83,6 +90,8 @@ def print_check(options: argparse.Namespace) -> None:
             print(f"    {problem}")
         if len(report.problems) > _SHOWN:
             print(f"    and {len(report.problems) - _SHOWN:,} more")
+        for note in report.notes:
+            print(f"    note: {note}")
         count += len(report.problems)
     if count:
         raise UserError(f"{options.name}: {count:,} problems, listed above")
@@ -102,6 +111,7 @@ def _reports(options: argparse.Namespace) -> tuple[str, Iterator[SplitReport]]:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run."""
     options = parser().parse_args(arguments)
+    log_to_stderr()
     if options.task == "check":
         print_check(options)
     else:

@@ -6,15 +6,20 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nefkern.data.benchmark import Benchmark, missing_files, open_benchmark
+from nefkern.data.constants import VOID
 from nefkern.data.dataset import ImageDataset
-from nefkern.data.folder import need_folder, open_folder, subfolders
+from nefkern.data.folder import folder_dataset, need_folder, nested_images, subfolders
+from nefkern.data.labels import absent_classes, one_class_left
 from nefkern.data.loader import leave_interrupts_to_the_main_process
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 @dataclass
@@ -26,6 +31,7 @@ class SplitReport:
         images, annotations: files there.
         expected: images in the whole split; None where nobody knows.
         problems: one line each.
+        notes: what is no problem, but perhaps not meant; one line each.
     """
 
     split: str
@@ -33,6 +39,7 @@ class SplitReport:
     annotations: int = 0
     expected: int | None = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         whole = "" if self.expected is None else f" of {self.expected:,}"
@@ -45,7 +52,7 @@ def check(
     """Count the files of every split and, unless ``quick``, read them all.
 
     Read means: images decode, annotations have the size of their image and hold only the data
-    set's labels.
+    set's labels. Classes that occur nowhere are noted.
 
     Args:
         benchmark: which data set.
@@ -62,7 +69,7 @@ def check(
         if not quick:
             with contextlib.suppress(UserError):  # files are missing, as the report says already
                 dataset = open_benchmark(benchmark, root, split=split)
-                report.problems += _unusable(dataset, split, workers)
+                _read_all(dataset, report, workers)
         yield report
 
 
@@ -81,13 +88,15 @@ def check_folder(root: Path, *, quick: bool = False, workers: int = 0) -> Iterat
     for split in (subfolders(images) if images.is_dir() else []) or [""]:
         report = SplitReport(split or "all", expected=None)
         try:
-            dataset = open_folder(root, split=split)
+            dataset, folder = folder_dataset(root, split=split)
         except UserError as error:
             report.problems.append(str(error))
         else:
             report.images = len(dataset)
             report.annotations = len(dataset) if dataset.annotated else 0
-            report.problems += [] if quick else _unusable(dataset, report.split, workers)
+            report.notes += filter(None, [nested_images(folder)])
+            if not quick:
+                _read_all(dataset, report, workers)
         yield report
 
 
@@ -128,8 +137,20 @@ def _count_annotations(
         )
 
 
-class _Problems(Dataset[str]):
-    """What is wrong with each sample, "" where nothing is."""
+class _Found(NamedTuple):
+    """What reading one sample gives.
+
+    Attributes:
+        problem: "" where there is none.
+        pixels: of each class, and last of void, int64 ``[classes + 1]``; None without annotation.
+    """
+
+    problem: str = ""
+    pixels: Tensor | None = None
+
+
+class _Reading(Dataset[_Found]):
+    """Every sample, read for its problems and its labels."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -137,22 +158,53 @@ class _Problems(Dataset[str]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> _Found:
         try:
-            if self.dataset.annotated:
-                self.dataset[index]
-            else:
+            if not self.dataset.annotated:
                 self.dataset.image(index, min_side=1)  # decodes every byte, but few pixels
+                return _Found()
+            labels = self.dataset[index].annotation
         except UserError as error:
-            return str(error)
-        return ""
+            return _Found(str(error))
+        counts = labels.flatten().bincount(minlength=VOID + 1)
+        return _Found(pixels=torch.cat([counts[: len(self.dataset.classes)], counts[VOID:]]))
 
 
-def _unusable(dataset: ImageDataset, split: str, workers: int) -> list[str]:
+def _read_all(dataset: ImageDataset, report: SplitReport, workers: int) -> None:
+    """Add what reading every file shows to ``report``."""
     loader = DataLoader(
-        _Problems(dataset),
+        _Reading(dataset),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=leave_interrupts_to_the_main_process,
     )
-    return [problem for problem in tqdm(loader, desc=split, unit="image") if problem]
+    total = torch.zeros(len(dataset.classes) + 1, dtype=torch.int64)
+    void: list[Path] = []  # annotations without any class
+    for index, found in enumerate(tqdm(loader, desc=report.split, unit="image")):
+        if found.problem:
+            report.problems.append(found.problem)
+        elif found.pixels is not None:
+            total += found.pixels
+            if not found.pixels[:-1].any():
+                void.append(dataset.annotation_paths[index])
+    if total.any():
+        _judge_labels(dataset, report, total.tolist(), void)
+
+
+def _judge_labels(
+    dataset: ImageDataset, report: SplitReport, total: list[int], void: list[Path]
+) -> None:
+    *pixels, void_pixels = total
+    if not any(pixels):
+        report.problems.append(f"{report.split}: every annotated pixel is void ({VOID})")
+        return
+    if void:
+        report.notes.append(
+            f"{len(void):,} of {len(dataset):,} annotations are void throughout, such as {void[0]}"
+        )
+    # Only in files that hold the classes themselves is void always 255.
+    line = absent_classes(dataset.classes, pixels, void_pixels if dataset.holds_classes else None)
+    if line and dataset.holds_classes and one_class_left(pixels, void_pixels):
+        report.problems.append(f"{report.split}: {line}")
+    elif line:
+        report.notes.append(line)

@@ -11,6 +11,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 EVAL_SIZE = 320
 """Side of protocol A's centre crop in pixels (section 4.1)."""
 
+LONGEST = 16
+"""Length in shorter sides to which an image is enlarged at most: a strip of a few pixels' width
+would become thousands of windows."""
+
 # Segmenter's augmentation (section 4.1), with the values mmsegmentation gives it.
 RESIZE_RATIO = (0.5, 2.0)
 """The shorter side becomes the base size times a ratio drawn from this range."""

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from nefkern.data.constants import VOID
 from nefkern.data.images import CLASSES_FILE, read_annotation, read_image
 from nefkern.data.paths import Names, Paths
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class ImageDataset(Dataset[Sample]):
     Attributes:
         names: str, unique: the file name without its suffix, with it where two agree.
         annotated: whether samples have annotations.
+        holds_classes: whether annotation files hold the classes themselves, without ``label_map``.
         paths, annotation_paths, classes, colours, ignored, strict: as given.
     """
 
@@ -73,6 +74,7 @@ class ImageDataset(Dataset[Sample]):
         self.colours = tuple(colours)
         self.ignored = sorted(set(ignored))
         self.strict = strict
+        self.holds_classes = label_map is None
         self._label_source = CLASSES_FILE if label_map is None else "this data set has {} labels"
         labels = range(len(classes)) if label_map is None else label_map
         self._num_labels = len(labels)

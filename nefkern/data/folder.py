@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nefkern.data.constants import IMAGE_SUFFIXES, VOID
 from nefkern.data.dataset import ImageDataset, class_indices
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def open_folder(
@@ -23,7 +28,8 @@ def open_folder(
     - ``images/*.jpg``, optional ``annotations/{same stem}.png``: any split is all of it;
     - ``*.jpg``: any split is all of it, without annotations.
 
-    ``classes.txt`` in ``root`` names the classes, one a line; annotations need it.
+    ``classes.txt`` in ``root`` names the classes, one a line; annotations need it. Images in
+    folders below these are not taken; a warning names the folders.
 
     Args:
         root: the folder.
@@ -35,19 +41,35 @@ def open_folder(
         UserError: no such folder or split, no images in it, an image without annotation, a bad
             ``classes.txt``, an unknown class to ignore.
     """
+    dataset, folder = folder_dataset(
+        root, split=split, strict=strict, ignore_classes=ignore_classes
+    )
+    _warn_of_nested(folder)
+    return dataset
+
+
+def folder_dataset(
+    root: Path,
+    *,
+    split: str,
+    strict: bool = False,
+    ignore_classes: Sequence[str | int] = (),
+) -> tuple[ImageDataset, Path]:
+    """What :func:`open_folder` returns, without its warning, and the folder of the images."""
     root = Path(root)
     need_folder(root)
     images, annotations = _layout(root, split)
     paths = image_files(images)
     annotation_paths = _annotation_files(paths, annotations) if annotations else None
     classes = _read_classes(root / "classes.txt", needed=annotation_paths is not None)
-    return ImageDataset(
+    dataset = ImageDataset(
         paths,
         annotation_paths=annotation_paths,
         classes=classes,
         ignored=class_indices(ignore_classes, classes),
         strict=strict,
     )
+    return dataset, images
 
 
 def need_folder(root: Path) -> None:
@@ -74,15 +96,38 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def nested_images(folder: Path, wanted: Callable[[str], bool] = is_image_name) -> str | None:
+    """A line that names the folders in ``folder`` with images in or below them; None without.
+
+    Args:
+        wanted: whether a file of this name is one of the images.
+    """
+    inside = [name for name in subfolders(folder) if _holds(folder / name, wanted)]
+    if not inside:
+        return None
+    more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
+    return f"{folder}: the images in folders inside are not taken: {', '.join(inside[:5])}{more}"
+
+
+def _holds(folder: Path, wanted: Callable[[str], bool]) -> bool:
+    return any(wanted(name) for _, _, names in os.walk(folder) for name in names)
+
+
+@functools.cache
+def _warn_of_nested(folder: Path) -> None:
+    """Once a process: training opens its data set several times."""
+    if line := nested_images(folder):
+        logger.warning("%s", line)
+
+
 def image_files(folder: Path) -> list[Path]:
     """Images directly in ``folder``, sorted; a UserError where there are none."""
-    paths = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-    )
+    paths = sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
     if not paths:
         inside = ", ".join(subfolders(folder)[:5])
         hint = f" (but folders: {inside})" if inside else ""

@@ -20,11 +20,12 @@ from nefkern.data.constants import (
     EVAL_SIZE,
     FLIP,
     HUE,
+    LONGEST,
     RESIZE_RATIO,
     SATURATION,
 )
 from nefkern.data.dataset import Sample
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 class TrainTransform:
@@ -206,13 +207,37 @@ def _coin(generator: Generator) -> bool:
     return _uniform(generator) < 0.5
 
 
+def resize_shorter(image: Tensor, side: int) -> Tensor:
+    """Resize an image so that its shorter side is ``side`` pixels, the aspect ratio kept.
+
+    Bilinear and antialiased. A strip is enlarged no further than to ``LONGEST`` times ``side``.
+
+    Args:
+        image: ``[3, H, W]``, uint8 or float.
+        side: at least 1.
+
+    Returns:
+        The same dtype.
+
+    Raises:
+        UserError: ``side`` not positive.
+    """
+    if side < 1:
+        raise UserError(f"shorter side: expected a positive number of pixels, got {side}")
+    short, long = sorted(image.shape[1:])
+    scale = min(side / short, max(1.0, LONGEST * side / long))
+    height, width = (max(1, round(length * scale)) for length in image.shape[1:])
+    return image if scale == 1 else _resize(image, [height, width])
+
+
 def eval_transform(protocol: str, size: int = EVAL_SIZE) -> Callable[[Sample], Sample]:
     """The transform of an evaluation protocol (section 4.1).
 
     Args:
         protocol: "crop320" (protocol A): the shorter side resized to ``size``, bilinear and
             antialiased for the image, nearest for the annotation, then the centre
-            ``size`` x ``size``; or "full" (protocol B): everything at its own resolution.
+            ``size`` x ``size``; or "full" (protocol B): everything at its own resolution, where it
+            is scored; the network sees the image after :func:`resize_shorter`.
         size: pixels, of "crop320" only.
 
     Returns:

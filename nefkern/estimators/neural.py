@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nefkern.estimators.inputs import Units, device_of, like, seed_of, valid_rows
 from nefkern.estimators.spectral import ROW_AFFINITIES, ClusteringMixin, GraphEstimator
-from nefkern.objective import objective
 from nefkern.ops import checks, quadratic_form
 from nefkern.spectral.embedding import AFFINITIES, adjacency, neighbour_lists
 from nefkern.spectral.nystrom import degrees
+from nefkern.spectral.objective import objective
 
 LOSSES = ("regression", "neuralef")
 #: Weight of the penalty where the trace has weight 1: above 1/λ of all eigenvalues λ that count.

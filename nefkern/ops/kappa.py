@@ -10,11 +10,12 @@ from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph
 from nefkern.ops.normalized_adjacency import (
     check_clamp,
-    check_indices,
     check_lists,
+    check_weights,
     fake_graph,
     triton_accepts,
 )
+from nefkern.reference.normalized_adjacency import check_indices
 
 
 def kappa(
@@ -25,6 +26,7 @@ def kappa(
     num_nodes: int,
     alpha: float = 0.3,
     clamp_min: float = 0.0,
+    check_finite: bool = False,
 ) -> CSRGraph:
     """kappa = D^(-1/2) A D^(-1/2) + alpha D~^(-1/2) A~ D~^(-1/2) (eq 4) in one pass.
 
@@ -38,13 +40,14 @@ def kappa(
         num_nodes: N.
         alpha: weight of the pixel graph, a finite number.
         clamp_min: lower bound of the weights, at least 0.
+        check_finite: raise when a neighbour's weight is NaN or inf.
 
     Returns:
         A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or index; a weight that requires a
-            gradient.
+            gradient, or (``check_finite``) that isn't finite.
     """
     num_nodes = check_lists(indices, weights, num_nodes)
     check_lists(pixel_indices, None, num_nodes, name="pixel_indices")
@@ -54,19 +57,22 @@ def kappa(
         )
     alpha = checks.finite_number("alpha", alpha)
     clamp_min = check_clamp(clamp_min)
-    tensors = registry.call("kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
+    tensors = registry.call(
+        "kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite
+    )
     return CSRGraph(*tensors, num_nodes, True)
 
 
 registry.define(
     "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, SymInt num_nodes, float alpha, "
-    "float clamp_min) -> (Tensor, Tensor, Tensor)",
+    "float clamp_min, bool check_finite) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, _, num_nodes, *__: fake_graph(indices, weights, num_nodes),
 )
 
 
 @registry.kernel("kappa", "reference")
-def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
+    check_weights(indices, weights, clamp_min, check_finite)
     check_indices(indices, num_nodes)
     check_indices(pixel_indices, num_nodes, name="pixel_indices")
     return reference.kappa(
@@ -80,7 +86,8 @@ def _native_accepts(indices, weights, *_) -> bool:
 
 @registry.kernel("kappa", "cpu", accepts=_native_accepts)
 @registry.kernel("kappa", "cuda", accepts=_native_accepts)
-def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
+    check_weights(indices, weights, clamp_min, check_finite)
     *graph, valid = torch.ops.nefkern_native.kappa(
         indices,
         None if weights is None else weights.float(),
@@ -99,7 +106,8 @@ def _triton_accepts(indices, weights, pixel_indices, *_) -> bool:
 
 
 @registry.kernel("kappa", "triton", accepts=_triton_accepts)
-def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite):
     from nefkern.triton.kappa import kappa
 
+    check_weights(indices, weights, clamp_min, check_finite)
     return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)

@@ -28,6 +28,12 @@ def knn(
     computed values tie are ordered by index, so the result is the same at any number of threads.
     The N x N matrix is never held: extra memory is O(N k) plus a fixed workspace.
 
+    Entries may be of any size, from the smallest positive number of their dtype to the largest, and
+    of very different sizes side by side: no square overflows or vanishes on the way. So a cosine
+    does not depend on the rows' lengths, a distance is right to its own rounding however small it
+    is beside the entries, and a row of no-data values (1e38, say) leaves the others as they are. A
+    distance beyond the largest float is +inf, of a neighbour like any other; such distances tie.
+
     On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
     candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
     NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one.
@@ -47,7 +53,7 @@ def knn(
     Returns:
         values [N, k], float32 (float64 for float64 features), and indices [N, k], int32. A row with
         fewer than k candidates is filled up with index -1 and value -inf (cosine) or +inf
-        (euclidean).
+        (euclidean); only the index tells that from a distance that is too large.
 
     Raises:
         TypeError: ``features``, ``k`` or ``segments`` of the wrong type.

@@ -8,6 +8,7 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import _MAX_NODES, CSRGraph
+from nefkern.reference.normalized_adjacency import check_indices
 
 _SYMMETRIZE = ("mean", "union")
 
@@ -19,6 +20,7 @@ def normalized_adjacency(
     num_nodes: int,
     symmetrize: str = "mean",
     clamp_min: float = 0.0,
+    check_finite: bool = False,
 ) -> CSRGraph:
     """The symmetrically normalised adjacency D^(-1/2) A D^(-1/2) of neighbour lists (eqs 2-4).
 
@@ -29,6 +31,10 @@ def normalized_adjacency(
     matrix of A's row sums; a row of degree 0 is empty, so nothing is ever divided by zero. The
     result equals its transpose bit for bit and does not depend on the number of threads.
 
+    Weights may be of any size, from the smallest positive number of their dtype to the largest, and
+    of very different sizes side by side: the result is right to rounding, as if A and D were
+    computed in exact arithmetic, and multiplying all weights by a number does not change it.
+
     Args:
         indices: int32 or int64 [N, k]; values -1 to N - 1.
         weights: floating point [N, k], or None for weight 1. Not differentiable.
@@ -36,20 +42,23 @@ def normalized_adjacency(
         symmetrize: "mean" for (A + A^T) / 2, "union" for max(A, A^T), which is the logical or of
             lists without weights.
         clamp_min: lower bound of the weights, at least 0: negative similarities become 0.
+        check_finite: raise when a neighbour's weight is NaN or inf (those of padding don't count).
+            Without it such a weight makes its own entry NaN, and spreads NaN or 0 to the other
+            entries of both its nodes.
 
     Returns:
         A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, option or index; a weight that requires
-            a gradient.
+            a gradient, or (``check_finite``) that isn't finite.
     """
     num_nodes = check_lists(indices, weights, num_nodes)
     clamp_min = check_clamp(clamp_min)
     if symmetrize not in _SYMMETRIZE:
         raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
     tensors = registry.call(
-        "normalized_adjacency", indices, weights, num_nodes, symmetrize, clamp_min
+        "normalized_adjacency", indices, weights, num_nodes, symmetrize, clamp_min, check_finite
     )
     return CSRGraph(*tensors, num_nodes, True)
 
@@ -93,14 +102,17 @@ def check_clamp(clamp_min: float) -> float:
     return checks.finite_number("clamp_min", clamp_min, 0)
 
 
-def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
-    """Raise ValueError for an index outside -1 ... num_nodes - 1."""
-    if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < -1 or high >= num_nodes:
-            raise ValueError(
-                f"{name}: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
-            )
+def check_weights(
+    indices: Tensor, weights: Tensor | None, clamp_min: float, check_finite: bool
+) -> None:
+    """Raise ValueError where a weight is not finite: the lower bound in the weights' precision, or,
+    if ``check_finite``, that of a neighbour."""
+    if weights is None:
+        return
+    if weights.dtype != torch.float64 and clamp_min > torch.finfo(torch.float32).max:
+        raise ValueError(f"clamp_min: expected a number that float32 can hold, got {clamp_min}")
+    if check_finite:
+        checks.finite("weights", weights.masked_fill(indices < 0, 0))
 
 
 def fake_graph(indices: Tensor, weights: Tensor | None, num_nodes: int) -> tuple[Tensor, ...]:
@@ -116,13 +128,14 @@ def fake_graph(indices: Tensor, weights: Tensor | None, num_nodes: int) -> tuple
 
 registry.define(
     "normalized_adjacency(Tensor indices, Tensor? weights, SymInt num_nodes, str symmetrize, "
-    "float clamp_min) -> (Tensor, Tensor, Tensor)",
+    "float clamp_min, bool check_finite) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, num_nodes, *_: fake_graph(indices, weights, num_nodes),
 )
 
 
 @registry.kernel("normalized_adjacency", "reference")
-def _reference(indices, weights, num_nodes, symmetrize, clamp_min):
+def _reference(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
+    check_weights(indices, weights, clamp_min, check_finite)
     check_indices(indices, num_nodes)
     return reference.normalized_adjacency(
         indices, weights, num_nodes=num_nodes, symmetrize=symmetrize, clamp_min=clamp_min
@@ -135,7 +148,8 @@ def _native_accepts(indices, weights, *_) -> bool:
 
 @registry.kernel("normalized_adjacency", "cpu", accepts=_native_accepts)
 @registry.kernel("normalized_adjacency", "cuda", accepts=_native_accepts)
-def _native(indices, weights, num_nodes, symmetrize, clamp_min):
+def _native(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
+    check_weights(indices, weights, clamp_min, check_finite)
     *graph, valid = torch.ops.nefkern_native.normalized_adjacency(
         indices, None if weights is None else weights.float(), symmetrize == "union", clamp_min
     )
@@ -152,7 +166,8 @@ def triton_accepts(indices, weights, *_) -> bool:
 
 
 @registry.kernel("normalized_adjacency", "triton", accepts=triton_accepts)
-def _triton(indices, weights, num_nodes, symmetrize, clamp_min):
+def _triton(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
     from nefkern.triton.normalized_adjacency import normalized_adjacency
 
+    check_weights(indices, weights, clamp_min, check_finite)
     return normalized_adjacency(indices, weights, num_nodes, symmetrize, clamp_min)

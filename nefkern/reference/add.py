@@ -28,8 +28,8 @@ def add(
             ]
         ),
         torch.cat([columns_a, columns_b]).long(),
-        torch.cat([values_a.to(dtype), values_b.to(dtype) * alpha]),
+        torch.cat([values_a.double(), values_b.double() * alpha]),  # a sum is rounded once
         num_nodes,
         "sum",
     )
-    return compress(rows, num_nodes), columns.to(torch.int32), values
+    return compress(rows, num_nodes), columns.to(torch.int32), values.to(dtype)

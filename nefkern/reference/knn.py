@@ -29,6 +29,7 @@ def knn(
         values [N, k] in float32 (float64 for float64 features) and indices [N, k] int32.
     """
     points = features if features.dtype == torch.float64 else features.float()
+    finite = points.isfinite().all(dim=1)
     if metric == "cosine":
         points = unit_rows(points)
     n = len(points)
@@ -36,17 +37,23 @@ def knn(
     indices = points.new_full((n, k), -1, dtype=torch.int32)
     bounds = [0, n] if segments is None else list(segments)
     for begin, end in itertools.pairwise(bounds):
-        candidates = points[begin:end]
-        step = max(1, _BLOCK // max(1, end - begin))
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            scores = _scores(points[first:last], candidates, metric)
-            if not include_self:
-                scores.diagonal(first - begin).fill_(-math.inf)
-            best, where = _best(scores, min(k, end - begin))
-            where = (where + begin).masked_fill(best == -math.inf, -1)
-            values[first:last, : best.shape[1]] = best
-            indices[first:last, : best.shape[1]] = where
+        rows = finite[begin:end].nonzero()[:, 0] + begin  # each other's candidates
+        count = len(rows) - (not include_self)
+        if count <= 0:
+            continue
+        candidates = points[rows]
+        step = max(1, _BLOCK // len(rows))
+        for first in range(0, len(rows), step):
+            block = slice(first, first + step)
+            scores = _scores(candidates[block], candidates, metric)
+            which = torch.arange(count, device=rows.device).expand(len(scores), -1)
+            if not include_self:  # from the row itself on, column c stands for candidate c + 1
+                own = torch.arange(len(rows), device=rows.device)[block, None]
+                which = which + (which >= own)
+                scores = scores.gather(1, which)
+            best, where = _best(scores, min(k, count))
+            values[rows[block], : best.shape[1]] = best
+            indices[rows[block], : best.shape[1]] = rows[which.gather(1, where)].int()
     return values if metric == "cosine" else values.neg_(), indices
 
 
@@ -63,12 +70,38 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def _scores(rows: Tensor, candidates: Tensor, metric: str) -> Tensor:
-    """[n, C] against [m, C]: [n, m] scores, greater is better, -inf where not finite."""
-    if metric == "cosine":
-        scores = rows @ candidates.T
-    else:  # differences, not |x|² + |y|² - 2xy, which cancels for near rows
-        scores = torch.cdist(rows, candidates, compute_mode="donot_use_mm_for_euclid_dist").neg_()
-    return scores.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    """[n, C] against [m, C]: [n, m] scores, greater is better."""
+    return rows @ candidates.T if metric == "cosine" else _distances(rows, candidates).neg_()
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|, [n, C] against [m, C]: right from the smallest float to the largest.
+
+    Of differences, not as |x|² + |y|² - 2xy, which cancels for near rows; and in float64, where no
+    square of a float32 overflows or vanishes. Those of float64 may. So the largest entry is first
+    brought to about 1, and where a distance is then so small that squares may have vanished, it is
+    computed again with its largest difference divided out.
+    """
+    wide_x, wide_y = x.double(), y.double()
+    if x.numel() == 0 or x.dtype != torch.float64:
+        return _cdist(wide_x, wide_y).to(x.dtype)
+    largest = torch.maximum(x.abs().amax(), y.abs().amax())
+    exponent = largest.frexp().exponent.clamp(-1000, 1000)
+    one = torch.ones_like(largest)
+    distance = _cdist(x * torch.ldexp(one, -exponent), y * torch.ldexp(one, -exponent))
+    small = distance < 2.0**-400
+    distance = distance * torch.ldexp(one, exponent)
+    for pairs in small.nonzero().split(max(1, _BLOCK // x.shape[1])):
+        i, j = pairs.T
+        difference = x[i] - y[j]
+        top = difference.abs().amax(dim=1, keepdim=True)
+        norm = (difference / top.where(top > 0, 1)).norm(dim=1, keepdim=True)
+        distance[i, j] = (top * norm)[:, 0]
+    return distance
+
+
+def _cdist(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nefkern.reference.csr import compress, merge_entries
 
+_SMALLEST = 2.0**-1074  # of float64's positive numbers
+
 
 def normalized_adjacency(
     indices: Tensor,
@@ -18,32 +20,62 @@ def normalized_adjacency(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nefkern.ops.normalized_adjacency`; returns the graph's three tensors.
 
-    Memory is O(N k): edges are sorted, never scattered into an N x N matrix.
+    Memory is O(N k): edges are sorted, never scattered into an N x N matrix. The normalised matrix
+    does not change when all of A is multiplied by a number, so that A + A^T does for its half; and
+    float32 weights are computed with in float64, where no sum overflows and no root vanishes.
     """
     rows, columns, edges = _edges(indices, weights, clamp_min)
     rows, columns, edges = merge_entries(rows, columns, edges, num_nodes, "amax")
     both_ways = torch.cat([rows, columns]), torch.cat([columns, rows])
-    if symmetrize == "mean":  # (A + A^T) / 2
-        halves = torch.cat([edges, edges]) / 2
-        rows, columns, a = merge_entries(*both_ways, halves, num_nodes, "sum")
+    if symmetrize == "mean":  # (A + A^T) / 2, times 2
+        edges = _halved_if_huge(edges)
+        rows, columns, a = merge_entries(*both_ways, torch.cat([edges, edges]), num_nodes, "sum")
     else:  # max(A, A^T): the logical or of unweighted lists
         rows, columns, a = merge_entries(*both_ways, torch.cat([edges, edges]), num_nodes, "amax")
-    row_offsets = compress(rows, num_nodes)
-    # Rows without entries have degree 0 and nothing to scale, so no division by zero can occur.
-    degree = torch.segment_reduce(a, "sum", offsets=row_offsets) if num_nodes else a
-    scale = degree.rsqrt()
-    return row_offsets, columns.to(torch.int32), a * (scale[rows] * scale[columns])
+    scale = _inverse_root_of_sums(a, rows, num_nodes)
+    root = a.sqrt()  # sqrt(a) d^(-1/2) is at most 1, whatever the size of the weights
+    values = (root * scale[rows]) * (root * scale[columns])
+    dtype = (
+        torch.float64 if weights is not None and weights.dtype == torch.float64 else torch.float32
+    )
+    return compress(rows, num_nodes), columns.to(torch.int32), values.to(dtype)
+
+
+def _halved_if_huge(edges: Tensor) -> Tensor:
+    """``edges`` times a power of two, so that the sum of two does not overflow; none becomes 0."""
+    if edges.numel() == 0:
+        return edges
+    huge = edges.amax() > torch.finfo(edges.dtype).max / 2
+    return torch.where(huge, (edges / 2).clamp(min=_SMALLEST), edges)
+
+
+def _inverse_root_of_sums(a: Tensor, rows: Tensor, num_nodes: int) -> Tensor:
+    """d^(-1/2) [N] of the row sums d, which need not be representable: sums of shares of the
+    largest entry of a row. Rows without entries have nothing to scale; theirs is infinite."""
+    largest = a.new_zeros(num_nodes).scatter_reduce_(0, rows, a, "amax")
+    shares = a.new_zeros(num_nodes).scatter_reduce_(0, rows, a / largest[rows], "sum")
+    return largest.rsqrt() * shares.rsqrt()
 
 
 def _edges(indices: Tensor, weights: Tensor | None, clamp_min: float) -> tuple[Tensor, ...]:
-    """(row, column, weight) of the listed edges: padding and edges of weight 0 are left out."""
+    """(row, column, float64 weight) of the listed edges: padding and weight 0 are left out."""
     n, k = indices.shape
     rows = torch.arange(n, device=indices.device).repeat_interleave(k)
     columns = indices.reshape(-1).long()
     if weights is None:
         kept = columns >= 0
-        return rows[kept], columns[kept], torch.ones_like(columns[kept], dtype=torch.float32)
+        return rows[kept], columns[kept], torch.ones_like(columns[kept], dtype=torch.float64)
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
-    clamped = weights.reshape(-1).to(dtype).clamp(min=clamp_min)
+    clamped = weights.reshape(-1).to(dtype).clamp(min=clamp_min).double()
     kept = (columns >= 0) & ~(clamped <= 0)  # "not <=" rather than ">": a NaN stays visible
     return rows[kept], columns[kept], clamped[kept]
+
+
+def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
+    """Raise ValueError for an index outside -1 ... num_nodes - 1."""
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= num_nodes:
+            raise ValueError(
+                f"{name}: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
+            )

@@ -1,7 +1,8 @@
 """The paper's experiments: what every row of its tables was trained and scored on, and its numbers.
 
 Only what the text says of a row stands here. Sizes, epochs, K and the number of classes of each
-data set are those of :mod:`nefkern.options`. All numbers are in percent, after a CRF (section 4.1).
+data set are those of :mod:`nefkern.training.options`. All numbers are in percent, the paper's own
+after a CRF on clusters, before they are matched (section 4.1).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ CLIP_B, CLIP_L, CLIP_L_336 = (
 
 PASCAL, CITY, ADE, NET = "pascal_context", "cityscapes", "ade20k", "imagenet"
 
+#: What the paper calls the data sets that it scores on.
+TITLES = {PASCAL: "Pascal Context", CITY: "Cityscapes", ADE: "ADE20K"}
+
 
 class Number(NamedTuple):
     """A method's numbers in a row.
@@ -35,7 +39,15 @@ class Number(NamedTuple):
 
     accuracy: float | None
     mean_iou: float | None
-    matching: Literal["iou", "hungarian-iou"] = "iou"
+    matching: Literal["iou", "hungarian"] = "iou"
+
+
+class Cited(NamedTuple):
+    """Another method's mean IoU on a data set, which the paper cites beside its own."""
+
+    method: str
+    data: str
+    mean_iou: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Row:
         name: unique in its table, for the command line.
         title: what the paper calls it.
         data: the data set it is scored on.
-        numbers: the paper's, of methods by their names in :mod:`nefkern.baselines.methods`.
+        numbers: the paper's, of methods by their names in :mod:`nefkern.segmentation.methods`.
         backbone: a timm model.
         clusters: K; "classes": as many as there are; None: the data set's.
         alpha, beta: None: the default of training.
@@ -83,12 +95,21 @@ class Table:
         title: what it shows.
         rows: by name.
         protocol: how images are scored, of ``python -m nefkern.evaluate``.
+        cited: methods that the paper did not run.
+        annotation: of a figure, whether it shows the annotation beside image and result.
     """
 
     number: str
     title: str
     rows: Mapping[str, Row] = field(repr=False)
     protocol: Literal["crop320", "sliding"] = "crop320"
+    cited: tuple[Cited, ...] = ()
+    annotation: bool = True
+
+    @property
+    def is_of_eigenfunctions(self) -> bool:
+        """Whether it shows ψ itself, and has nothing to score."""
+        return self.number == "figure-eigenfunctions"
 
     @property
     def is_figure(self) -> bool:
@@ -110,20 +131,21 @@ def _table(
     methods: str,
     rows: list[tuple[str, str, str, dict[str, Any], str]],
     protocol: str = "crop320",
+    **more: Any,
 ) -> Table:
-    """A table from its text.
+    """A table from its text; ``more`` are other attributes of :class:`Table`.
 
     Args:
-        methods: the columns; "ours/hungarian-iou" is ours by that matching.
+        methods: the columns; "ours/hungarian" is ours by that matching.
         rows: name, title, data, other attributes of :class:`Row`, and a cell for each method:
             "accuracy/mIoU", "-" for an accuracy that the paper does not give.
     """
     columns = methods.split()
     made = [
-        Row(name, caption, data, _numbers(columns, cells.split()), **more)
-        for name, caption, data, more, cells in rows
+        Row(name, caption, data, _numbers(columns, cells.split()), **setting)
+        for name, caption, data, setting, cells in rows
     ]
-    return Table(number, title, {row.name: row for row in made}, protocol)
+    return Table(number, title, {row.name: row for row in made}, protocol, **more)
 
 
 def _numbers(columns: list[str], cells: list[str]) -> tuple[tuple[str, Number], ...]:
@@ -147,6 +169,11 @@ _TABLES = (
             ("vit-b", "ViT-B", PASCAL, {"backbone": VIT_B}, "58.7/30.9 69.7/37.5 73.2/37.6"),
             ("vit-l", "ViT-L", PASCAL, {"backbone": VIT_L}, "45.3/19.3 63.2/33.2 71.9/35.0"),
         ],
+        cited=(
+            Cited("MaskCLIP", PASCAL, 25.5),
+            Cited("MaskCLIP+", PASCAL, 31.1),
+            Cited("ReCo", PASCAL, 27.2),
+        ),
     ),
     _table(
         "2",
@@ -157,6 +184,11 @@ _TABLES = (
             ("vit-b", "ViT-B", CITY, {"backbone": VIT_B}, "74.8/23.2 81.4/26.8 84.2/30.7"),
             ("vit-l", "ViT-L", CITY, {"backbone": VIT_L}, "66.3/20.9 80.3/26.3 84.2/30.0"),
         ],
+        cited=(
+            Cited("MaskCLIP", CITY, 10.0),
+            Cited("ReCo", CITY, 19.3),
+            Cited("ReCo+", CITY, 24.2),
+        ),
     ),
     _table(
         "3",
@@ -167,6 +199,10 @@ _TABLES = (
             (CITY, "Cityscapes", CITY, {}, "75.5/34.2 86.1/46.7 88.3/52.8"),
         ],
         "sliding",
+        cited=(
+            Cited("DeepLabv3+, supervised", PASCAL, 48.5),
+            Cited("DeepLabv3+, supervised", CITY, 77.3),
+        ),
     ),
     _table(
         "4",
@@ -231,10 +267,10 @@ _TABLES = (
     _table(
         "4.4",
         "as many clusters as classes on Pascal Context (text of section 4.4)",
-        "ours/hungarian-iou ours",
+        "ours/hungarian ours",
         [("classes", "K = number of classes", PASCAL, {"clusters": "classes"}, "-/23.5 -/27.7")],
     ),
-    # The numbers are table 1's and 2's: these are pictures of the same segments.
+    # The numbers are those of tables 1, 4 and 2: these are pictures of the same segments.
     _table(
         "figure-2",
         "segments on Pascal Context: image, annotation, K-means, ours",
@@ -243,9 +279,23 @@ _TABLES = (
     ),
     _table(
         "figure-3",
-        "segments on Cityscapes: image, annotation, K-means, ours",
+        "segments on ADE20K: image, ours",
+        "ours",
+        [(ADE, "ADE20K", ADE, {}, "63.3/21.6")],
+        "sliding",
+        annotation=False,
+    ),
+    _table(
+        "figure-cityscapes",
+        "segments on Cityscapes (appendix): image, annotation, K-means, ours",
         "kmeans ours",
         [("vit-s", "ViT-S", CITY, {}, "77.0/22.4 83.4/28.2")],
+    ),
+    _table(
+        "figure-eigenfunctions",
+        "ψ's raw outputs beside the image (appendix), the exact eigenvectors below",
+        "",
+        [("vit-s", "ViT-S on Pascal Context", PASCAL, {}, "")],
     ),
 )
 

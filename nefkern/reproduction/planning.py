@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nefkern import evaluate, train
-from nefkern.baselines.methods import parse_methods
-from nefkern.errors import UserError
-from nefkern.options import CLASSES, PRESETS, TrainOptions, resolve
+from nefkern import eigenmaps, evaluate, train
 from nefkern.reproduction.paper import TABLES, Row, Table
+from nefkern.runtime.errors import UserError
+from nefkern.segmentation.methods import parse_methods
+from nefkern.training.options import CLASSES, PRESETS, TrainOptions, resolve
 
 #: Training options that rows compare, as they appear in the names of run folders.
 COMPARED = {"num_eigenfunctions": "K", "alpha": "alpha", "beta": "beta"}
@@ -41,11 +41,16 @@ def also_methods(options: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A row with a seed: the arguments of its two commands, and where its run goes."""
+    """A row with a seed: the arguments of its commands, and where its run goes.
+
+    After training a run is scored or, where the row shows eigenfunctions, these are drawn; the
+    arguments of the other command are then empty.
+    """
 
     folder: Path
     train: list[str]
     evaluate: list[str]
+    draw: list[str]
 
     def train_options(self) -> TrainOptions:
         """As ``python -m nefkern.train`` reads them."""
@@ -55,6 +60,12 @@ class Job:
         """As ``python -m nefkern.evaluate`` reads them."""
         options = evaluate.parser().parse_args(self.evaluate)
         evaluate.check(options)
+        return options
+
+    def draw_options(self) -> argparse.Namespace:
+        """As ``python -m nefkern.eigenmaps`` reads them."""
+        options = eigenmaps.parser().parse_args(self.draw)
+        eigenmaps.check(options)
         return options
 
 
@@ -106,13 +117,16 @@ class Planner:
                 arguments += [f"--{name.replace('_', '-')}", str(value)]
         arguments += [*self.more_train, "--seed", str(seed)]
         folder = self.options.out / f"{_run_name(_resolved(arguments))}-seed{seed}"
-        scoring = _data(*self._home(row.data, self._scored_root(table, row)))
-        scoring += ["--protocol", table.protocol, "--methods", ",".join(row.methods)]
-        return Job(
-            folder,
-            [*arguments, "--out", str(folder), "--resume"],
-            [str(folder), *scoring, *self.more_evaluate, "--seed", str(seed)],
-        )
+        training = [*arguments, "--out", str(folder), "--resume"]
+        shown = [str(folder), *_data(*self._home(row.data, self._scored_root(table, row)))]
+        if table.is_of_eigenfunctions:
+            first = ["--first", str(max(1, self.scoring.pictures))]
+            return Job(
+                folder, training, [], [*shown, "--split", self.scoring.split, *first, "--exact"]
+            )
+        scoring = ["--protocol", table.protocol, "--methods", ",".join(row.methods)]
+        scoring = [*shown, *scoring, *self.more_evaluate, "--seed", str(seed)]
+        return Job(folder, training, scoring, [])
 
     def _settings(self, table: Table, row: Row) -> dict[str, Any]:
         """Training options that make the row what it is."""
@@ -182,6 +196,9 @@ def command_lines(jobs: list[Job]) -> list[str]:
     scored: dict[str, set[str]] = {}
     for job in jobs:
         lines[shlex.join(["python", "-m", "nefkern.train", *job.train])] = None
+        if job.draw:
+            lines[shlex.join(["python", "-m", "nefkern.eigenmaps", *job.draw])] = None
+            continue
         asked = vars(job.evaluate_options())
         methods = set(asked.pop("methods").split(","))
         before = scored.setdefault(repr(asked), set())

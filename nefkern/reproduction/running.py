@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nefkern import evaluate, train
-from nefkern.errors import UserError, first_line
-from nefkern.options import TrainOptions
+from nefkern import eigenmaps, evaluate, train
 from nefkern.reproduction.paper import Row, Table
 from nefkern.reproduction.planning import Job, Planner
+from nefkern.runtime.errors import UserError, first_line
+from nefkern.training.options import TrainOptions
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Measured:
-    """What came of a row: an evaluation for each seed, with its run folder and the pictures that it
-    drew, or why there are none (more)."""
+    """What came of a row: for each seed an evaluation, if it has one, the run folder and the
+    pictures drawn; or why there are none (more)."""
 
     row: Row
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -45,16 +45,22 @@ def perform(job: Job) -> dict[str, Any]:
     Raises:
         UserError: an option, a data set or weights that cannot be used.
     """
-    from nefkern.evaluator import Evaluator
+    from nefkern.evaluation.evaluator import Evaluator
 
-    options, scoring = job.train_options(), job.evaluate_options()
-    if not is_trained(options):
-        train.train(options)
+    scoring = job.evaluate_options()
+    train_if_needed(job)
     found = find_evaluation(job.folder, scoring)
     if found is None:
         return Evaluator(scoring, evaluate.chosen_methods(scoring)).run()
     log.info("%s: done", job.folder)
     return found
+
+
+def train_if_needed(job: Job) -> None:
+    """Train what is not trained yet; errors as :func:`perform`."""
+    options = job.train_options()
+    if not is_trained(options):
+        train.train(options)
 
 
 def is_trained(options: TrainOptions) -> bool:
@@ -63,8 +69,8 @@ def is_trained(options: TrainOptions) -> bool:
     Raises:
         UserError: the folder holds a run of other options.
     """
-    from nefkern.report import REPORT
-    from nefkern.runs import CHECKPOINT, Run
+    from nefkern.evaluation.report import REPORT
+    from nefkern.training.runs import CHECKPOINT, Run
 
     if not Run(options.run_folder()).path(CHECKPOINT).exists():
         return False
@@ -79,9 +85,9 @@ def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any]
     Raises:
         UserError: a damaged evaluation.
     """
-    from nefkern.evaluator import asked
-    from nefkern.runs import CHECKPOINT
+    from nefkern.evaluation.evaluator import asked
     from nefkern.summarize import read_evaluation
+    from nefkern.training.runs import CHECKPOINT
 
     methods = {method.name for method in evaluate.chosen_methods(scoring)}
     trained_at = (folder / CHECKPOINT).stat().st_mtime_ns
@@ -103,18 +109,22 @@ def drawn_pictures(folder: Path) -> list[Path]:
 
 def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measured:
     """Run a row with every seed, up to the first that fails."""
-    from nefkern.evaluator import free_name
+    from nefkern.evaluation.evaluator import free_name
 
     result = Measured(row)
     for seed in range(planner.options.seeds):
         try:
             job = planner.job(table, row, rows, seed)
             log.info("%s, %s, seed %d", table, row.name, seed)
-            evaluation = perform(job)
-            result.evaluations.append(evaluation)
+            if table.is_of_eigenfunctions:
+                train_if_needed(job)
+                result.pictures.append(eigenmaps.eigenmaps(job.draw_options()))
+            else:
+                evaluation = perform(job)
+                result.evaluations.append(evaluation)
+                file = free_name(job.folder, evaluation["settings"])
+                result.pictures.append(drawn_pictures(file.with_suffix("")))
             result.runs.append(str(job.folder))
-            file = free_name(job.folder, evaluation["settings"])
-            result.pictures.append(drawn_pictures(file.with_suffix("")))
         except (UserError, OSError, RuntimeError) as error:
             result.error = first_line(error, limit=1000)
             place = f"{table}, {row.name}, seed {seed}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nefkern.segmentation.pictures import colorize, grid
+from nefkern.segmentation.evaluation import shown
+from nefkern.segmentation.pictures import GAP, colorize, grid, shrunk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 _NAMED = 30  # classes whose names and numbers still fit a confusion matrix
 _BARS = 40  # classes whose bars stand in one row
 _HEAD = 24  # pixels of a line of names above pictures
+_FUNCTION = 224  # pixels of the longer side of an eigenfunction's map
 
 
 def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
@@ -32,8 +35,9 @@ def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
 
     pixels = evaluation["pixels"]
     methods = {
-        name: method["stages"]["none"]["matchings"][matching]["iou"]
+        name: matchings[shown(matchings, matching)]["iou"]
         for name, method in evaluation["methods"].items()
+        for matchings in [method["stages"]["none"]["matchings"]]
     }
     # A class that is neither annotated nor predicted has no IoU.
     met = [label for label in pixels if any(iou[label] is not None for iou in methods.values())]
@@ -107,31 +111,55 @@ def comparison_row(
 ) -> Image.Image:
     """The picture "image | annotation | first method | second | ..." of the paper's figure 2.
 
+    Large images are drawn smaller, see :func:`nefkern.segmentation.pictures.shrunk`.
+
     Args:
         image: uint8 ``[3, H, W]``.
         labels: ``[H, W]``, 255 = void, black.
         predicted: every method's classes, int64 ``[H, W]``, −1 = unmatched, black.
         colours: of the classes, uint8 ``[C, 3]``.
     """
-    panels = [colorize(classes.long(), colours) for classes in (labels, *predicted)]
-    return grid([[image.permute(1, 2, 0).numpy(), *panels]])
+    maps = (classes.numpy() for classes in (labels, *predicted))
+    photo, *maps = shrunk(image.permute(1, 2, 0).contiguous().numpy(), *maps)
+    return grid([[photo, *(colorize(index.astype(np.int64), colours) for index in maps)]])
 
 
-def comparison_sheet(rows: Sequence[Image.Image], heads: Sequence[str]) -> Image.Image:
-    """Pictures of :func:`comparison_row` below each other, as the paper's figures 2 and 3 are.
+def panels(row: Image.Image, count: int) -> list[Image.Image]:
+    """The ``count`` pictures that :func:`comparison_row` has set side by side."""
+    width = (row.width - GAP * (count - 1)) // count
+    lefts = [i * (width + GAP) for i in range(count)]
+    return [row.crop((left, 0, left + width, row.height)) for left in lefts]
+
+
+def comparison_sheet(rows: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> Image.Image:
+    """Pictures in rows and columns, as the paper's figures 2 and 3 are.
 
     Args:
-        rows: at least one.
-        heads: what their panels show, written above them.
+        rows: at least one; of equally many pictures, each row of one size.
+        heads: what the columns show, written above them.
     """
-    sheet = grid([[row] for row in rows])
-    result = Image.new("RGB", (sheet.width, sheet.height + _HEAD), "white")
-    result.paste(sheet, (0, _HEAD))
-    draw, font = ImageDraw.Draw(result), ImageFont.load_default(14)
+    below = grid(rows)
+    sheet = Image.new("RGB", (below.width, below.height + _HEAD), "white")
+    sheet.paste(below, (0, _HEAD))
+    draw, left = ImageDraw.Draw(sheet), 0
     for number, head in enumerate(heads):
-        middle = (number + 0.5) * rows[0].width / len(heads)
-        draw.text((middle, _HEAD / 2), head, "black", font, anchor="mm")
-    return result
+        width = max(row[number].width for row in rows)
+        _write(draw, head, left, 0, width)
+        left += width + GAP
+    return sheet
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int) -> None:
+    """A line of text in the middle of the ``_HEAD`` pixels above a picture."""
+    draw.text((left + width / 2, top + _HEAD / 2), text, "black", _font(), anchor="mm")
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Pillow's own has no Greek.
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
 
 
 def eigenfunction_maps(image: Tensor, probabilities: Tensor, count: int = 15) -> Image.Image:
@@ -151,6 +179,60 @@ def eigenfunction_maps(image: Tensor, probabilities: Tensor, count: int = 15) ->
         maps.append(Image.fromarray(grey).resize(photo.size, Image.Resampling.NEAREST))
     cells = [photo, *maps]
     return grid([cells[first : first + 4] for first in range(0, len(cells), 4)])
+
+
+class Functions(NamedTuple):
+    """Functions on an image's patches, to be drawn side by side.
+
+    ``heads``: a name for each; ``values``: ``[n, h, w]``; ``signed``: whether 0 has a meaning, and
+    is drawn white between red above and blue below.
+    """
+
+    heads: list[str]
+    values: Tensor
+    signed: bool
+
+
+def function_sheet(
+    image: Tensor, rows: Sequence[Functions], covered: tuple[float, float] = (1.0, 1.0)
+) -> Image.Image:
+    """An image beside functions on its patches, patch by patch, each over its own range.
+
+    Args:
+        image: uint8 ``[3, H, W]``.
+        rows: each a row of the sheet.
+        covered: the share of the grid's rows and columns that the image covers, the rest is
+            padding.
+    """
+    photo = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    scale = _FUNCTION / max(photo.size)
+    photo = photo.resize([max(1, round(scale * side)) for side in photo.size])
+    empty = Image.new("RGB", photo.size, "white")
+    sheets = []
+    for number, (heads, values, signed) in enumerate(rows):
+        maps = [_function_map(v, photo.size, covered, signed=signed) for v in values]
+        first = photo if number == 0 else empty
+        sheets.append(comparison_sheet([[first, *maps]], ["", *heads]))
+    return grid([[sheet] for sheet in sheets])
+
+
+def _function_map(
+    values: Tensor, size: tuple[int, int], covered: tuple[float, float], *, signed: bool
+) -> Image.Image:
+    import matplotlib
+
+    values = values.double().cpu()
+    low, high = values.min(), values.max()
+    if signed:
+        high = values.abs().max()
+        low = -high
+    shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
+    if high == low:  # constant: the middle of the range
+        shares = np.full_like(shares, 0.5)
+    colours = matplotlib.colormaps["RdBu_r" if signed else "viridis"](shares, bytes=True)
+    whole = [round(side / share) for side, share in zip(size, covered[::-1], strict=True)]
+    painted = Image.fromarray(np.ascontiguousarray(colours[..., :3]))
+    return painted.resize(whole, Image.Resampling.NEAREST).crop((0, 0, *size))
 
 
 def svg(figure: Figure) -> str:

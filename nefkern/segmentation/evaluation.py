@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nefkern.segmentation.matching import hungarian, majority_vote, matched_confusion
@@ -17,6 +18,7 @@ MATCHINGS = {
     "count": "majority by count",
     "hungarian": "Hungarian by count",
     "hungarian-iou": "Hungarian by IoU",
+    "own": "its own classes",
 }
 
 
@@ -36,6 +38,11 @@ class Matched:
     assignments: dict[str, Tensor]
     confusions: dict[str, Tensor]
     no_hungarian: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The matching of pictures: by IoU, or none where classes were learned."""
+        return shown(self.assignments)
 
     def rescored(self, confusions: dict[str, Tensor]) -> Matched:
         """The same matchings with other confusion matrices, as counted after refinement."""
@@ -64,6 +71,17 @@ class Matched:
             ),
             "assignment": assignment.tolist(),
         }
+
+
+def shown(matchings: Container[str], matching: str = "iou") -> str:
+    """``matching``, or "own" of a method that has classes of its own and needs none."""
+    return matching if matching in matchings else "own"
+
+
+def unmatched(counts: Tensor) -> Matched:
+    """The scores of classes: counts int64 ``[C, C]`` are their confusion matrix as they are."""
+    used = int((counts.sum(1) > 0).sum())
+    return Matched(used, {"own": torch.arange(len(counts))}, {"own": counts})
 
 
 def match(counts: Tensor) -> Matched:

@@ -47,8 +47,9 @@ def hungarian(counts: Tensor, by: Literal["count", "iou"] = "count") -> Tensor:
     Args:
         counts: int64 ``[K, C]``.
         by: ``"count"``: the total of pixels in agreement, the best that one class a cluster can do
-            for pixel accuracy, and the custom of the field; ``"iou"``: that of the IoU of each
-            cluster with its class, the authors' implementation.
+            for pixel accuracy (the authors' implementation in both protocols, and the custom of
+            the field: table 4.4's row is by it); ``"iou"``: that of the IoU of each cluster with
+            its class, which does more for rare classes.
 
     Returns:
         int64 ``[K]``, a permutation.

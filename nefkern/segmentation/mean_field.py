@@ -2,7 +2,10 @@
 
 Krähenbühl and Koltun, *Efficient inference in fully connected CRFs with Gaussian edge potentials*,
 NeurIPS 2011, through the optional package pydensecrf. The defaults are those of the paper's
-authors. Free of torch, so that a process that does nothing else starts at once and stays small.
+authors. Their code hands it the image in [0, 1] in protocol A, which as uint8 is black: what the
+paper says of the CRF's gain there was measured without colours. Here it sees them.
+
+Free of torch, so that a process that does nothing else starts at once and stays small.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

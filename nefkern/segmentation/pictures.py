@@ -11,13 +11,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
-from nefkern.files import replace_file
+from nefkern.runtime.files import replace_file
 
 BACKGROUND = (0, 0, 0)
 """Colour of void and unmatched pixels; no colour of the palette is near it."""
 
-_GAP = 8  # pixels between panels
+LONGEST_PANEL = 2048
+"""The longer side, in pixels, of an image as it is drawn: what a screen shows."""
+
+GAP = 8
+"""Pixels between panels."""
+
 _OUTLINE = (255, 255, 255)
 
 
@@ -72,8 +78,12 @@ def overlay(
     *,
     colours: np.ndarray | None = None,
     opacity: float = 0.5,
+    longest: int = LONGEST_PANEL,
 ) -> Image.Image:
     """The picture "image | clusters | blend", side by side.
+
+    A large image is drawn smaller, at a size to look at: the photograph averaged, of the clusters
+    those at the centres of the pixels drawn.
 
     With hundreds of clusters some colours are close, so both painted panels carry one-pixel
     outlines.
@@ -82,6 +92,7 @@ def overlay(
         image: uint8 RGB, ``[3, H, W]`` as a tensor or ``[H, W, 3]`` as an array, or a PIL image.
         clusters: index map ``[H, W]``.
         opacity: of the colours in the blend.
+        longest: the longer side of each of the three at most, in pixels.
 
     Raises:
         ValueError: the sizes differ.
@@ -90,11 +101,36 @@ def overlay(
     clusters = _numpy(clusters)
     if photo.shape[:2] != clusters.shape:
         raise ValueError(f"image is {photo.shape[:2]} (H, W) but clusters {clusters.shape}")
+    photo, clusters = shrunk(photo, clusters, longest=longest)
     painted = colorize(clusters, colours)
     blend = ((1 - opacity) * photo + opacity * painted).round().astype(np.uint8)
     edge = boundaries(clusters)
     painted[edge], blend[edge] = BACKGROUND, _OUTLINE
     return grid([[photo, painted, blend]])
+
+
+def shrunk(
+    photo: np.ndarray, *maps: np.ndarray, longest: int = LONGEST_PANEL
+) -> tuple[np.ndarray, ...]:
+    """A photograph and its index maps at a size to look at, in their proportions.
+
+    Args:
+        photo: uint8 ``[H, W, 3]``; it is averaged.
+        maps: ``[H, W]`` each; what is at the centres of the new pixels is taken.
+        longest: the longer side at most, in pixels.
+    """
+    shape = photo.shape[:2]
+    scale = longest / max(*shape, 1)
+    if scale >= 1:
+        return (photo, *maps)
+    size = [max(1, round(side * scale)) for side in shape]
+    rows, cols = (
+        (np.arange(short) * 2 + 1) * long // (2 * short)
+        for short, long in zip(size, shape, strict=True)
+    )
+    small = resize(torch.from_numpy(photo).permute(2, 0, 1), size, antialias=True)
+    small = small.permute(1, 2, 0).contiguous().numpy()
+    return (small, *(index[rows][:, cols] for index in maps))
 
 
 def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
@@ -105,7 +141,7 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
     heights = [max(p.height for p in row) for row in pictures]
     sheet = Image.new(
         "RGB",
-        (sum(widths) + _GAP * (columns - 1), sum(heights) + _GAP * (len(rows) - 1)),
+        (sum(widths) + GAP * (columns - 1), sum(heights) + GAP * (len(rows) - 1)),
         "white",
     )
     top = 0
@@ -113,8 +149,8 @@ def grid(rows: Sequence[Sequence[np.ndarray | Image.Image]]) -> Image.Image:
         left = 0
         for picture, width in zip(row, widths, strict=False):
             sheet.paste(picture, (left, top))
-            left += width + _GAP
-        top += height + _GAP
+            left += width + GAP
+        top += height + GAP
     return sheet
 
 
@@ -132,9 +168,10 @@ def index_image(clusters: Tensor | np.ndarray, num_clusters: int | None = None) 
         ValueError: an index below 0 or above 65535.
     """
     clusters = _numpy(clusters)
-    if clusters.min(initial=0) < 0 or clusters.max(initial=0) > 65535:
+    low, high = int(clusters.min(initial=0)), int(clusters.max(initial=0))
+    if low < 0 or high > 65535:
         raise ValueError(f"indices must lie in 0..65535, got {clusters.min()}..{clusters.max()}")
-    if max(clusters.max(initial=0) + 1, num_clusters or 0) > 256:
+    if max(high + 1, num_clusters or 0) > 256:
         return Image.fromarray(clusters.astype(np.uint16))
     picture = Image.fromarray(clusters.astype(np.uint8))
     picture.putpalette(palette(256).tobytes())
@@ -171,9 +208,10 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG in one step; errors as :func:`nefkern.files.replace_file`."""
+    """Write a PNG in one step; errors as :func:`nefkern.runtime.files.replace_file`."""
     content = io.BytesIO()
-    picture.save(content, format="PNG")
+    # Photographs hardly shrink further at a higher level, and take half as long again.
+    picture.save(content, format="PNG", compress_level=1 if picture.mode == "RGB" else 6)
     replace_file(path, content.getvalue())
 
 

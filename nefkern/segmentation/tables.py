@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nefkern.segmentation.evaluation import MATCHINGS
+from nefkern.data.labels import absent_classes
+from nefkern.segmentation.evaluation import MATCHINGS, shown
 
 
 def describe(evaluation: dict[str, Any]) -> str:
@@ -16,6 +17,8 @@ def describe(evaluation: dict[str, Any]) -> str:
     """
     s = evaluation["settings"]
     window = f"window {s['window']}, stride {s['stride']}"
+    # Scores from before images were resized do not have it.
+    window += f", shorter side {s['resize']}" if s.get("resize") else ""
     ignored = f", without {', '.join(s['ignored'])}" if s["ignored"] else ""
     title = (
         f"{s['data_root']}, {s['split']}{ignored}: {evaluation['images']} images, "
@@ -28,6 +31,9 @@ def describe(evaluation: dict[str, Any]) -> str:
         if "no_hungarian" in stage
     }
     parts = [title, summary_table(evaluation), "IoU, majority by IoU:", class_table(evaluation)]
+    pixels = evaluation["pixels"]
+    absent = absent_classes(list(pixels), list(pixels.values()), evaluation.get("void_pixels"))
+    parts += [f"note: {absent}"] if absent else []
     parts += [crf_times(evaluation["crf"])] if "crf" in evaluation else []
     return "\n\n".join([*parts, *sorted(reasons)])
 
@@ -56,7 +62,7 @@ def summary_table(evaluation: dict[str, Any]) -> str:
                         _percent(result["accuracy"]),
                         _percent(result["mean_iou"]),
                         f"{result['classes_matched']}/{count}",
-                        f"{stage['clusters_used']}/{clusters}",
+                        "-" if matching == "own" else f"{stage['clusters_used']}/{clusters}",
                     )
                 )
     return aligned(rows, left=3)
@@ -65,7 +71,10 @@ def summary_table(evaluation: dict[str, Any]) -> str:
 def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
     """IoU of every class, in percent, a column for each method; largest class first."""
     columns = [
-        (name if crf == "none" else f"{name}+crf", stage["matchings"][matching]["iou"])
+        (
+            name if crf == "none" else f"{name}+crf",
+            stage["matchings"][shown(stage["matchings"], matching)]["iou"],
+        )
         for name, method in evaluation["methods"].items()
         for crf, stage in method["stages"].items()
     ]

@@ -22,10 +22,8 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return resized if logits.ndim == 4 else resized[0]
 
 
-def upsample_part(
-    logits: Tensor, extent: tuple[float, float], rows: tuple[int, int], cols: tuple[int, int]
-) -> Tensor:
-    """The rectangle ``rows × cols`` of ``upsample(logits, extent)``, without computing the rest.
+def upsample_at(logits: Tensor, extent: tuple[float, float], rows: Tensor, cols: Tensor) -> Tensor:
+    """Some rows and columns of ``upsample(logits, extent)``, without computing the rest.
 
     A map of K = 256 clusters takes a kilobyte a pixel once it is up-sampled, so large images are
     worked through rectangle by rectangle.
@@ -33,31 +31,78 @@ def upsample_part(
     Args:
         logits: floating point ``[K, h, w]``.
         extent: height and width in pixels that the whole grid spans, whole or not.
-        rows, cols: half-open ranges ``(begin, end)`` of pixels within ``extent``.
+        rows, cols: int64 on the CPU, ascending, not empty: pixels within ``extent``.
 
     Returns:
-        ``[K, rows, cols]``, equal to the slice of the full result up to rounding.
+        ``[K, len(rows), len(cols)]``, equal to those of the full result up to rounding.
     """
     _, h, w = logits.shape
     if (h, w) == tuple(extent):  # already one value a pixel: nothing to interpolate
-        return logits[:, slice(*rows), slice(*cols)]
-    row_cells, row_weights = _interpolation(h, extent[0], *rows, like=logits)
-    col_cells, col_weights = _interpolation(w, extent[1], *cols, like=logits)
+        return logits[:, _as_index(rows)][:, :, _as_index(cols)]
+    row_cells, row_weights = _interpolation(h, extent[0], rows, like=logits)
+    col_cells, col_weights = _interpolation(w, extent[1], cols, like=logits)
     return row_weights @ (logits[:, row_cells, col_cells] @ col_weights.T)
 
 
-def _interpolation(
-    cells: int, length: float, begin: int, end: int, like: Tensor
-) -> tuple[slice, Tensor]:
-    """Linear interpolation of one axis as a matrix ``[end − begin, cells touched]``."""
-    # On the CPU: tiny, and reading its ends would make a GPU wait.
-    centres = torch.arange(begin, end, dtype=torch.float64) + 0.5
-    position = (centres * (cells / length) - 0.5).clamp(0, cells - 1)
+def spans(cells: int, length: float, pixels: Tensor) -> Tensor:
+    """Between which cell centres each pixel of one axis lies; linear where this is constant.
+
+    Args:
+        cells: along the axis.
+        length: in pixels that they span.
+        pixels: int64.
+
+    Returns:
+        int64: the cell before, −1 before the first centre.
+    """
+    return _position(cells, length, pixels).floor().clamp(-1, cells - 1).long()
+
+
+def pixel_positions(size: int, length: float) -> Tensor:
+    """Where the pixels of an axis resized from ``length`` to ``size`` lie on the old one.
+
+    Returns:
+        float64 ``[size]``: 0 is the centre of the first old pixel; the outermost may lie beyond.
+    """
+    return _position(length, size, torch.arange(size))
+
+
+def interpolation(pixels: Tensor, cells: int, extent: float) -> Tensor:
+    """:func:`upsample` along one axis as a matrix, for any of its pixels.
+
+    Args:
+        pixels: int64 ``[n]``.
+        cells: of the map.
+        extent: pixels that the cells span, whole or not.
+
+    Returns:
+        float64 ``[n, cells]``, rows that sum to 1.
+    """
+    position = _position(cells, extent, pixels).clamp(0, cells - 1)
     lower = position.long()
     upper = (lower + 1).clamp(max=cells - 1)
     fraction = position - lower
-    first, last = int(lower[0]), int(upper[-1])
-    weights = position.new_zeros(end - begin, last - first + 1)
-    weights.scatter_add_(1, (lower - first)[:, None], (1 - fraction)[:, None])
-    weights.scatter_add_(1, (upper - first)[:, None], fraction[:, None])
-    return slice(first, last + 1), weights.to(like)
+    weights = position.new_zeros(len(pixels), cells)
+    weights.scatter_add_(1, lower[:, None], (1 - fraction)[:, None])
+    return weights.scatter_add_(1, upper[:, None], fraction[:, None])
+
+
+def _position(cells: float, length: float, pixels: Tensor) -> Tensor:
+    """Pixels' centres in cells, 0 at the centre of the first."""
+    return (pixels.double() + 0.5) * (cells / length) - 0.5
+
+
+def _as_index(pixels: Tensor) -> slice | Tensor:
+    """A slice where pixels follow each other, which copies nothing."""
+    first, last = int(pixels[0]), int(pixels[-1])
+    return slice(first, last + 1) if last - first + 1 == len(pixels) else pixels
+
+
+def _interpolation(cells: int, length: float, pixels: Tensor, like: Tensor) -> tuple[slice, Tensor]:
+    """The cells that ascending pixels touch, and :func:`interpolation` from these."""
+    # On the CPU: tiny, and reading its ends would make a GPU wait.
+    ends = _position(cells, length, pixels[[0, -1]]).clamp(0, cells - 1).floor().long().tolist()
+    first, last = ends[0], min(ends[1] + 1, cells - 1)
+    return slice(first, last + 1), interpolation(pixels, cells, length)[:, first : last + 1].to(
+        like
+    )

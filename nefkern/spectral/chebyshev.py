@@ -16,6 +16,7 @@ Yang, "Approximating spectral densities of large matrices", SIAM Review 58, 2016
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from nefkern.ops import CSRGraph, spmm
 
+log = logging.getLogger(__name__)
+
 _PROBES, _LANCZOS_STEPS = 16, 16
 _MOST_DEGREES = 40  # beyond, Rayleigh-Ritz between filters costs less than 10%
 _BLOCK_ROWS = 8192  # rows that are multiplied by a small matrix, or widened, at a time
-_SAFETY = 0.25  # of the goal is aimed at: another round costs more than some degrees
+_SAFETY = 0.2  # of the goal is aimed at: another round costs more than a few degrees
 _PANEL = {"cpu": 64}  # columns filtered together: what is gathered from stays in the cache
 
 
@@ -56,9 +59,11 @@ class SpectrumEstimate:
         return min(point, self.low + 0.95 * (self.high - self.low))
 
 
-def estimate_spectrum(graph: CSRGraph, dtype: torch.dtype, seed: int) -> SpectrumEstimate:
+def estimate_spectrum(
+    graph: CSRGraph, dtype: torch.dtype, generator: torch.Generator
+) -> SpectrumEstimate:
     """Lanczos from several random vectors side by side: one product a step for all of them."""
-    q = _random(graph, min(_PROBES, graph.num_nodes), dtype, seed)
+    q = _random(graph, min(_PROBES, graph.num_nodes), dtype, generator)
     q /= q.norm(dim=0)
     before, beta = torch.zeros_like(q), torch.zeros_like(q[0])
     diagonal, off = [], []
@@ -94,7 +99,9 @@ class _Ritz:
 def leading_by_filter(
     graph: CSRGraph, count: int, *, tol: float, dtype: torch.dtype, seed: int, max_rounds: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The iteration behind :func:`nefkern.eigenpairs.leading_eigenpairs`, on the graph's device.
+    """The iteration behind :func:`nefkern.spectral.eigenpairs.leading_eigenpairs`.
+
+    It runs on the graph's device.
 
     Args:
         graph: symmetric, finite, not zero, of moderate scale; N nodes.
@@ -109,15 +116,17 @@ def leading_by_filter(
         float64 on the CPU.
     """
     with _exact_products(graph.device):
-        spectrum = estimate_spectrum(graph, dtype, seed + 1)
+        generator = torch.Generator().manual_seed(seed)
+        spectrum = estimate_spectrum(graph, dtype, generator)
         width = min(graph.num_nodes, count + max(16, count // 3))
         cut, low = spectrum.above(width), spectrum.low
         goal = tol * spectrum.norm
-        start = _random(graph, width, dtype, seed)
+        start = _random(graph, width, dtype, generator)
         ritz = _Ritz(start, torch.full((width,), spectrum.high), torch.full((width,), math.inf))
-        for _ in range(max_rounds):
+        for number in range(1, max_rounds + 1):
             block = _Filter(graph, low, cut, spectrum.norm).apply(ritz, count, goal)
             ritz = _rayleigh_ritz(graph, _orthonormalized(block))
+            log.debug("round %d: residuals up to %.1e", number, ritz.residuals[:count].max())
             if bool((ritz.residuals[:count] <= goal).all()):
                 break
             low = min(low, (ritz.values - ritz.residuals).min().item())
@@ -156,7 +165,8 @@ class _Filter:
         return max((self.cut - self.low) / 2, 1e-3 * self.norm)
 
     def apply(self, ritz: _Ritz, count: int, goal: float) -> Tensor:
-        """The block with every column filtered as far as it needs, in panels of like degrees.
+        """The block, overwritten, with every column filtered as far as it needs, in panels of like
+        degrees.
 
         Leading columns that have converged stay as they are (and in the basis).
         """
@@ -172,11 +182,11 @@ class _Filter:
         return block
 
     def _degrees(self, ritz: _Ritz, count: int, goal: float) -> Tensor:
-        """What takes each residual to half the goal; guard columns go with the last wanted ones.
+        """What takes each residual below the goal; guard columns go with the last wanted ones.
 
-        A component along an eigenvector at θ grows by exp(rate(θ)) a degree. No more than what
-        rounding can bear: a leading direction may grow over the others until these are left with
-        half of their digits, more by as much as the block lacks that direction already.
+        A component along an eigenvector at θ grows by exp(rate(θ)) a degree. No more than rounding
+        can bear: of what leading directions have not outgrown, 0.4 of the digits remain. Columns
+        hold the less of a direction, the better a column before them has found it.
         """
         eps = torch.finfo(ritz.vectors.dtype).eps
         t = ((ritz.values.double() - self.centre) / self.half_width).clamp_min(1 + 1e-9)
@@ -219,7 +229,7 @@ def _orthonormalized(block: Tensor) -> Tensor:
     identity = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
     for _ in range(4):
         gram = _gram(block)
-        scale = gram.diagonal().rsqrt()
+        scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
         gram = scale[:, None] * gram * scale
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
@@ -250,9 +260,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _random(graph: CSRGraph, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """The same numbers on every device."""
-    generator = torch.Generator().manual_seed(seed)
+def _random(graph: CSRGraph, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """The same numbers on every device: the generator is the CPU's."""
     return torch.randn(graph.num_nodes, width, generator=generator).to(graph.device, dtype)
 
 

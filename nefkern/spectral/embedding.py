@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nefkern.eigenpairs import EigenPairs, leading_eigenpairs
 from nefkern.ops import CSRGraph, add, checks, knn, normalized_adjacency
 from nefkern.reference.csr import row_of_entry
 from nefkern.reference.knn import unit_rows
+from nefkern.spectral.eigenpairs import EigenPairs, leading_eigenpairs
 from nefkern.spectral.nystrom import cross_weights, extend
 from nefkern.spectral.nystrom import degrees as degrees_of
 
@@ -80,7 +80,7 @@ class Embedding:
     Attributes:
         values: θ, float64 ``[m]``, descending, on the CPU.
         vectors: V, ``[N, m]``, orthonormal columns.
-        residuals: float64 ``[m]``, |κv − θv|, see :class:`nefkern.eigenpairs.EigenPairs`.
+        residuals: float64 ``[m]``, |κv − θv|, see :class:`nefkern.spectral.eigenpairs.EigenPairs`.
         degrees: float64 ``[N]``, the diagonal of D.
         rows: ``[N, C]``, float32 or float16; None: only lists can be extended.
         widths: float32 ``[N]``, σ; None unless the affinity is "gaussian".
@@ -257,7 +257,7 @@ def embed(
         affinity: see :func:`neighbour_lists`.
         second: P, a normalised symmetric graph over the same rows; None: no such term.
         alpha: its weight.
-        tol, seed: see :func:`nefkern.eigenpairs.leading_eigenpairs`.
+        tol, seed: see :func:`nefkern.spectral.eigenpairs.leading_eigenpairs`.
         keep: float32, or float16 for half the memory: how rows are kept for extension.
 
     Raises:

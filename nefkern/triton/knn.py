@@ -122,8 +122,9 @@ def _blocks(
             _preselect(data, packed, first, last, places, include_self, scores, counts, positions,
                        keys)  # fmt: skip
         exact_kernel[grid_of(last - first, strips, EXACT)](
-            data.planes, data.present, data.begins, data.ends, counts, scores, first, last, n,
-            len(data.planes), strips, capacity, data.euclidean, include_self, CHUNK, **EXACT,
+            data.planes, data.features, data.unscale, data.present, data.begins, data.ends, counts,
+            scores, first, last, n, len(data.planes), strips, capacity, data.euclidean,
+            include_self, CHUNK, **EXACT,
         )  # fmt: skip
         select_exact_kernel[(rows,)](
             scores, data.begins, data.ends, counts, keys, first, last, strips, places, capacity,
@@ -132,9 +133,8 @@ def _blocks(
         ordered = keys[: last - first].sort(dim=1).values
         size = (last - first) * k
         unpack_kernel[(triton.cdiv(size, FLAT["BN"]),)](
-            ordered, data.unscale, values[first:], indices[first:], size, k, capacity,
-            data.euclidean, **FLAT,
-        )  # fmt: skip
+            ordered, values[first:], indices[first:], size, k, capacity, data.euclidean, **FLAT
+        )
 
 
 def _preselect(
@@ -153,8 +153,9 @@ def _preselect(
         places, places // 16, capacity, packed.relative, **SELECT,
     )  # fmt: skip
     rerank_kernel[(triton.cdiv(rows, RERANK["BR"]),)](
-        data.rows, counts, positions, keys, first, last, steps, capacity, data.euclidean, **RERANK
-    )
+        data.rows, data.features, data.unscale, counts, positions, keys, first, last, steps,
+        len(data.planes), capacity, data.euclidean, **RERANK,
+    )  # fmt: skip
 
 
 def shipped() -> list[Shipped]:
@@ -181,7 +182,9 @@ def shipped() -> list[Shipped]:
 def _ship(kernel, variant: str, its: dict, stages: int = 3) -> Shipped:
     kinds = {"packed": "*fp16", "present": "*i1", "keys": "*i64", "relative": "fp32"}
     kinds |= dict.fromkeys(("begins", "ends", "counts", "positions", "indices"), "*i32")
-    kinds |= dict.fromkeys(("rows", "planes", "centre", "scores", "margins", "unscale"), "*fp32")
+    kinds |= dict.fromkeys(
+        ("rows", "planes", "features", "centre", "scores", "margins", "unscale"), "*fp32"
+    )
     kinds |= dict.fromkeys(("offsets", "lengths", "residuals", "values"), "*fp32")
     names = kernel.arg_names
     return Shipped(

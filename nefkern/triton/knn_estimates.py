@@ -74,7 +74,7 @@ def pack_kernel(
     u = -0.5 * length if EUCLIDEAN else along - 0.5 * middle
     there = tl.load(present + i, mask=i < n, other=0) != 0
     # A row left out has no score with any other.
-    tl.store(offsets + i, tl.where(there, u, float("-inf")).to(tl.float32), mask=i < n)
+    tl.store(offsets + i, tl.where(there, u, float("nan")).to(tl.float32), mask=i < n)
     UP: tl.constexpr = 1 + 1e-6  # covers the rounding of these sums
     tl.store(lengths + i, (tl.sqrt(length) * UP).to(tl.float32), mask=i < n)
     tl.store(residuals + i, (tl.sqrt(residual) * UP).to(tl.float32), mask=i < n)
@@ -130,7 +130,7 @@ def pack(data: Rows, channels: int) -> Packed:
         rows, rows.mean(0), data.present, packed, offsets, lengths, residuals, n, depth,
         EUCLIDEAN=data.euclidean, **PACK,
     )  # fmt: skip
-    margins = _margins(offsets, lengths, residuals, channels, depth, data.euclidean)
+    margins = _margins(offsets, lengths, residuals, data.unscale, channels, depth, data.euclidean)
     # A few roundings of the bound itself, and the values' relative error.
     relative = 8 * UNIT + (2 * _summing(depth) if data.euclidean else 0)
     return Packed(packed, offsets, margins, relative)
@@ -146,10 +146,11 @@ def _summing(depth: int) -> float:
 
 
 def _margins(
-    offsets: Tensor, lengths: Tensor, residuals: Tensor, channels: int, depth: int, euclidean: bool
-) -> Tensor:
+    offsets: Tensor, lengths: Tensor, residuals: Tensor, unscale: Tensor, channels: int,
+    depth: int, euclidean: bool,
+) -> Tensor:  # fmt: skip
     """[N]: m, as derived at the top of this module."""
-    offset = offsets.masked_fill(offsets.isinf(), 0).abs().double()
+    offset = offsets.nan_to_num(0).abs().double()
     length, residual = lengths.double(), residuals.double()
     packed = length + residual
     rounding = residual * length.amax() + packed * residual.amax()
@@ -157,5 +158,8 @@ def _margins(
     gamma = gamma / (1 - gamma) if gamma < 0.5 else 1e30
     summing = gamma * packed * packed.amax() + 4 * UNIT * (offset + offset.amax())
     values = 0 if euclidean else 1.01 * _summing(depth)
-    lost = depth * 2.0**-120  # below float32's normal range
+    # Numbers below float32's normal range; and distances there, which are rounded as they are given
+    # back, without the scale: by 2^-150, which moves the score by that, scaled, times the distance.
+    smallest = 2.0**-149 / unscale.double() if euclidean else 0
+    lost = depth * 2.0**-120 + smallest * (packed + packed.amax() + smallest)
     return ((rounding + summing + values + lost) * (1 + 1e-5)).float()

@@ -49,7 +49,7 @@ def fill_up(out, count, capacity, BN: tl.constexpr):
 
 @triton.jit
 def unpack_kernel(
-    keys, unscale, values, indices, size, k, capacity, EUCLIDEAN: tl.constexpr, BN: tl.constexpr
+    keys, values, indices, size, k, capacity, EUCLIDEAN: tl.constexpr, BN: tl.constexpr
 ):
     """Values and indices of a block, [rows, k] with ``size`` entries, from its sorted keys."""
     e = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -60,6 +60,6 @@ def unpack_kernel(
     value = floating(~(key >> 32).to(tl.int32))
     value = tl.where(found, value, float("-inf"))
     if EUCLIDEAN:
-        value = tl.where(value == 0, 0.0, -value * tl.load(unscale))
+        value = tl.where(value == 0, 0.0, -value)
     tl.store(values + e, value, mask=e < size)
     tl.store(indices + e, tl.where(found, key.to(tl.int32), -1), mask=e < size)

@@ -21,6 +21,7 @@ class Rows:
 
     rows: Tensor  # [N, depth], padded with zeros
     planes: Tensor  # [C, N]
+    features: Tensor  # [N, C]: as they came
     present: Tensor  # [N] bool: finite
     unscale: Tensor  # [1]: a euclidean value is this times the rows' distance
     begins: Tensor  # [N] int32: every row's segment
@@ -46,7 +47,8 @@ def rows_of(x: Tensor, euclidean: bool, segments: Tensor | None, bounds: Sequenc
         begins, ends = offsets[which], offsets[which + 1]
     longest = max(b - a for a, b in itertools.pairwise(bounds))
     planes = y.T.contiguous()
-    return Rows(rows, planes, present, 1 / scale, begins, ends, longest, euclidean)
+    features = x.contiguous()
+    return Rows(rows, planes, features, present, 1 / scale, begins, ends, longest, euclidean)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""How the scores of a block of ``knn``'s rows lie in memory; greater for a nearer pair.
+"""How the scores of a block of ``knn``'s rows lie in memory; greater for a nearer pair, NaN where
+there is none (-inf is the score of a distance beyond float32).
 
 Every row has a multiple of STRIP columns. In BLOCK_ROWS rows at a time, column 0 stands for the
 first candidate of the segment that they begin in.
@@ -32,7 +33,7 @@ def put_scores(
     """A tile of scores; whole, as its padded place has room, and aligned, at any segment's edge."""
     m, n = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     if not INCLUDE_SELF:
-        value = tl.where((first_i - first_j + m)[:, None] == n[None, :], float("-inf"), value)
+        value = tl.where((first_i - first_j + m)[:, None] == n[None, :], float("nan"), value)
     width = strips * STRIP
     at = scores + (first_i - first_row).to(tl.int64) * width + (first_j - base)
     tl.store(at + (m.to(tl.int64)[:, None] * width + n[None, :]), value)
@@ -47,10 +48,10 @@ def first_score(scores, begins, first_row, local, begin, there, strips):
 
 @triton.jit
 def row_scores(row, first, length, BN: tl.constexpr):
-    """[rows, BN] scores of the segment's candidates from ``first`` on, -inf past its end."""
+    """[rows, BN] scores of the segment's candidates from ``first`` on, NaN past its end."""
     column = first + tl.arange(0, BN)
     there = column[None, :] < length[:, None]
-    return tl.load(row[:, None] + column[None, :], mask=there, other=float("-inf")), column
+    return tl.load(row[:, None] + column[None, :], mask=there, other=float("nan")), column
 
 
 def strips_of(n: int, longest: int) -> int:

@@ -34,7 +34,7 @@ def _about_kth(row, length, longest, k, slack, BR: tl.constexpr, BN: tl.constexp
     reached = tl.zeros([BR], tl.int32)
     for first in range(0, longest, BN):
         s, _ = row_scores(row, first, length, BN)
-        valid, key = s > float("-inf"), integer(s)
+        valid, key = s == s, integer(s)
         low = tl.minimum(low, tl.min(tl.where(valid, key, 0x7FFFFFFF), 1))
         high = tl.maximum(high, tl.max(tl.where(valid, key, -0x7FFFFFFF), 1))
         reached += tl.sum(valid.to(tl.int32), 1)
@@ -79,7 +79,7 @@ def select_kernel(
     out = positions + local.to(tl.int64)[:, None] * capacity
     for first in range(0, longest, BN):
         s, column = row_scores(row, first, length, BN)
-        take = (s >= bound[:, None]) & (s > float("-inf"))
+        take = s >= bound[:, None]
         slot = count[:, None] + tl.cumsum(take.to(tl.int32), 1) - 1
         tl.store(out + slot, begin[:, None] + column[None, :], mask=take & (slot < capacity))
         count += tl.sum(take.to(tl.int32), 1)
@@ -107,10 +107,9 @@ def select_exact_kernel(
     out = keys + local.to(tl.int64)[:, None] * capacity
     for first in range(0, longest, BN):
         s, column = row_scores(row, first, length, BN)
-        valid = s > float("-inf")
-        tie = valid & (s == kth[:, None])
+        tie = s == kth[:, None]
         rank = ties[:, None] + tl.cumsum(tie.to(tl.int32), 1) - 1
-        take = (valid & (s > kth[:, None])) | (tie & (rank < places[:, None]))
+        take = (s > kth[:, None]) | (tie & (rank < places[:, None]))
         slot = count[:, None] + tl.cumsum(take.to(tl.int32), 1) - 1
         key = key_of(s, begin[:, None] + column[None, :])
         tl.store(out + slot, key, mask=take & (slot < capacity))

@@ -10,6 +10,9 @@ from nefkern.triton.knn_keys import fill_up, key_of
 from nefkern.triton.knn_rows import DEPTH
 from nefkern.triton.knn_scores import base_of, put_scores
 
+# Of distances below it, scaled, the squares of small differences may have vanished: those below
+# 2^-63 of the largest entry. Above it, what vanished changes no digit.
+SMALL_SQUARE = tl.constexpr(2.0**-64)
 CHUNK = 32  # channels summed before they are added to the total
 # The interpreter takes as long for a large tile as for a small one.
 if interpreting():
@@ -20,9 +23,30 @@ else:
 
 
 @triton.jit
+def _distance(square, unscale):
+    """A distance from the sum of scaled squares, inf beyond the largest float; and whether it is so
+    small that squares may have vanished, which ``_small_distance`` tells better."""
+    return tl.sqrt_rn(square) * tl.load(unscale), square < SMALL_SQUARE
+
+
+@triton.jit
+def _small_distance(x, y, there, channels):
+    """|x - y| of pairs of rows, as they came, that are near for the size of their entries.
+
+    In float64 no square leaves its range, and no difference overflows. Pointers to their rows.
+    """
+    total = tl.zeros(there.shape, tl.float64)
+    for c in range(0, channels):
+        p, q = tl.load(x + c, mask=there, other=0.0), tl.load(y + c, mask=there, other=0.0)
+        difference = (p - q).to(tl.float64)
+        total += difference * difference
+    return tl.sqrt(total).to(tl.float32)
+
+
+@triton.jit
 def rerank_kernel(
-    rows, counts, positions, keys, first_row, last_row, steps, capacity,
-    EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    rows, features, unscale, counts, positions, keys, first_row, last_row, steps, channels,
+    capacity, EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Keys of the candidates of each row, from their values in float32."""
     local = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -48,16 +72,22 @@ def rerank_kernel(
                 total += p * q
         value = tl.sum(total, 2)
         if EUCLIDEAN:
-            value = -tl.sqrt_rn(value)
+            value, small = _distance(value, unscale)
+            small = small & there
+            if tl.max(small.to(tl.int32)) > 0:
+                p = features + i.to(tl.int64)[:, None] * channels + tl.zeros_like(j)
+                q = features + j.to(tl.int64) * channels
+                value = tl.where(small, _small_distance(p, q, small, channels), value)
+            value = -value
         tl.store(keys + line + slot, key_of(value, j), mask=there)
     fill_up(keys + line, count, tl.where(i < last_row, capacity, 0), BN)
 
 
 @triton.jit
 def exact_kernel(
-    planes, present, begins, ends, counts, scores, first_row, last_row, n, channels, strips,
-    capacity, EUCLIDEAN: tl.constexpr, INCLUDE_SELF: tl.constexpr, CHUNK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    planes, features, unscale, present, begins, ends, counts, scores, first_row, last_row, n,
+    channels, strips, capacity, EUCLIDEAN: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of float32 scores, for the rows with more than ``capacity`` candidates.
 
@@ -85,7 +115,14 @@ def exact_kernel(
                     part = tl.fma(tl.broadcast_to(p, BM, BN), tl.broadcast_to(q, BM, BN), part)
                 plane += n
             total += part
+        pair = there[:, None] & beside[None, :]
         if EUCLIDEAN:
-            total = -tl.sqrt_rn(total)
-        total = tl.where(there[:, None] & beside[None, :], total, float("-inf"))
+            total, small = _distance(total, unscale)
+            small = small & pair
+            if tl.max(small.to(tl.int32)) > 0:
+                p = tl.broadcast_to(features + i.to(tl.int64)[:, None] * channels, BM, BN)
+                q = tl.broadcast_to(features + j.to(tl.int64)[None, :] * channels, BM, BN)
+                total = tl.where(small, _small_distance(p, q, small, channels), total)
+            total = -total
+        total = tl.where(pair, total, float("nan"))
         put_scores(scores, total, first_row, row, first, base, strips, INCLUDE_SELF)

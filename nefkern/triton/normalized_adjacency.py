@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nefkern.ops.normalized_adjacency import check_indices
+from nefkern.reference.normalized_adjacency import check_indices
 from nefkern.triton.configs import Shipped, device_of
 
 # Edges that a program takes at a time. No autotuning: it would time kernels of microseconds, and
@@ -33,6 +33,7 @@ BLOCK = 512
 
 # A NaN stays visible in a maximum.
 NAN = tl.constexpr(tl.PropagateNan.ALL)
+SMALLEST = tl.constexpr(2.0**-149)  # of float32's positive numbers
 
 # Each has two keys, whose places must fit 32 bits; torch sorts no more at a time on a GPU either.
 MAX_EDGES = 10**9
@@ -95,10 +96,10 @@ def _count_entries(keys, starts, counts, BLOCK: tl.constexpr):
 
 @triton.jit
 def _merge_edges(
-    keys, order, starts, weights, row_offsets, columns, values, scale, num_nodes, edges, clamp_min,
-    HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    keys, order, starts, weights, unit, row_offsets, columns, values, scale, num_nodes, edges,
+    clamp_min, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row ``program_id(0)`` of A, and its d^(-1/2)."""
+    """Row ``program_id(0)`` of A + A^T or max(A, A^T), in ``unit``, and its d^(-1/2)."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(starts, row)
     place, _ = _range(row_offsets, row)
@@ -113,8 +114,9 @@ def _merge_edges(
             e = tl.load(order + p, mask=more, other=0).to(tl.int32)
             own = e < edges
             weight = _weight(weights, tl.where(own, e, e - edges), more, clamp_min, HAS_WEIGHTS)
-            if MEAN:
-                weight *= 0.5  # here, not of the sum: that may overflow where its half does not
+            if MEAN and HAS_WEIGHTS:
+                least = tl.full([BLOCK], SMALLEST, tl.float32)  # none becomes 0
+                weight = tl.maximum(weight * tl.load(unit), least, NAN)
             listed = tl.where(more & own, tl.maximum(listed, weight, NAN), listed)
             naming = tl.where(more & ~own, tl.maximum(naming, weight, NAN), naming)
             p += 1
@@ -126,20 +128,29 @@ def _merge_edges(
         tl.store(values + at, a, mask=leads)
         degree += tl.sum(tl.where(leads, a, 0.0).to(tl.float64))
         place += tl.sum(leads.to(tl.int32))
+    if MEAN:
+        degree *= 0.5
     degree = tl.where(degree == 0, 1.0, degree)  # of an empty row, whose scale is never read
     tl.store(scale + row, (1 / tl.sqrt(degree)).to(tl.float32))
 
 
 @triton.jit
-def _scale_entries(row_offsets, columns, values, scale, BLOCK: tl.constexpr):
+def _scale_entries(row_offsets, columns, values, scale, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Row ``program_id(0)`` of the graph, from ``_merge_edges``'s."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(row_offsets, row)
-    own = tl.load(scale + row)
+    own = tl.load(scale + row).to(tl.float64)
     for first in range(begin, end, BLOCK):
         e = first + tl.arange(0, BLOCK)
         column = tl.load(columns + e, mask=e < end, other=0)
         value = tl.load(values + e, mask=e < end, other=0.0)
-        tl.store(values + e, value * (own * tl.load(scale + column)), mask=e < end)
+        # In double: the product of two scales has no place in float32 where weights are far from
+        # 1. It is exact, and the same for the transposed entry.
+        both = own * tl.load(scale + column, mask=e < end, other=1.0).to(tl.float64)
+        a = value.to(tl.float64)
+        if MEAN:
+            a *= 0.5
+        tl.store(values + e, (a * both).to(tl.float32), mask=e < end)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class Edges:
     order: Tensor  # [2 edges]: where they stood before
     starts: Tensor  # [N + 1]: the first key of every row
     weights: Tensor  # [N, k]
+    unit: Tensor  # [1]: what weights are multiplied by before two of them are added
     row_offsets: Tensor  # [N + 1] int64, of the graph
     invalid: Tensor  # [1]: 1 where an index is out of range
     its: dict[str, Any]  # constexprs
@@ -170,6 +182,7 @@ def sorted_edges(
     its = {"HAS_WEIGHTS": weights is not None, "BLOCK": BLOCK}
     # Without weights any pointer will do: nothing is read from it.
     weights = indices if weights is None else weights.float().contiguous()
+    unit = _unit(weights, clamp_min)
     counts = torch.zeros(n + 1, dtype=torch.int64, device=indices.device)
     invalid = counts.new_zeros(1)
     keys = indices.new_empty(2 * edges, dtype=_key_dtype(n))
@@ -181,7 +194,18 @@ def sorted_edges(
         rows = torch.arange(n + 1, device=indices.device, dtype=keys.dtype)
         starts = torch.searchsorted(keys, rows * n)
         _count_entries[(n,)](keys, starts, counts, BLOCK=BLOCK)
-    return Edges(keys, order, starts, weights, counts.cumsum(0), invalid, its)
+    return Edges(keys, order, starts, weights, unit, counts.cumsum(0), invalid, its)
+
+
+def _unit(weights: Tensor, clamp_min: float) -> Tensor:
+    """[1]: 1, or 1/2 where the sum of two weights may overflow.
+
+    A row is kept as A + A^T, exact for the smallest weights, too, whose halves are not. To halve
+    all weights does not change the normalised matrix.
+    """
+    half_of_largest = torch.finfo(torch.float32).max / 2
+    huge = (weights > half_of_largest).any() | (clamp_min > half_of_largest)
+    return torch.where(huge, 0.5, 1.0).view(1)
 
 
 def merged(
@@ -191,13 +215,13 @@ def merged(
     n = len(edges.row_offsets) - 1
     columns = edges.keys.new_empty(nnz, dtype=torch.int32)
     values = edges.keys.new_empty(nnz, dtype=torch.float32)
-    scale = values.new_empty(n)
+    scale, mean = values.new_empty(n), symmetrize == "mean"
     with device_of(columns):
         _merge_edges[(n,)](
-            edges.keys, edges.order, edges.starts, edges.weights, edges.row_offsets, columns,
-            values, scale, n, edges.listed, clamp_min, MEAN=symmetrize == "mean", **edges.its,
+            edges.keys, edges.order, edges.starts, edges.weights, edges.unit, edges.row_offsets,
+            columns, values, scale, n, edges.listed, clamp_min, MEAN=mean, **edges.its,
         )  # fmt: skip
-        _scale_entries[(n,)](edges.row_offsets, columns, values, scale, BLOCK=BLOCK)
+        _scale_entries[(n,)](edges.row_offsets, columns, values, scale, MEAN=mean, BLOCK=BLOCK)
     return edges.row_offsets, columns, values
 
 
@@ -233,7 +257,10 @@ def _key_dtype(num_nodes: int) -> torch.dtype:
 
 def shipped() -> list[Shipped]:
     """Every kernel for both widths of indices and of keys, and both ways to symmetrise."""
-    found = [_ship(_scale_entries, "")]
+    found = [
+        _ship(_scale_entries, "mean", {"MEAN": True}),
+        _ship(_scale_entries, "union", {"MEAN": False}),
+    ]
     for key in ("i32", "i64"):
         found.append(_ship(_count_entries, f"{key} keys", keys=key))
         for weighted in (True, False):
@@ -250,7 +277,9 @@ def shipped() -> list[Shipped]:
 
 def _ship(kernel, variant: str, constants: dict[str, bool] | None = None, **types: str) -> Shipped:
     pointers = dict.fromkeys(("order", "starts", "counts", "row_offsets", "invalid"), "i64")
-    pointers |= dict.fromkeys(("weights", "values", "scale"), "fp32") | {"columns": "i32"} | types
+    pointers |= (
+        dict.fromkeys(("weights", "unit", "values", "scale"), "fp32") | {"columns": "i32"} | types
+    )
     kinds = {"clamp_min": "fp32"} | {name: f"*{kind}" for name, kind in pointers.items()}
     return Shipped(
         f"normalized_adjacency {kernel.__name__[1:]} {variant}".rstrip(),

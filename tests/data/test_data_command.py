@@ -163,6 +163,63 @@ def test_a_folder_of_one_s_own(run, tmp_path):
     assert line == "error: folder: 2 problems, listed above"
 
 
+def binary(root: Path, values: list[int], names: str = "ground\nobject\n") -> Path:
+    """Two images with masks of columns of these values."""
+    for n in range(2):
+        publisher.write_image(root / "images" / "val" / f"{n}.jpg", n)
+        publisher.write_labels(root / "annotations" / "val" / f"{n}.png", values)
+    (root / "classes.txt").write_text(names)
+    return root
+
+
+def test_masks_of_0_and_255(run, tmp_path):
+    code, out, line = check(run, "folder", binary(tmp_path, [0, 255]))
+    assert code == 2
+    assert "val: no pixel is object (1), but 50% of the pixels are 255, which is void" in out
+    assert "write its index instead (object: 1)" in out
+    assert line == "error: folder: 1 problems, listed above"
+    assert check(run, "folder", tmp_path, "--quick")[0] == 0
+
+
+def test_a_class_that_occurs_nowhere_is_noted(run, tmp_path):
+    names = "".join(f"{letter}\n" for letter in "abcdefgh")
+    code, out, _ = check(run, "folder", binary(tmp_path / "no void", [0, 3], names))
+    assert code == 0
+    assert "    note: no pixel is b (1), c (2), e (4), f (5), g (6) and 1 more\n" in out
+    code, out, _ = check(run, "folder", binary(tmp_path / "void", [0, 3, 255, 255], "a\nb\nc\nd"))
+    assert code == 0
+    assert "    note: no pixel is b (1), c (2), but 50% of the pixels are 255" in out
+
+
+def test_masks_that_say_nothing(run, tmp_path):
+    code, out, _ = check(run, "folder", binary(tmp_path / "all", [255]))
+    assert code == 2
+    assert "val: every annotated pixel is void (255)" in out
+    root = binary(tmp_path / "one", [0, 1])
+    publisher.write_labels(root / "annotations" / "val" / "1.png", [255])
+    code, out, _ = check(run, "folder", root)
+    assert code == 0
+    assert "note: 1 of 2 annotations are void throughout, such as " in out
+    assert "1.png" in out
+    assert "no pixel" not in out
+
+
+def test_a_void_of_the_publisher_s_is_no_class(run, tmp_path, complete):
+    """ADE20K's void is index 0: nothing is said of 255."""
+    _, out, _ = check(run, "ade20k", build("ade20k", tmp_path))
+    assert "note: no pixel is wall" in out or "note: no pixel is building" in out
+    assert "255" not in out
+
+
+def test_images_in_folders_inside_are_noted(run, tmp_path):
+    root = binary(tmp_path, [0, 1])
+    publisher.write_image(root / "images" / "val" / "x.jpg" / "deep" / "a.jpg")
+    (root / "images" / "val" / "empty").mkdir()
+    code, out, _ = check(run, "folder", root)
+    assert code == 0
+    assert f"note: {root}/images/val: the images in folders inside are not taken: x.jpg\n" in out
+
+
 def test_a_folder_of_images_alone(run, tmp_path, truncate):
     publisher.write_image(tmp_path / "a.jpg")
     truncate(publisher.write_image(tmp_path / "b.jpg", 1))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nefkern.data import VOID, open_dataset
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def open_folder(root, **options):
@@ -122,6 +122,20 @@ def test_empty_folders(tmp_path, annotated_folder):
     for path in (annotated_folder / "images" / "val").iterdir():
         path.unlink()
     assert "none found" in error(annotated_folder, split="val")
+
+
+@pytest.mark.parametrize("layout", ["plain", "split"])
+def test_images_in_folders_inside_are_told_once(tmp_path, picture, caplog, layout):
+    folder = tmp_path if layout == "plain" else tmp_path / "images" / "train"
+    (folder / "a.jpg" / "b").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    (folder / ".hidden").mkdir()
+    for name in ("c.png", "a.jpg/b/d.png", ".hidden/e.png"):
+        picture(10, 10).save(folder / name)
+    for _ in range(2):
+        assert open_folder(tmp_path).names == ["c"]
+    (record,) = caplog.records
+    assert record.message == f"{folder}: the images in folders inside are not taken: a.jpg"
 
 
 def test_missing_annotations_are_counted(annotated_folder):

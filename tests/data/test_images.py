@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nefkern.data import read_annotation, read_image
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -46,19 +46,39 @@ def test_lossless_formats_keep_every_pixel(tmp_path, suffix, picture):
     assert torch.equal(image, pixels(picture(31, 22)))
 
 
+UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_an_annotation_is_applied(tmp_path, orientation):
+    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    stored = Image.fromarray(labels)
+    stored = stored.transpose(UNDO[orientation]) if orientation > 1 else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "mask.png", exif=exif)
+    read = read_annotation(tmp_path / "mask.png", num_classes=6, size=(2, 3))
+    assert read.tolist() == labels.tolist()
+
+
+def test_an_annotation_on_its_side(tmp_path):
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"5 x 7 pixels, it has 7 x 5; .* EXIF orientation"):
+        read_annotation(tmp_path / "mask.png", num_classes=2, size=(7, 5))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation, picture):
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
     upright = picture(48, 32)
-    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    stored = upright.transpose(UNDO[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "phone.png", exif=exif)
@@ -195,6 +215,26 @@ def test_annotation_that_is_no_index_image(tmp_path, mode):
     Image.new(mode, (3, 2)).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match=rf"mask\.png: expected an index image.*it is {mode}"):
         read_annotation(tmp_path / "mask.png", num_classes=2, size=(2, 3))
+
+
+def test_annotations_in_grey_levels(tmp_path):
+    Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"holds index 128.*its values are 0, 128, 255: if they"):
+        read_annotation(tmp_path / "mask.png", num_classes=3, size=(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "hint"),
+    [
+        (np.array([[[1, 1, 1], [0, 0, 0]]], np.uint8), "its channels are equal: save one of them"),
+        (np.array([[[9, 1, 1], [0, 0, 0]]], np.uint8), "write each colour's class index instead"),
+        (np.array([[1, 0]], np.uint16), "if it holds indices, save them in 8 bits"),
+    ],
+)
+def test_what_to_do_with_a_mask_that_holds_no_indices(tmp_path, pixels, hint):
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=hint):
+        read_annotation(tmp_path / "mask.png", num_classes=2, size=(1, 2))
 
 
 def test_truncated_annotation(tmp_path, truncate):

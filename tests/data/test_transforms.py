@@ -12,9 +12,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nefkern.data import VOID, Sample, TrainTransform, eval_transform, photometric_distortion
+from nefkern.data import (
+    VOID,
+    Sample,
+    TrainTransform,
+    eval_transform,
+    photometric_distortion,
+    resize_shorter,
+)
 from nefkern.data.transforms import _reflect_to, _resize, _saturate_and_turn
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -245,6 +252,29 @@ def test_protocol_a_has_side_320_and_needs_no_annotation():
 def test_protocol_b_changes_nothing():
     sample = Sample("x", image(), torch.zeros(90, 120, dtype=torch.uint8))
     assert eval_transform("full")(sample) is sample
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "expected"),
+    [
+        ((375, 500), 520, (520, 693)),  # the paper's shorter sides
+        ((1024, 2048), 1024, (1024, 2048)),
+        ((683, 512), 512, (683, 512)),
+        ((90, 60), 30, (45, 30)),
+        ((4, 1000), 100, (6, 1600)),  # a strip is enlarged to 16 shorter sides
+        ((4, 4000), 100, (4, 4000)),
+    ],
+)
+def test_shorter_side(size, side, expected):
+    source = positions(*size)
+    resized = resize_shorter(source, side)
+    assert resized.shape == (3, *expected)
+    assert resized.dtype == torch.uint8
+    assert abs(resized.float().mean() - source.float().mean()) < 1
+    if size == expected:
+        assert torch.equal(resized, source)
+    with pytest.raises(UserError, match="shorter side: expected a positive number"):
+        resize_shorter(source, 0)
 
 
 def test_unknown_protocol_or_size():

@@ -69,6 +69,16 @@ def test_wide_indices_a_lower_bound_and_alpha(tmp_path, alpha):
     assert_agrees(got, indices, weights, pixels, **options)
 
 
+def test_weights_of_all_sizes_side_by_side(tmp_path):
+    """From subnormals to the largest float, and a row of nothing but that."""
+    indices, weights, pixels = lists(40, 5, 3)
+    size = torch.linspace(-146, 127.9, 40, dtype=torch.float64).exp2()[:, None]
+    weights = (weights.double().abs().clamp(0.1, 1) * size).float()
+    weights[-1] = torch.finfo(torch.float32).max
+    got = emulate(tmp_path, indices, weights, pixels)
+    assert_agrees(got, indices, weights, pixels)
+
+
 def test_equals_the_sum_of_both_graphs_bit_for_bit(tmp_path):
     indices, weights, pixels = lists(40, 9, 4)
     features = test_normalized_adjacency.emulate(tmp_path, indices, weights)

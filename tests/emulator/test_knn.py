@@ -207,6 +207,48 @@ def test_scales(knn, metric, scale):
     assert_best((values, indices, 0), x, 4, metric)
 
 
+WAYS = pytest.mark.parametrize(
+    ("channels", "method"), [(5, "auto"), (33, "baseline"), (33, "fused")]
+)
+
+
+def assert_nearest(got, x, k):
+    """Distances right to a few roundings of their own, and in order."""
+    values, indices, _ = got
+    x = x.astype(np.float64)
+    exact = np.sqrt(((x[:, None] - x[None]) ** 2).sum(2))
+    np.fill_diagonal(exact, np.nan)
+    with np.errstate(over="ignore"):
+        best = np.sort(exact, axis=1)[:, :k].astype(np.float32)
+        own = np.take_along_axis(exact, indices, 1).astype(np.float32)
+    np.testing.assert_allclose(values, best, rtol=2e-6, atol=1.01 * 2.0**-149)
+    np.testing.assert_allclose(own, values, rtol=2e-6, atol=1.01 * 2.0**-149)
+    assert (values[:, 1:] >= values[:, :-1]).all()
+    assert (np.diff(indices)[values[:, 1:] == values[:, :-1]] > 0).all()
+
+
+@WAYS
+def test_a_far_row_does_not_blur_the_others(knn, channels, method):
+    x = np.zeros((24, channels), dtype=np.float32)
+    x[:, 0] = [0, 1, 5, 1e24, *np.arange(20) * 1e20 + 1e22]
+    values, indices, _ = knn(x, 2, "euclidean", method=method)
+    assert values[:3].tolist() == [[1, 5], [1, 4], [4, 5]]
+    assert indices[:3].tolist() == [[1, 2], [0, 2], [1, 0]]
+    assert (indices[3] == [23, 22]).all()
+
+
+@WAYS
+def test_rows_of_all_magnitudes(knn, channels, method):
+    random = np.random.default_rng(1)
+    size = np.exp2(random.permutation(np.linspace(-148, 127.9, 50)))
+    x = (random.uniform(-1, 1, (50, channels)) * size[:, None]).astype(np.float32)
+    x[[4, 30]] = np.finfo(np.float32).max
+    x[5] = -x[4]
+    assert_nearest(knn(x, 6, "euclidean", method=method), x, 6)
+    x *= np.float32(2.0**-126)  # all subnormal: distances are rounded, and tie
+    assert_nearest(knn(x, 6, "euclidean", method=method), x, 6)
+
+
 def test_far_from_the_origin(knn):
     x = 1000 + normal(60, 33)
     assert_best(knn(x, 6, "euclidean", method="fused"), x, 6, "euclidean")

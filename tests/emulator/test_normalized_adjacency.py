@@ -9,7 +9,7 @@ import torch
 from nefkern import reference
 from nefkern.ops import CSRGraph
 from tests.emulator import emulated
-from tests.ops.graph_common import random_lists
+from tests.ops.graph_common import dense_adjacency, random_lists
 
 OUTPUTS = {
     "row_offsets": np.int64, "columns": np.int32, "values": np.float32, "valid": np.int32,
@@ -84,6 +84,24 @@ def test_a_nan_stays_visible(tmp_path):
     got = emulate(tmp_path, indices, torch.tensor([[-float("nan")], [1.0], [1.0]]))
     assert got.values[got.row_offsets[0]].isnan()
     assert not torch.signbit(got.values).any()
+
+
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@pytest.mark.parametrize("weight", [2.0**-149, 1e-39, 1e20, 3e38])
+def test_equal_weights_of_any_size(tmp_path, weight, symmetrize):
+    indices = torch.tensor([[1, 2], [0, 2], [0, 1]], dtype=torch.int32)
+    got = emulate(tmp_path, indices, torch.full((3, 2), weight), symmetrize)
+    torch.testing.assert_close(got.values, torch.full((6,), 0.5), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_weights_of_all_sizes_side_by_side(tmp_path, symmetrize):
+    indices, weights = random_lists(50, 5, seed=3)
+    size = torch.linspace(-146, 127.9, 50, dtype=torch.float64).exp2()[:, None]
+    weights = (weights.double().abs().clamp(0.1, 1) * size).float()
+    got = emulate(tmp_path, indices, weights, symmetrize).validate()
+    exact = dense_adjacency(indices, weights, 50, symmetrize)
+    torch.testing.assert_close(got.to_dense().double(), exact, rtol=5e-7, atol=2.0**-149)
 
 
 @pytest.mark.parametrize("index", [-2, 3, 2**31 - 1])

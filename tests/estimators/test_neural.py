@@ -76,6 +76,7 @@ def test_the_seed_decides_and_the_global_one_is_left_alone(loss):
     assert (one.embedding_ != other.embedding_).any()
 
 
+@pytest.mark.filterwarnings("ignore:Graph is not fully connected")
 def test_tensors_give_tensors():
     rows = torch.from_numpy(DIGITS[:300]).float()
     found = NeuralSpectralEmbedding(3, **SMALL | {"max_iter": 5})

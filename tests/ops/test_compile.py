@@ -89,8 +89,8 @@ def test_opcheck_with_numbers_as_tensors(name):
     a, b = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
     arguments = {
         "add": (*graph.tensors(), *graph.tensors(), a),
-        "kappa": (i, w, p, 6, a, b),
-        "normalized_adjacency": (i, w, 6, "mean", b),
+        "kappa": (i, w, p, 6, a, b, True),
+        "normalized_adjacency": (i, w, 6, "mean", b, True),
         "neuralef_loss": (*graph.tensors(), rows(6), a, b),
     }
     operator = getattr(torch.ops.nefkern, f"{name}_dynamic")

@@ -102,8 +102,41 @@ def test_a_nan_weight_stays_visible_and_does_not_reach_the_pixel_graph(name):
     found, clean = graph.to_dense(), features.to_dense()
     assert torch.equal(found.isnan(), clean.isnan())
     assert found.isnan().any()
-    alone = kappa(indices, torch.ones(4, 1), pixels, num_nodes=4).to_dense()
+    alone = build(name, indices, torch.ones(4, 1), pixels, num_nodes=4).to_dense()
     assert torch.equal(found[~found.isnan()], alone[~found.isnan()])
+
+
+@each_backend
+@pytest.mark.parametrize("weight", [2.0**-149, 1e-39, 1e-20, 1e20, 3e38])
+def test_weights_of_any_size(name, weight):
+    lists = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    graph = build(name, lists, torch.full((3, 2), weight), lists, num_nodes=3)
+    torch.testing.assert_close(graph.values, torch.full((6,), 0.65), rtol=3e-7, atol=0)
+
+
+@each_backend
+def test_weights_of_all_sizes_side_by_side(name):
+    n = 20
+    indices, weights, pixels = inputs(n, 5, 3)
+    size = torch.linspace(-146, 127.9, n, dtype=torch.float64).exp2()[:, None]
+    weights = (weights.double().abs().clamp(0.1, 1) * size).float()
+    exact = dense_kappa(indices, weights, pixels, n)
+    graph = build(name, indices, weights, pixels, num_nodes=n).validate()
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=5e-7, atol=2.0**-149)
+    arguments = moved(name, indices, weights, pixels)
+    with backend(name):
+        assert_same(kappa(*arguments, num_nodes=n), composed(*arguments, n))
+
+
+@each_backend
+def test_check_finite(name):
+    lists = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    weights = torch.tensor([[1, 1], [1, 1], [1, math.inf]])
+    with pytest.raises(ValueError, match=r"weights: expected finite .* got NaN or inf in row 2"):
+        build(name, lists, weights, lists, num_nodes=3, check_finite=True)
+    lists[2, 1] = -1
+    graph = build(name, lists, weights, lists, num_nodes=3, check_finite=True)
+    assert graph.values.isfinite().all()
 
 
 @pytest.mark.parametrize("name", backends_of("kappa", compiled=True))
@@ -133,7 +166,7 @@ def test_opcheck(name):
     indices, weights, pixels = moved(name, *inputs(4, 3, 2))
     with backend(name):
         for w in (weights, None):
-            torch.library.opcheck(torch.ops.nefkern.kappa, (indices, w, pixels, 4, 0.3, 0.0))
+            torch.library.opcheck(torch.ops.nefkern.kappa, (indices, w, pixels, 4, 0.3, 0.0, True))
 
 
 @each_backend

@@ -274,6 +274,110 @@ def test_scales(metric):
         assert_best(x * torch.logspace(-30, 30, 200)[:, None], 20)
 
 
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
+
+
+def assert_nearest(x, k, **options):
+    """Distances right to a few roundings of their own, however small beside the entries; inf only
+    beyond the largest float; order by value, then index; all other finite rows are candidates."""
+    values, indices = knn(x, k, metric="euclidean", **options)
+    exact = (x.double()[:, None] - x.double()[None]).norm(dim=2).fill_diagonal_(math.nan)
+    best = exact.sort(dim=1).values[:, :k]  # NaN last
+    close = {"rtol": 2e-6, "atol": 1.01 * SMALLEST}
+    torch.testing.assert_close(values.double(), best.float().double(), **close)
+    own = exact.gather(1, indices.long()).float()
+    torch.testing.assert_close(own.double(), values.double(), **close)
+    same = values.diff(dim=1).nan_to_num(0) == 0  # NaN: inf beside inf
+    assert (values.diff(dim=1).nan_to_num(0) >= 0).all()
+    assert (indices.diff(dim=1)[same] > 0).all()
+    return values, indices
+
+
+@pytest.mark.parametrize("channels", [2, 40])
+@pytest.mark.parametrize("far", [1e10, 1e22, 1e24, 1e38, LARGEST])
+def test_a_far_row_does_not_blur_the_others(far, channels):
+    """No-data values: one scale for all rows would make the squares of ordinary rows vanish."""
+    x = torch.zeros(4, channels)
+    x[:, 0] = torch.tensor([0, 1, 5, far])
+    values, indices = knn(x, 2, metric="euclidean")
+    assert values[:3].tolist() == [[1, 5], [1, 4], [4, 5]]
+    assert indices.tolist() == [[1, 2], [0, 2], [1, 0], [0, 1]]
+    assert (values[3] == x[3, 0]).all()
+
+
+def over_all_magnitudes(n, channels, seed=0):
+    """[n, channels] float32, every row of a size of its own, from subnormals to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.linspace(-148, 127.9, n, dtype=torch.float64).exp2()
+    rows = torch.rand(n, channels, generator=generator, dtype=torch.float64) * 2 - 1
+    return (rows * size[torch.randperm(n, generator=generator), None]).float()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("channels", [1, 3, 20, 70])
+def test_rows_of_all_magnitudes(channels, metric):
+    x = over_all_magnitudes(several_tiles(300), channels)
+    x[7] = 0
+    if metric == "euclidean":
+        assert_nearest(x, 25)
+    else:
+        assert_best(x, 25)
+
+
+@pytest.mark.parametrize("channels", [5, 24])
+def test_small_differences_beside_large_entries(channels):
+    """Pairs that differ in small entries only; and none at all between rows that are equal."""
+    x = clustered(several_tiles(200), channels, seed=16) * 1e-30
+    x[:, 0] = torch.arange(len(x)) % 3
+    x[3] = x[9]
+    assert_nearest(x, 12)
+
+
+@pytest.mark.parametrize("channels", [5, 24])
+@pytest.mark.parametrize("scale", [1e-43, 1e-38, 1e-30, 1e30, 3e37])
+def test_distances_at_the_ends_of_the_range(scale, channels):
+    """Distances that are rounded to subnormals, where many tie, and distances that overflow."""
+    assert_nearest(clustered(several_tiles(200), channels, seed=17) * scale, 12)
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+def test_distances_beyond_the_largest_float(channels):
+    """They are inf, but of rows that are there: in the order of the indices."""
+    x = torch.zeros(6, channels)
+    x[:, 0] = torch.tensor([-1, 1, 1, math.inf, 0, 0.5]) * LARGEST
+    values, indices = knn(x, 5, metric="euclidean")
+    assert indices[0].tolist() == [4, 1, 2, 5, -1]
+    assert values[0].tolist() == [LARGEST, *[math.inf] * 4]
+    assert indices[1].tolist() == [2, 5, 4, 0, -1]
+    assert values[1].tolist() == [0, x[5, 0], LARGEST, math.inf, math.inf]
+    assert (indices[3] == -1).all()
+
+
+@pytest.mark.parametrize("channels", [2, 20])
+def test_many_rows_without_data(channels):
+    """Half of the rows are one far value; more ties than a buffer holds on either side."""
+    n = several_tiles(600)
+    x = clustered(n, channels, seed=18)
+    x[::2] = LARGEST
+    assert_nearest(x, several_tiles(40))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_float64_of_all_magnitudes(metric):
+    with backends.backend("auto"):
+        exponents = torch.linspace(-1070, 1023, 60, dtype=torch.float64)
+        x = exponents.exp2()[:, None] * torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+        values, indices = knn(x, 1, metric=metric)
+        if metric == "cosine":
+            torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-15, atol=0)
+            return
+        # The nearest is the next smaller row; its distance is the difference of the lengths.
+        assert indices[:, 0].tolist() == [1, *range(59)]
+        a, b = x[:, 0], x[indices[:, 0].long(), 0]
+        expected = (a - b).abs() * 1.25**0.5
+        torch.testing.assert_close(values[:, 0], expected, rtol=1e-14, atol=2.0**-1074)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_far_from_the_origin(metric):
     """|x|² + |y|² - 2xy would lose every digit here."""
@@ -436,6 +540,16 @@ def test_both_ways(sizes, channels, k, method, metric, monkeypatch, poisoned_mem
 
 @triton_only
 @triton_methods()
+@pytest.mark.parametrize("scale", [1.0, 1e-40])
+def test_both_ways_over_all_magnitudes(method, scale, monkeypatch):
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
+    assert_nearest((over_all_magnitudes(80, 24) * scale), 9)
+    monkeypatch.setattr(pytest.importorskip("nefkern.triton.knn"), "_capacity", lambda k, *_: k)
+    assert_nearest(over_all_magnitudes(80, 24), 9)
+
+
+@triton_only
+@triton_methods()
 def test_the_method_asked_for_runs(method, monkeypatch):
     """No product on tensor cores, or one for every block, whatever a call would choose."""
     kernels = pytest.importorskip("nefkern.triton.knn")
@@ -548,7 +662,7 @@ import pytest, sys
 from nefkern import backends
 if backends.native_module().build_info()["isa"] != "{level}":
     sys.exit(77)
-tests = "shapes or ties or segments or scales or not_finite or far_from or identical"
+tests = "shapes or ties or segments or scales or not_finite or far or identical or magnitudes"
 sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", "-k", f"cpu and ({{tests}})",
                       r"{Path(__file__)}"]))
 """

@@ -103,6 +103,85 @@ def test_a_nan_weight_stays_visible(name, symmetrize):
     assert graph.values.isnan().all()
 
 
+# ---- weights of any size ----
+
+SMALLEST, LARGEST = 2.0**-149, torch.finfo(torch.float32).max
+TRIANGLE = torch.tensor([[1, 2], [0, 2], [0, 1]])
+
+
+@each_backend
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@pytest.mark.parametrize("weight", [SMALLEST, 1e-39, 1e-20, 1e20, 3e38, LARGEST])
+def test_equal_weights_of_any_size(name, weight, symmetrize):
+    weights = torch.full((3, 2), weight)
+    graph = build(name, TRIANGLE, weights, num_nodes=3, symmetrize=symmetrize)
+    torch.testing.assert_close(graph.values, torch.full((6,), 0.5), rtol=2e-7, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("weight", [5e-324, 1e-310, 1e-200, 1e200, 1.7e308])
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_equal_float64_weights_of_any_size(name, weight, symmetrize):
+    name = "reference" if name == "reference" else "auto"  # float64 goes to the reference
+    weights = torch.full((3, 2), weight, dtype=torch.float64)
+    graph = build(name, TRIANGLE, weights, num_nodes=3, symmetrize=symmetrize)
+    expected = torch.full((6,), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(graph.values, expected, rtol=1e-15, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@settings(max_examples=8, deadline=None)
+@given(exponent=st.integers(-126, 126), seed=st.integers(0, 9))
+def test_a_factor_of_all_weights_changes_nothing(name, symmetrize, exponent, seed):
+    indices, weights = random_lists(12, 5, seed)
+    weights = weights.abs().clamp(0.5, 1)  # times any power of two: exact
+    options = {"num_nodes": 12, "symmetrize": symmetrize}
+    one = build(name, indices, weights, **options)
+    two = build(name, indices, weights * 2.0**exponent, **options)
+    assert torch.equal(one.columns, two.columns)
+    torch.testing.assert_close(one.values, two.values, rtol=3e-7, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_weights_of_all_sizes_side_by_side(name, symmetrize):
+    """Each row's of a size of its own, from subnormals to the largest: as in exact arithmetic."""
+    n, k = 64, 5
+    indices, weights = random_lists(n, k, seed=3)
+    size = torch.linspace(-146, 127.9, n, dtype=torch.float64).exp2()[:, None]
+    weights = (weights.double().abs().clamp(0.1, 1) * size).float()
+    weights[-1, 0] = LARGEST
+    exact = dense_adjacency(indices, weights, n, symmetrize)
+    graph = build(name, indices, weights, num_nodes=n, symmetrize=symmetrize).validate()
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=5e-7, atol=SMALLEST)
+
+
+@each_backend
+def test_points_far_from_all_others(name):
+    """exp(-d^2) of three far points is subnormal: their rows are as well normalised as any."""
+    weights = torch.exp(-torch.tensor([[0.25, 1.0], [0.25, 9.0], [100.0, 101.0], [102.0, 103.0]]))
+    indices = torch.tensor([[1, 2], [0, 3], [3, 0], [2, 1]])
+    assert (weights[2:] < torch.finfo(torch.float32).tiny).all()
+    exact = dense_adjacency(indices, weights, 4)
+    graph = build(name, indices, weights, num_nodes=4)
+    torch.testing.assert_close(graph.to_dense().double(), exact, rtol=5e-7, atol=SMALLEST)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_check_finite(name, bad):
+    weights = torch.ones(3, 2)
+    weights[1, 1] = bad
+    with pytest.raises(ValueError, match=r"weights: expected finite values, got NaN or inf in row"):
+        build(name, TRIANGLE, weights, num_nodes=3, check_finite=True)
+    indices = TRIANGLE.clone()
+    indices[1, 1] = -1  # knn pads with index -1 and value -inf
+    graph = build(name, indices, weights, num_nodes=3, check_finite=True)
+    assert graph.values.isfinite().all()
+    build(name, TRIANGLE, None, num_nodes=3, check_finite=True)
+
+
 @each_backend
 @settings(max_examples=40, deadline=None)
 @given(
@@ -130,9 +209,9 @@ def test_opcheck(name):
     indices, weights = moved(name, *random_lists(10, 4))
     with backend(name):
         for arguments in (
-            (indices, weights, 10, "mean", 0.0),
-            (indices, None, 10, "union", 0.0),
-            (indices, weights.double() if name == "reference" else weights, 10, "union", 0.5),
+            (indices, weights, 10, "mean", 0.0, False),
+            (indices, None, 10, "union", 0.0, True),
+            (indices, weights.double() if name == "reference" else weights, 10, "union", 0.5, True),
         ):
             torch.library.opcheck(torch.ops.nefkern.normalized_adjacency, arguments)
 
@@ -170,6 +249,11 @@ def test_index_out_of_range(name, bad):
         ({"symmetrize": "max"}, ValueError, "symmetrize: expected mean or union, got 'max'"),
         ({"clamp_min": -1.0}, ValueError, "clamp_min: expected"),
         ({"clamp_min": math.nan}, ValueError, "clamp_min: expected"),
+        (
+            {"weights": torch.ones(3, 2), "clamp_min": 1e39},
+            ValueError,
+            r"clamp_min: expected a number that float32 can hold, got 1e\+39",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -3,15 +3,20 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from nefkern.segmentation.charts import (
+    Functions,
     comparison_row,
     comparison_sheet,
     confusion_matrix,
     eigenfunction_maps,
+    function_sheet,
     iou_bars,
     legend,
+    panels,
 )
 from nefkern.segmentation.pictures import BACKGROUND, grid
 
@@ -81,6 +86,17 @@ def test_comparison_row_paints_classes_and_leaves_void_black():
     assert (right[2:] == colours[1]).all()
 
 
+def test_comparison_row_of_a_large_image_is_drawn_smaller():
+    labels = (torch.arange(4096) >= 2048).expand(100, -1)
+    colours = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    image = torch.full((3, 100, 4096), 9, dtype=torch.uint8)
+    picture = np.array(comparison_row(image, labels.byte(), [labels.long()], colours))
+    assert picture.shape == (50, 3 * 2048 + 2 * 8, 3)
+    for left in (2056, 4112):
+        assert (picture[:, left : left + 1024] == colours[0]).all()
+        assert (picture[:, left + 1024 : left + 2048] == colours[1]).all()
+
+
 def test_legend_names_every_class_in_its_colour():
     text = words(legend(["sky", "road"], np.array([[70, 130, 180], [128, 64, 128]], np.uint8)))
     assert "<!-- sky -->" in text
@@ -89,15 +105,64 @@ def test_legend_names_every_class_in_its_colour():
 
 
 def test_comparison_sheet_stacks_rows_below_heads():
-    rows = [grid([[np.full((20, 60, 3), shade, np.uint8)] * 2]) for shade in (10, 20)]
+    shown = [grid([[np.full((20, 60, 3), shade, np.uint8)] * 2]) for shade in (10, 20)]
+    rows = [panels(picture, 2) for picture in shown]
     picture = np.array(comparison_sheet(rows, ["image", "ours"]))
     height, width = picture.shape[:2]
-    assert width == rows[0].width
+    assert width == shown[0].width
     above = picture[: height - 48]
     for half in (above[:, : width // 2], above[:, width // 2 :]):
         assert (half < 100).any(), "a head above each column"
     assert (picture[-48:-28, :60] == 10).all()
     assert (picture[-20:, -60:] == 20).all()
+
+
+def test_comparison_sheet_of_pictures_of_several_sizes_keeps_its_columns():
+    wide = [Image.new("RGB", (60, 20), colour) for colour in ("red", "blue")]
+    high = [Image.new("RGB", (30, 50), colour) for colour in ("red", "blue")]
+    picture = np.array(comparison_sheet([high, wide], ["image", "ours"]))
+    assert picture.shape == (24 + 50 + 8 + 20, 60 + 8 + 60, 3)
+    for top in (24, 24 + 50 + 8):
+        assert tuple(picture[top, 0]) == (255, 0, 0)
+        assert tuple(picture[top, 68]) == (0, 0, 255)
+    assert (picture[:24, 68:] < 100).any(), "the head above the second column"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_panels_take_a_row_apart(count):
+    pictures = [np.full((6, 10, 3), 9 * i, np.uint8) for i in range(count)]
+    found = panels(grid([pictures]), count)
+    assert all((np.array(f) == p).all() for f, p in zip(found, pictures, strict=True))
+    assert len(found) == count
+
+
+def test_function_sheet_paints_signed_functions_around_white():
+    image = torch.full((3, 224, 224), 9, dtype=torch.uint8)
+    values = torch.tensor([[[-1.0, 0.0], [1.0, 2.0]]])
+    rows = [Functions(["ψ 4"], values, False), Functions(["v 1"], values, True)]
+    picture = np.array(function_sheet(image, rows)).astype(int)
+    assert picture.shape == (2 * (24 + 224) + 8, 2 * 224 + 8, 3)
+    assert (picture[24:248, :224] == 9).all(), "the photograph"
+    assert (picture[256:, :224] == 255).all(), "once"
+    plain, signed = picture[24:248, 232:], picture[280:, 232:]
+    assert tuple(plain[0, 0]) == (68, 1, 84), "the least, viridis' dark end"
+    assert tuple(plain[-1, -1]) == (253, 231, 36), "the largest"
+    assert (signed[0, -1] > 240).all(), "0 is white"
+    red, blue = signed[-1, -1], signed[0, 0]
+    assert red[0] > red[2]
+    assert blue[2] > blue[0]
+    assert (plain[:112, :112] == plain[0, 0]).all(), "patch by patch"
+
+
+def test_function_sheet_cuts_padding_off_and_takes_a_constant():
+    image = torch.zeros(3, 90, 224, dtype=torch.uint8)
+    values = torch.zeros(1, 2, 2)
+    values[0, 1] = 1  # a row of patches of which the image covers none
+    sheet = function_sheet(image, [Functions(["ψ 0"], values, False)], (0.5, 1.0))
+    picture = np.array(sheet)[24:, 232:]
+    assert picture.shape == (90, 224, 3)
+    assert (picture == picture[0, 0]).all()
+    function_sheet(image, [Functions(["ψ 0"], torch.ones(1, 2, 2), False)])
 
 
 def test_eigenfunction_maps_take_the_heaviest_and_scale_each():

@@ -86,6 +86,30 @@ def test_overlay_shows_image_clusters_blend():
     assert np.abs(blend[3, 3] - expected).max() <= 0.5
 
 
+def test_a_large_image_is_drawn_at_a_size_to_look_at():
+    image = torch.zeros(3, 1500, 3000, dtype=torch.uint8)
+    image[:, :, 1500:] = 200
+    clusters = (torch.arange(3000) >= 1500).long().expand(1500, -1)
+    picture = np.array(overlay(image, clusters))
+    assert picture.shape == (1024, 3 * 2048 + 2 * 8, 3)
+    photo, painted = picture[:, :2048], picture[:, 2056 : 2056 + 2048]
+    assert (photo[:, :1020] == 0).all()
+    assert (photo[:, 1028:] == 200).all()
+    assert (painted[:, :1023] == palette(2)[0]).all()
+    assert (painted[:, 1024:] == palette(2)[1]).all()
+
+
+def test_a_small_panel_shows_the_clusters_at_its_pixels_centres():
+    clusters = torch.arange(35).view(5, 7)
+    picture = np.array(overlay(torch.zeros(3, 5, 7, dtype=torch.uint8), clusters, longest=3))
+    assert picture.shape == (2, 3 * 3 + 2 * 8, 3)
+    # Centres of 2 rows of 5, and of 3 columns of 7: 1.25, 3.75; 1.17, 3.5, 5.83.
+    colours = palette(256)[clusters[[1, 3]][:, [1, 3, 5]].numpy()]
+    edge = np.array([[1, 1, 1], [1, 1, 0]], bool)
+    assert (picture[:, 11:14][~edge] == colours[~edge]).all()
+    assert (picture[:, 11:14][edge] == 0).all()
+
+
 def test_overlay_takes_tensors_arrays_and_pictures():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     clusters = np.arange(35).reshape(5, 7)
@@ -124,6 +148,12 @@ def test_index_images_keep_the_indices(largest, mode):
 def test_the_format_can_be_fixed_for_all_images():
     assert index_image(torch.zeros(2, 2, dtype=torch.int64), 256).mode == "P"
     assert index_image(torch.zeros(2, 2, dtype=torch.int64), 257).mode == "I;16"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_index_images_of_any_integers(dtype):
+    picture = index_image(torch.tensor([[0, 255 if dtype == torch.uint8 else 127]]).to(dtype))
+    assert picture.mode == "P"
 
 
 def test_index_images_show_the_palette():

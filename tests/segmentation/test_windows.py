@@ -57,7 +57,7 @@ def test_gaps_are_refused(window, stride):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 25), st.data())
 def test_pointwise_predictor_gives_the_full_prediction(height, width, window, data):
-    stride = data.draw(st.integers(1, window))
+    stride = data.draw(st.integers((window + 3) // 4, window))
     image = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
     full = pointwise(image[None])[0]
     assert_close(sliding_windows(pointwise, image, window, stride), full)
@@ -67,7 +67,7 @@ def test_pointwise_predictor_gives_the_full_prediction(height, width, window, da
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 25), st.data())
 def test_tiles_are_disjoint_and_complete(height, width, window, data):
-    stride = data.draw(st.integers(1, window))
+    stride = data.draw(st.integers((window + 3) // 4, window))
     seen = torch.zeros(height, width, dtype=torch.int64)
     image = torch.zeros(3, height, width)
     for tile in sliding_tiles(pointwise, image, window, stride, max_pixels=7):
@@ -87,6 +87,30 @@ def test_coarse_grid_equals_sum_over_count(size, window, stride):
     image = torch.randn(3, *size, dtype=torch.float64)
     expected = by_definition(predict, image, window, stride)
     assert_close(sliding_windows(predict, image, window, stride), expected, check_dtype=False)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(6, 20), st.data())
+def test_another_size_is_the_average_resized(height, width, window, data):
+    """Larger, smaller, of another shape: as if the whole average were made first."""
+    stride = data.draw(st.integers(3, window))
+    size = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+
+    def predict(crops):  # looks at its whole crop, on a coarser grid
+        return F.adaptive_avg_pool2d(pointwise(crops - crops.mean((2, 3), keepdim=True)), (3, 2))
+
+    image = torch.randn(3, height, width, dtype=torch.float64)
+    whole = by_definition(predict, image, window, stride)
+    expected = F.interpolate(whole[None], size, mode="bilinear", align_corners=False)[0]
+    found = sliding_windows(predict, image, window, stride, size=size)
+    assert_close(found, expected, check_dtype=False)
+    clusters = sliding_clusters(predict, image, window, stride, size=size)
+    assert torch.equal(clusters, found.argmax(0))
+    seen = torch.zeros(size, dtype=torch.int64)
+    for tile in sliding_tiles(predict, image, window, stride, size=size, max_pixels=7):
+        assert tile.logits[0].numel() <= max(7, tile.cols[1] - tile.cols[0])
+        seen[slice(*tile.rows), slice(*tile.cols)] += 1
+    assert (seen == 1).all()
 
 
 def test_a_padding_predictor_is_cropped_back():
@@ -127,8 +151,10 @@ def test_every_window_is_predicted_once():
     assert sum(calls) == len(window_starts(50, 20, 7)) ** 2
 
 
-def test_predictions_out_of_reach_are_freed():
-    """A window row is 30 pixels high every 10: never more than three rows, of seven, are held."""
+@pytest.mark.parametrize(("size", "bound"), [(None, 4), ((500, 40), 5), ((50, 20), 5)])
+def test_predictions_out_of_reach_are_freed(size, bound):
+    """A window row is 30 pixels high every 10: never more than three rows, of seven, are held; one
+    more where the result's pixels lie between those of two of them."""
     alive = most = 0
 
     def predict(crops):
@@ -146,7 +172,7 @@ def test_predictions_out_of_reach_are_freed():
     image = torch.zeros(3, 90, 30)
     gc.disable()  # references alone must free them
     try:
-        sliding_clusters(predict, image, 30, 10)
+        sliding_clusters(predict, image, 30, 10, size=size)
     finally:
         gc.enable()
-    assert 3 <= most <= 4  # three in reach, perhaps the one that just left it
+    assert 3 <= most <= bound  # three in reach, perhaps the one that just left it
