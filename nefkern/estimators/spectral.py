@@ -241,6 +241,7 @@ class SpectralEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Graph
 
         A row that was fitted has its own; columns of eigenvalues that are not positive are 0. With
         a precomputed affinity, ``X`` is ``[n, N]``: similarities or distances to the fitted rows.
+        Those don't say whether a row was fitted itself, so that it counts as new.
         """
         check_is_fitted(self)
         return like(X, self._coordinates(X)[:, 1:], self._dtype)

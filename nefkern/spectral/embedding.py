@@ -266,10 +266,14 @@ def embed(
     if keep not in ROW_DTYPES:
         raise ValueError(f"keep: expected float32 or float16, got {keep}")
     lists = neighbour_lists(rows, k, affinity)
+    kept = rows.to(keep)
+    if not bool(kept.isfinite().all()):
+        raise ValueError(
+            f"keep: expected rows within {torch.finfo(keep).max:g}, what {keep} holds, "
+            f"got {rows.abs().max().item():g}"
+        )
     found = embed_lists(lists, count, second=second, alpha=alpha, tol=tol, seed=seed)
-    return dataclasses.replace(
-        found, rows=rows.to(keep), widths=lists.widths, k=int(k), affinity=affinity
-    )
+    return dataclasses.replace(found, rows=kept, widths=lists.widths, k=int(k), affinity=affinity)
 
 
 @torch.no_grad()

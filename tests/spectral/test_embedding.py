@@ -215,6 +215,8 @@ def test_mistakes_are_named():
         embed(rows * math.nan, 2, k=4)
     with pytest.raises(ValueError, match="keep: expected float32 or float16"):
         embed(rows, 2, k=4, keep=torch.float64)
+    with pytest.raises(ValueError, match=r"keep: expected rows within 65504.*got 1e\+06"):
+        embed(torch.full((5, 2), 1e6), 2, k=4, keep=torch.float16)
     with pytest.raises(ValueError, match=r"new: expected shape \[n, 12\], got \[3, 5\]"):
         found.extend(torch.ones(3, 5))
     with pytest.raises(ValueError, match="new: expected finite values"):
