@@ -259,9 +259,7 @@ class ClusteringMixin(ClusterMixin):
         state = check_random_state(self.random_state)
         n_init = checks.integer("n_init", self.n_init, 1)
         kmeans = KMeans(self.n_clusters, n_init=n_init, random_state=state)
-        with self._stage("K-means"), warnings.catch_warnings():
-            # Fewer different points than clusters: some stay empty, as in scikit-learn's class.
-            warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        with self._stage("K-means"):
             self.labels_ = kmeans.fit_predict(self._points(coordinates))
         self._kmeans = kmeans
 

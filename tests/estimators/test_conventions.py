@@ -17,6 +17,7 @@ SMALL = {"hidden_layer_sizes": (16,), "max_iter": 5}
 pytestmark = [
     # What the checks pass on purpose: few, equal, or unconnected rows.
     pytest.mark.filterwarnings("ignore:Graph is not fully connected"),
+    pytest.mark.filterwarnings("ignore:Number of distinct clusters"),
     # Checks of kinds of input that an estimator doesn't take are skipped with this.
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning"),
 ]

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 from scipy import sparse
 from sklearn.cluster import SpectralClustering as TheirClustering
 from sklearn.datasets import load_digits, make_blobs, make_circles, make_moons
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.manifold import SpectralEmbedding as TheirEmbedding
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import kneighbors_graph
@@ -211,6 +212,7 @@ def test_more_neighbours_than_rows_are_refused():
 
 @pytest.mark.parametrize("affinity", ["nearest_neighbors", "cosine", "gaussian"])
 @pytest.mark.filterwarnings("ignore:Graph is not fully connected")
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_equal_and_zero_rows(affinity):
     for rows in (np.ones((30, 3)), np.zeros((30, 3)), np.repeat(np.eye(3), 20, axis=0)):
         found = SpectralClustering(3, affinity=affinity, random_state=0).fit(rows)
@@ -238,7 +240,8 @@ def test_a_matrix_that_is_not_an_affinity():
         fit(-np.ones((4, 4)))
     with pytest.warns(UserWarning, match="not symmetric"):
         fit(np.triu(np.ones((4, 4))))
-    found = SpectralClustering(2, affinity="precomputed", random_state=0).fit(np.zeros((4, 4)))
+    with pytest.warns(ConvergenceWarning, match="Number of distinct clusters"):
+        found = SpectralClustering(2, affinity="precomputed", random_state=0).fit(np.zeros((4, 4)))
     assert found.labels_.shape == (4,)
 
 
