@@ -37,7 +37,8 @@ with the image and ψ's raw outputs on its patches, before any softmax.
 
 A quantised ψ (training's default) gives each cluster a function: light where it is large. Shown are
 those that win most of the image's patches. The functions of a continuous ψ (--no-gumbel) are
-ordered and signed: shown are the first, red where positive, blue where negative, white at 0.
+ordered and signed: shown are the first, red where positive, blue where negative, white at 0. So
+are those of --method spectral: the data set's eigenvectors, extended to the image (v 0, v 1, ...).
 With --exact, below them the leading eigenvectors of κ on the image's own patches, signed too. They
 have an order and no sign, where a quantised ψ has neither: don't compare them one by one.
 """
@@ -152,14 +153,15 @@ def draw(segmenter: Segmenter, pixels: Tensor, arguments: argparse.Namespace) ->
     from nefkern.segmentation.charts import Functions, function_sheet
 
     seen = resize_shorter(pixels, segmenter.options.crop)
-    maps, quantized = segmenter.maps(seen[None]), segmenter.options.gumbel
-    outputs = segmenter.temperature * maps.logits[0].float().cpu()
+    maps, quantized = segmenter.maps(seen[None]), segmenter.kind == "quantised"
+    outputs = maps.functions[0].float().cpu()
     if arguments.functions:
-        numbers = chosen_functions(arguments.functions, segmenter.num_clusters)
+        numbers = chosen_functions(arguments.functions, segmenter.num_functions)
     else:
         numbers = ranked_functions(outputs, arguments.count, quantized=quantized)
     covered = (seen.shape[1] / maps.padded[0], seen.shape[2] / maps.padded[1])
-    rows = [Functions([f"ψ {j}" for j in numbers], outputs[numbers], not quantized)]
+    name = "v" if segmenter.kind == "spectral" else "ψ"
+    rows = [Functions([f"{name} {j}" for j in numbers], outputs[numbers], not quantized)]
     if arguments.exact:
         values, vectors = eigenvectors(segmenter, seen, maps, len(numbers))
         heads = [f"v {j + 1}, λ = {value:.3f}" for j, value in enumerate(values.tolist())]
@@ -201,7 +203,7 @@ def eigenmaps(arguments: argparse.Namespace) -> list[Path]:
     check(arguments)
     segmenter = Segmenter.load(arguments.run, arguments.device)
     if arguments.functions:
-        chosen_functions(arguments.functions, segmenter.num_clusters)
+        chosen_functions(arguments.functions, segmenter.num_functions)
     folder = arguments.out or arguments.run / FOLDER
     make_output_folder(folder)
     written: list[Path] = []

@@ -47,6 +47,9 @@ images, each to a residual |κv − λv| of 1e-5 ‖κ‖. The table, for single
   angle     principal angles between the span and that of the v_j, in degrees, ascending
 for ψ, for the argmax of ψ (the clusters' indicator functions) and for a freshly initialised ψ,
 which says how much the features alone give.
+
+Of a run of --method spectral: for the data set's eigenvectors, extended to the batch, and for the
+indicator functions of their clusters. κ of the batch alone is another graph: it joins fewer images.
 """
 EXAMPLES = """\
 examples:
@@ -213,15 +216,16 @@ def compare(
     images = torch.stack([sample.image for sample in samples])
     maps = segmenter.maps(images)
     graph = segmenter.kappa(images, maps)
-    count = min(segmenter.num_clusters, graph.num_nodes)
+    count = min(segmenter.num_functions, graph.num_nodes)
     log.info("%d eigenvectors of %s", count, graph)
     pairs = leading_eigenpairs(graph, count, tol=_TOL, seed=seed)
     values, vectors = pairs.values, pairs.vectors.cpu()
     result = {
-        "num_eigenfunctions": segmenter.num_clusters,
+        "num_eigenfunctions": segmenter.num_functions,
         "nodes": graph.num_nodes,
         "edges": graph.nnz,
-        "quantized": segmenter.options.gumbel,
+        "quantized": segmenter.kind == "quantised",
+        "kind": segmenter.kind,
         "eigenvalues": values.tolist(),
         "functions": {
             name: _fit(psi, graph, vectors, values, segmenter.options.min_norm)
@@ -263,10 +267,10 @@ def _scores(
 
     log.info("K-means on eigenvectors and features")
     found = clusterings(
-        {name: getattr(maps, name).cpu() for name in ("logits", "graph", "concat")},
+        {name: getattr(maps, name).cpu() for name in ("logits", "hidden", "graph", "concat")},
         vectors,
         seed=seed,
-        quantized=segmenter.options.gumbel,
+        kind=segmenter.kind,
     )
     grid = tuple(maps.graph.shape[2:])
     return patch_scores(found, annotations, grid, maps.padded, num_classes)
@@ -276,12 +280,15 @@ def _functions(segmenter: Segmenter, maps: Maps, seed: int) -> dict[str, Tensor]
     """The outputs to compare by name, ``[N, K]`` each, as training saw them but without noise."""
     import torch.nn.functional as F
 
-    quantized = segmenter.options.gumbel
-
     def outputs(logits: Tensor) -> Tensor:
-        return logits.flatten(0, 1).softmax(1) if quantized else logits.flatten(0, 1)
+        rows = logits.flatten(0, 1)
+        return rows.softmax(1) if segmenter.kind == "quantised" else rows
 
     logits = maps.logits.flatten(2).transpose(1, 2)
+    if segmenter.kind == "spectral":
+        clusters = F.one_hot(logits.flatten(0, 1).argmax(1), logits.shape[-1])
+        extended = maps.functions.flatten(2).transpose(1, 2).flatten(0, 1)
+        return {"data set's eigenvectors": extended, "their clusters": clusters.float()}
     concat, grid = maps.concat.flatten(2).transpose(1, 2), tuple(maps.concat.shape[2:])
     untrained, _ = segmenter.untrained(seed).project(concat, grid)
     clusters = F.one_hot(logits.flatten(0, 1).argmax(1), logits.shape[-1])

@@ -1,4 +1,4 @@
-"""``python -m nefkern.train``: train ψ on a folder of images, or on the samples."""
+"""``python -m nefkern.train``: eigenfunctions of a folder of images, or of the samples."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nefkern.runtime.commandline import command_parser, log_to_stderr
 from nefkern.runtime.errors import command
 from nefkern.training.options import TrainOptions, add_arguments, resolve
 
+if TYPE_CHECKING:
+    from nefkern.data import ImageDataset
+    from nefkern.segmentation.segmenter import Segmenter
+    from nefkern.training.runs import Run
+
 DESCRIPTION = """\
 Learn neural eigenfunctions of the patch graph of your images, without labels; their argmax is the
 segmentation. With no option at all: a short run on photographs that come inside installed packages.
+
+--method spectral computes instead of learning: one graph over the patches of all images, its exact
+leading eigenvectors, K-means on them, and their extension to any other image by Nyström's formula.
+For up to some thousand images; the folder it leaves serves every other command like a trained run.
 """
 EXAMPLES = """\
 examples:
@@ -22,6 +32,8 @@ examples:
   python -m nefkern.train --data folder --data-root voc --backbone vit_small_patch14_dinov2 \\
       --crop 336 -K 64 --k 2% --epochs 20 --amp --out runs/voc
   python -m nefkern.train --data cityscapes --data-root DIR    one of the paper's data sets
+  python -m nefkern.train --method spectral --data folder --data-root voc \\
+      --backbone vit_small_patch14_dinov2 --high block:9 --crop 280 -K 128 --alpha 1 --amp
   torchrun --standalone --nproc_per_node=2 -m nefkern.train --data folder --data-root voc ...
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
   python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume
@@ -43,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(options: TrainOptions, *, longer: bool = False) -> Path:
-    """Train, draw the overlays and the report; returns the run folder.
+    """Train or compute, draw the overlays and the report; returns the run folder.
 
     Args:
         options: all of them; checked.
@@ -53,11 +65,10 @@ def train(options: TrainOptions, *, longer: bool = False) -> Path:
         UserError: an option, an image or a weights file that cannot be used.
     """
     from nefkern.backends import check_environment
-    from nefkern.baselines.fitting import fit_clusters
-    from nefkern.evaluation.report import write_eigenfunctions, write_overlays, write_report
     from nefkern.runtime import distributed
-    from nefkern.segmentation.segmenter import Segmenter, clusters_of
+    from nefkern.segmentation.segmenter import Segmenter
     from nefkern.training.runs import Run
+    from nefkern.training.spectral import SpectralTrainer
     from nefkern.training.trainer import Trainer
 
     check_environment()
@@ -65,24 +76,33 @@ def train(options: TrainOptions, *, longer: bool = False) -> Path:
         if not distributed.is_main():
             logging.getLogger().setLevel(logging.WARNING)
         run = distributed.from_main(lambda: Run.create(options, longer=longer))
-        trainer = Trainer(options, run)
+        trainer = (SpectralTrainer if options.method == "spectral" else Trainer)(options, run)
         if trainer.finished:
             logging.info("%s: training is complete", run.folder)
-        trainer.train()
+        trained = trainer.train()
     if distributed.is_main():
+        if isinstance(trainer, Trainer):
+            trained = trainer.psi
         seen = run.feature_cache(options)
-        segmenter = Segmenter(trainer.backbone, trainer.psi, options, seen=seen)
-        if not options.gumbel:
-            segmenter.clusterer = clusters_of(run, options, segmenter.device)
-        if not options.gumbel and segmenter.clusterer is None:
-            logging.info("K-means on the continuous eigenfunctions")
-            segmenter.clusterer = fit_clusters(segmenter, trainer.dataset)
-            run.save_clusters(segmenter.clusterer.state())
-        write_overlays(run, segmenter, trainer.dataset, options.pictures)
-        write_eigenfunctions(run, segmenter, trainer.dataset)
-        page = write_report(run)
-        logging.info("report: %s", page)
+        _finish(run, Segmenter(trainer.backbone, trained, options, seen=seen), trainer.dataset)
     return run.folder
+
+
+def _finish(run: Run, segmenter: Segmenter, dataset: ImageDataset) -> None:
+    """Clusters of a continuous ψ, overlays, report."""
+    from nefkern.baselines.fitting import fit_clusters
+    from nefkern.evaluation.report import write_eigenfunctions, write_overlays, write_report
+    from nefkern.segmentation.segmenter import clusters_of
+
+    if segmenter.kind == "continuous":
+        segmenter.clusterer = clusters_of(run, segmenter.options, segmenter.device)
+        if segmenter.clusterer is None:
+            logging.info("K-means on the continuous eigenfunctions")
+            segmenter.clusterer = fit_clusters(segmenter, dataset)
+            run.save_clusters(segmenter.clusterer.state())
+    write_overlays(run, segmenter, dataset, segmenter.options.pictures)
+    write_eigenfunctions(run, segmenter, dataset)
+    logging.info("report: %s", write_report(run))
 
 
 @command

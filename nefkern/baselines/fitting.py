@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nefkern.data import ImageDataset, View, Views
+from nefkern.data import ImageDataset, Views
+from nefkern.data.reading import read_ahead, usable
 from nefkern.runtime.progress import image_bar
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.methods import CONTINUOUS
@@ -21,10 +19,6 @@ from nefkern.training.options import TrainOptions
 if TYPE_CHECKING:
     from nefkern.segmentation.segmenter import Segmenter
 
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
 
 def default_passes(options: TrainOptions) -> int:
     """How often K-means sees every training image of a run.
@@ -32,7 +26,7 @@ def default_passes(options: TrainOptions) -> int:
     A run with a fixed number of views has kept their maps: all of them. Where every view is a new
     one, two: the authors fit on about one pass, five million rows, and make another online.
     """
-    if not options.augment:
+    if not options.augmented:
         return 1
     return options.views or 2
 
@@ -63,8 +57,8 @@ def training_crops(
     Yields:
         uint8 ``[B, 3, crop, crop]``.
     """
-    distinct = options.views if options.augment else 1
-    views = Views(dataset, options.transform(), seed=options.seed, distinct=distinct)
+    transform = options.transform()
+    views = Views(dataset, transform, seed=options.seed, distinct=options.num_views)
     chosen, draw = list(range(len(dataset)) if indices is None else indices), random.Random(seed)
     keys = []
     for epoch in range(passes):
@@ -79,31 +73,6 @@ def training_crops(
                 batch.clear()
         if batch:
             yield torch.stack(batch)
-
-
-def usable(views: Iterator[Future[View]], done: Callable[[], object]) -> Iterator[View]:
-    """The views of their own images, not of another in place of an unreadable one: those are
-    reported, once each."""
-    told: set[str] = set()
-    for future in views:
-        view = future.result()
-        if not view.problems:
-            yield view
-        elif view.problems[0] not in told:
-            told.add(view.problems[0])
-            log.warning("skipped: %s", view.problems[0])
-        done()
-
-
-def read_ahead(read: Callable[..., T], keys: Sequence) -> Iterator[Future[T]]:
-    """``read`` of every key in order, each begun while the one before is worked on."""
-    ahead: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for key in keys:
-            ahead.append(pool.submit(read, key))
-            if len(ahead) == 2:
-                yield ahead.popleft()
-        yield from ahead
 
 
 @torch.inference_mode()

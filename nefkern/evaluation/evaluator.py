@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nefkern.baselines.comparison import Comparison, Windows
-from nefkern.baselines.fitting import default_passes, read_ahead, training_crops
+from nefkern.baselines.fitting import default_passes, training_crops
 from nefkern.baselines.probe import Probe
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
+from nefkern.data.reading import read_ahead
 from nefkern.evaluation.report import write_report
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
@@ -68,7 +69,7 @@ class Evaluator:
         options = self.options
         self.asked = asked(options)  # as it was, before it is completed
         self._complete()
-        self.methods = of_run(self.methods, quantized=self.trained.gumbel)
+        self.methods = of_run(self.methods, self.trained.kind)
         self.refiner = None
         if options.crf:
             require_pydensecrf()
@@ -92,20 +93,21 @@ class Evaluator:
             seed=options.seed,
             sample_rows=options.sample_rows,
         )
-        if not self.trained.gumbel and "ours" in self.comparison.clusterers:
-            self._take_clusters()
+        self._take_clusters()
 
     def _take_clusters(self) -> None:
-        """Score the clusters that the run of a continuous ψ keeps, if it does."""
+        """Score the clusters that a run keeps: a spectral one, perhaps one of continuous ψ."""
         kept = self.segmenter.clusterer
-        if kept is None:
+        same = {"continuous": ["ours"], "spectral": ["ours", "ours*"]}.get(self.trained.kind, [])
+        names = [name for name in same if name in self.comparison.clusterers]
+        if names and kept is None:
             log.info(
                 "%s keeps no clusters of its continuous eigenfunctions: K-means on them is fitted "
                 "on --fit-split",
                 self.options.run,
             )
         else:
-            self.comparison.clusterers["ours"] = kept
+            self.comparison.clusterers |= dict.fromkeys(names, kept)
 
     def _complete(self) -> None:
         """Take the data set from the run where none is given."""

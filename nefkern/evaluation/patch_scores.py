@@ -26,7 +26,7 @@ class PatchScore:
 
 
 def clusterings(
-    maps: dict[str, Tensor], vectors: Tensor, *, seed: int, quantized: bool = True
+    maps: dict[str, Tensor], vectors: Tensor, *, seed: int, kind: str = "quantised"
 ) -> dict[str, Tensor]:
     """The batch's patches in K clusters, int64 ``[N]``, by what they were clustered on.
 
@@ -35,14 +35,15 @@ def clusterings(
     as the rows of V Λ^(1/2), whose inner products are κ's best approximation of rank K.
 
     Args:
-        maps: "logits", "graph" and "concat" of the batch, ``[B, ·, h, w]``.
+        maps: "logits", "hidden", "graph" and "concat" of the batch, ``[B, ·, h, w]``.
         vectors: V ``[N, m]`` of :func:`nefkern.spectral.eigenpairs.leading_eigenpairs`.
         seed: of K-means.
-        quantized: whether ψ's argmax are its clusters; else K-means on its outputs.
+        kind: of the run's functions, see :func:`nefkern.segmentation.methods.of_run`: the argmax of
+            quantised ones are its clusters; else K-means on them.
     """
     num_clusters, found = maps["logits"].shape[1], {}
     methods = parse_methods(["ours", "kmeans", "kmeans-concat"])
-    for method in of_run(methods, quantized=quantized):
+    for method in of_run(methods, kind):
         clusterer = Clusterer(method, num_clusters, seed=seed)
         clusterer.observe(maps)
         found[method.title] = clusterer.finish(vectors.device).logits(maps).argmax(1).flatten()

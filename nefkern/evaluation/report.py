@@ -9,6 +9,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from nefkern.data import ImageDataset
@@ -41,6 +42,10 @@ PANELS = (
     ),
 )
 
+#: What tells a row of a spectral run's record apart, and the tensors of its checkpoint to plot.
+_PLACE = ("step", "stage")
+_SPECTRUM = ("embedding.values", "embedding.residuals")
+
 #: Steps drawn in a curve: more cannot be told apart, and would weigh megabytes.
 POINTS = 500
 
@@ -64,9 +69,15 @@ SCORES = (
     "right class. IoU: of a class, the pixels both predicted and annotated over those that are "
     "either; mIoU is the mean over classes. In %.</p>"
 )
+STAGES = (
+    "<p>Left, the leading eigenvalues of the graph's κ: how slowly the eigenvectors, in their "
+    "order, change from a patch to those that it is joined to. Many near the largest mean that "
+    "many groups of patches are nearly apart. Right, how far each pair is from exact: "
+    "|κv − λv|.</p>"
+)
 EIGENMAPS = (
-    "<p>ψ's raw outputs on the patches of an image, each over its own range: <code>python -m "
-    "nefkern.eigenmaps --help</code> says which, and what the colours mean.</p>"
+    "<p>The functions' raw values on the patches of an image, each over its own range: "
+    "<code>python -m nefkern.eigenmaps --help</code> says which, and what the colours mean.</p>"
 )
 SPECTRA = (
     "<p>How much of the graph's exact leading eigenvectors, which training approximates, the "
@@ -129,6 +140,22 @@ def curves(rows: list[dict[str, Any]]) -> str:
     return svg(figure)
 
 
+def eigenvalues(values: Tensor, residuals: Tensor) -> str:
+    """λ and |κv − λv| over j as one SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    numbers = range(1, len(values) + 1)
+    left.plot(numbers, values.tolist(), linewidth=1.2)
+    left.set(title="Eigenvalues λ_j", xlabel="j")
+    right.semilogy(numbers, residuals.clamp_min(1e-16).tolist(), linewidth=1.2)
+    right.set(title="Residuals |κv_j − λ_j v_j|", xlabel="j")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    return svg(figure)
+
+
 def write_report(run: Run) -> Path:
     """Write ``report.html``: curves, overlays, scores if any, and the configuration."""
     rows, config = run.metrics(), run.config()
@@ -139,7 +166,9 @@ def write_report(run: Run) -> Path:
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(_introduction(config))}</p>",
     ]
-    if rows:
+    if options.get("method") == "spectral":
+        parts += _stages(run, rows)
+    elif rows:
         parts += [f"<p>{_summary(rows, config)}</p>", "<h2>Training</h2>", curves(rows), CURVES]
     parts += [
         "<h2>Segments</h2>",
@@ -150,8 +179,8 @@ def write_report(run: Run) -> Path:
     if run.path("eigenfunctions.png").exists():
         parts += [
             "<h2>Eigenfunctions</h2>",
-            "<p>The first image and the learned functions of most weight in it, patch by patch, "
-            "each scaled to its own largest value: white where a cluster wins.</p>"
+            "<p>The first image and the clusters of most weight in it, patch by patch, each scaled "
+            "to its own largest value: white where a cluster wins.</p>"
             "<img src='eigenfunctions.png' alt='eigenfunctions'>",
         ]
     if maps := sorted(run.path("eigenmaps").glob("*.png")):
@@ -184,6 +213,20 @@ def _figure(picture: Path) -> str:
     )
 
 
+def _stages(run: Run, rows: list[dict[str, Any]]) -> list[str]:
+    """What a spectral run computed, stage by stage, and its eigenvalues."""
+    cells = "".join(
+        f"<tr><th>{html.escape(str(row['stage']))}<td>"
+        + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in row.items() if k not in _PLACE)
+        for row in rows
+    )
+    parts = ["<h2>Stages</h2>", f"<table>{cells}</table>"]
+    found = run.part(*_SPECTRUM)
+    if found:
+        parts += ["<h2>Eigenvalues</h2>", eigenvalues(*(found[name] for name in _SPECTRUM)), STAGES]
+    return parts
+
+
 def _spectrum(run: Run) -> list[str]:
     """What ``python -m nefkern.spectrum`` found, if it has run."""
     if not run.path(SPECTRUM).exists():
@@ -203,13 +246,23 @@ def _spectrum(run: Run) -> list[str]:
 def _introduction(config: dict[str, Any]) -> str:
     """What was done, for somebody who has not read the paper."""
     options, patch = config["options"], config["backbone"]["patch"]
-    return (
+    graph = (
         f"{config['dataset']['images']} images in patches of {patch} × {patch} pixels. A network "
         f"that stays as it is ({options['backbone']}) describes every patch; patches that it finds "
-        "alike, or that are near in place and colour, are joined into a graph. A second, small "
-        f"network learned K = {options['num_eigenfunctions']} functions on the patches that differ "
-        "little between joined ones (in the paper's words: ψ, the graph's eigenfunctions). The "
-        "function that is largest at a patch is its cluster. No labels of these images were used."
+        "alike, or that are near in place and colour, are joined into a graph. "
+    )
+    if options.get("method") == "spectral":
+        return (
+            f"{graph}The functions on the patches that differ least between joined ones, the "
+            "graph's leading eigenvectors, were computed, with no training, and patches of like "
+            f"values grouped into K = {options['num_eigenfunctions']} clusters by K-means. No "
+            "labels of these images were used."
+        )
+    return (
+        f"{graph}A second, small network learned K = {options['num_eigenfunctions']} functions on "
+        "the patches that differ little between joined ones (in the paper's words: ψ, the graph's "
+        "eigenfunctions). The function that is largest at a patch is its cluster. No labels of "
+        "these images were used."
     )
 
 

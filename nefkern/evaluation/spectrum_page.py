@@ -22,7 +22,7 @@ def describe(result: dict[str, Any]) -> str:
         result: what the command writes as JSON.
     """
     s, values, functions = result["settings"], result["eigenvalues"], result["functions"]
-    kind = "quantised" if result["quantized"] else "continuous"
+    kind = result.get("kind", "quantised" if result["quantized"] else "continuous")
     title = (
         f"{s['data_root']}, {s['split']}: {s['images']} images, seed {s['seed']}; κ has "
         f"{result['nodes']} nodes and {result['edges']} entries; "

@@ -42,8 +42,19 @@ class GraphConfig:
                 )
 
 
-def resolve_neighbours(neighbours: int | str, rows: int) -> int:
+def resolve_neighbours(
+    neighbours: int | str,
+    rows: int,
+    of: str = "a batch",
+    way_out: str = "raise --batch-size or --crop",
+) -> int:
     """k for ``rows`` rows: a number as it is, "2%" as that share of them, at least 1.
+
+    Args:
+        neighbours: what ``--k`` says.
+        rows: N.
+        of: whose rows they are, and
+        way_out: how there could be more, for the error's text.
 
     Raises:
         UserError: not a positive number or percentage, or not below the number of rows.
@@ -60,8 +71,8 @@ def resolve_neighbours(neighbours: int | str, rows: int) -> int:
         )
     if k >= rows:
         raise UserError(
-            f"--k {neighbours}: expected fewer than the {rows} rows (patches) of a batch; "
-            "lower --k, or raise --batch-size or --crop"
+            f"--k {neighbours}: expected fewer than the {rows} rows (patches) of {of}; "
+            f"lower --k, or {way_out}"
         )
     return k
 

@@ -12,7 +12,7 @@ from nefkern import eigenmaps, evaluate, train
 from nefkern.reproduction.paper import TABLES, Row, Table
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.methods import parse_methods
-from nefkern.training.options import CLASSES, PRESETS, TrainOptions, resolve
+from nefkern.training.options import CLASSES, NEURAL_ONLY, PRESETS, TrainOptions, resolve
 
 #: Training options that rows compare, as they appear in the names of run folders.
 COMPARED = {"num_eigenfunctions": "K", "alpha": "alpha", "beta": "beta"}
@@ -113,7 +113,7 @@ class Planner:
                 )
         arguments = _data(*self._home(row.trained_on or row.data, self.options.data_root))
         for name, value in settings.items():
-            if name not in self.given:
+            if name not in self.given and not self._has_no(name):
                 arguments += [f"--{name.replace('_', '-')}", str(value)]
         arguments += [*self.more_train, "--seed", str(seed)]
         folder = self.options.out / f"{_run_name(_resolved(arguments))}-seed{seed}"
@@ -128,8 +128,14 @@ class Planner:
         scoring = [*shown, *scoring, *self.more_evaluate, "--seed", str(seed)]
         return Job(folder, training, scoring, [])
 
+    def _has_no(self, name: str) -> bool:
+        """Whether the method that ``--train`` asks for has no such option."""
+        return self.given.get("method") == "spectral" and name in NEURAL_ONLY
+
     def _settings(self, table: Table, row: Row) -> dict[str, Any]:
         """Training options that make the row what it is."""
+        if row.beta is not None and self._has_no("beta"):
+            raise UserError(f"--train: --method spectral has no --beta, which {table} compares")
         settings = {"backbone": row.backbone, "num_eigenfunctions": self._clusters(table, row)}
         settings |= {"alpha": row.alpha, "beta": row.beta}
         return {
@@ -187,7 +193,8 @@ def _run_name(options: TrainOptions) -> str:
         for name, short in COMPARED.items()
         if getattr(options, name) != getattr(default, name)
     ]
-    return "-".join([options.run_folder().name, *parts])
+    method = [options.method] if options.method != default.method else []
+    return "-".join([options.run_folder().name, *method, *parts])
 
 
 def command_lines(jobs: list[Job]) -> list[str]:

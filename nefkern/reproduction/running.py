@@ -75,7 +75,7 @@ def is_trained(options: TrainOptions) -> bool:
     if not Run(options.run_folder()).path(CHECKPOINT).exists():
         return False
     run = Run.create(options)
-    return run.path(REPORT).exists() and run.epochs_done() >= options.epochs
+    return run.path(REPORT).exists() and run.is_trained(options)
 
 
 def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any] | None:

@@ -97,10 +97,22 @@ ALIASES = {
 """Names without a star, which shells would expand, and one for several."""
 
 
-def of_run(methods: list[Method], *, quantized: bool) -> list[Method]:
-    """The methods as a run's eigenfunctions ask for: a continuous ψ is clustered by K-means on its
-    outputs (section 3.5), since the argmax of signed functions says nothing."""
-    return methods if quantized else [_continuous(method) for method in methods]
+def of_run(methods: list[Method], kind: str) -> list[Method]:
+    """The methods as a run's functions ask for.
+
+    A continuous ψ is clustered by K-means on its outputs (section 3.5), since the argmax of signed
+    functions says nothing. A spectral run has exact eigenvectors in ψ's place: "ours" is K-means on
+    their unit rows, and so is "ours*", since nothing comes before them.
+
+    Args:
+        methods: as asked for.
+        kind: "quantised", "continuous" or "spectral".
+
+    Raises:
+        UserError: an untrained ψ asked of a spectral run.
+    """
+    change = {"quantised": lambda m: m, "continuous": _continuous, "spectral": _spectral}[kind]
+    return [change(method) for method in methods]
 
 
 def _continuous(method: Method) -> Method:
@@ -111,8 +123,26 @@ def _continuous(method: Method) -> Method:
     return replace(method, title=title, kmeans=True, spectral=True)
 
 
+def _spectral(method: Method) -> Method:
+    if not method.trained:
+        raise UserError(
+            f"--methods {method.name}: the run is of --method spectral, which has no ψ that could "
+            "be untrained; expected ours, kmeans, kmeans-concat, deep-spectral or a probe"
+        )
+    if method.source not in ("logits", "hidden"):
+        return method
+    if method.supervised:
+        return replace(method, title="linear probe on the data set's eigenvectors, extended")
+    title = "K-means on the data set's eigenvectors, extended, rows of unit norm"
+    title += " (as ours: there is no ψ)" if method.name != "ours" else ""
+    return replace(method, title=title, source="hidden", kmeans=True)
+
+
 CONTINUOUS = _continuous(METHODS["ours"])
 """How a continuous ψ makes clusters."""
+
+SPECTRAL = _spectral(METHODS["ours"])
+"""How a spectral run makes clusters."""
 
 
 def parse_methods(names: list[str], flag: str = "--methods") -> list[Method]:

@@ -21,11 +21,13 @@ from nefkern.runtime.devices import choose_device
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.flip import flip_averaged
+from nefkern.segmentation.heads import NeuralHead, SpectralHead
 from nefkern.segmentation.methods import CONTINUOUS
 from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.options import TrainOptions
-from nefkern.training.runs import CLUSTERS, Run
+from nefkern.training.runs import CHECKPOINT, CLUSTERS, CONFIG, STAGES, Run
+from nefkern.training.spectral_model import SpectralModel
 
 
 @dataclass
@@ -34,12 +36,15 @@ class Maps:
 
     Attributes:
         logits: ``[B, K, h, w]`` float32: the head's output over the final temperature; that of a
-            continuous ψ as it is.
-        hidden: ``[B, D, h, w]``: ψ's features before the head.
+            continuous ψ as it is; of a spectral run K-means' scores, whose argmax is the cluster.
+        hidden: ``[B, D, h, w]``: ψ's features before the head; of a spectral run the unit rows of
+            the extended eigenvectors.
         graph: ``[B, C, h, w]``: the backbone's graph features F.
         concat: ``[B, D, h, w]``: ψ's input.
         padded: ``(H, W)`` that the grid spans, in pixels of the images: padding included, and not
             whole where the backbone sees the images resized.
+        functions: ``[B, m, h, w]`` float32: the functions themselves, ψ's outputs or the extended
+            eigenvectors.
     """
 
     logits: Tensor
@@ -47,25 +52,27 @@ class Maps:
     graph: Tensor
     concat: Tensor
     padded: tuple[float, float]
+    functions: Tensor
 
 
 class Segmenter:
-    """Backbone and ψ together: from images to clusters.
+    """Backbone and a run's functions together: from images to clusters.
 
     Args:
         backbone: frozen feature extractor.
-        psi: the trained eigenfunctions.
+        trained: the eigenfunctions ψ, or what a run of ``--method spectral`` keeps.
         options: the run's options (temperature, crop, amp).
         cache: keep the backbone's maps in this folder; None keeps nothing.
         seen: a folder of maps that is only read, as those of the run's training.
         clusterer: K-means on the outputs of a continuous ψ, without which it has no clusters.
+            A spectral run brings its own.
         flip: average logits over an image and its mirror image.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        psi: Eigenfunction,
+        trained: Eigenfunction | SpectralModel,
         options: TrainOptions,
         *,
         cache: Path | None = None,
@@ -73,10 +80,15 @@ class Segmenter:
         clusterer: Clusterer | None = None,
         flip: bool = False,
     ) -> None:
-        self.backbone, self.psi, self.options = backbone, psi.eval(), options
-        self.clusterer, self.flip = clusterer, flip
+        self.backbone, self.options, self.flip = backbone, options, flip
+        self.head: NeuralHead | SpectralHead
+        if isinstance(trained, SpectralModel):
+            self.head = SpectralHead(trained)
+            clusterer = self.head.clusterer
+        else:
+            self.head = NeuralHead(trained, options)
+        self.clusterer = clusterer
         self.features = FeatureCache(cache, backbone, amp=options.amp, also=seen)
-        self.temperature = options.temperatures()[1] if options.gumbel else 1.0
         self.graph_config = options.graph()
         self.num_clusters = options.num_eigenfunctions
         # In pixels of the images: 1 where the backbone sees them resized, to any size.
@@ -123,18 +135,30 @@ class Segmenter:
                 f"{run}: was trained on other weights of {options.backbone} than are found now "
                 f"({backbone.identity}); see --weights in its config.yaml"
             )
-        config = options.eigenfunction(transformer=backbone.is_transformer)
-        psi = Eigenfunction(backbone.concat_dim, config).to(backbone.mean.device)
-        psi.load(found[0], run)
         return cls(
             backbone,
-            psi,
+            _trained(folder, options, backbone, *found),
             options,
             cache=cache,
             seen=folder.feature_cache(options),
             clusterer=clusters_of(folder, options, backbone.mean.device),
             flip=flip,
         )
+
+    @property
+    def kind(self) -> str:
+        """Of the functions: "quantised", "continuous" or "spectral"."""
+        return self.head.kind
+
+    @property
+    def num_functions(self) -> int:
+        """m: K functions of ψ, or the eigenvectors of a spectral run."""
+        return self.head.num_functions
+
+    @property
+    def psi(self) -> Eigenfunction:
+        """ψ; a spectral run has none."""
+        return self.head.psi
 
     def untrained(self, seed: int) -> Segmenter:
         """The same backbone with ψ freshly initialised: the control of what training adds."""
@@ -160,19 +184,21 @@ class Segmenter:
         Args:
             images: ``[B, 3, H, W]`` RGB, uint8 or float in [0, 1], of one size.
         """
-        features = self.features(images.to(self.device))
+        images = images.to(self.device)
+        features = self.features(images)
         h, w = features.grid
-        logits, hidden = self.project(features.concat, (h, w))
+        found = self.head(features, self.backbone.seen(images))
 
         def as_map(tokens: Tensor) -> Tensor:
             return tokens.transpose(1, 2).unflatten(2, (h, w))
 
         return Maps(
-            logits=as_map(logits),
-            hidden=as_map(hidden),
+            logits=as_map(found.logits),
+            hidden=as_map(found.hidden),
             graph=as_map(features.high),
             concat=as_map(features.concat),
             padded=self.backbone.extent(images.shape[-2:]),
+            functions=as_map(found.functions),
         )
 
     @torch.no_grad()
@@ -192,24 +218,30 @@ class Segmenter:
         near_by = self._near_by(maps, per_image)
         if not per_image:
             return kappa(near_by, images, grid, self.graph_config)
+        return image_kappa(near_by, images, grid, self.graph_config, self._neighbours())
+
+    def _neighbours(self) -> int:
+        """Feature neighbours that a patch had in the training's graph."""
+        if isinstance(self.head, SpectralHead):
+            return self.head.model.embedding.k
         cells = math.prod(self.backbone.grid((self.window, self.window)))
-        k = resolve_neighbours(self.options.k, self.options.batch_size * cells)
-        return image_kappa(near_by, images, grid, self.graph_config, k)
+        return resolve_neighbours(self.options.k, self.options.batch_size * cells)
 
     def _near_by(self, maps: Maps, per_image: bool) -> Tensor:
         """The rows that feature neighbours are near by in, ``[B·h·w, ·]``; see training."""
         if self.options.graph_features == "high":
             return maps.graph.movedim(1, -1).flatten(0, 2)
         rows = maps.concat.movedim(1, -1)
+        if isinstance(self.head, SpectralHead):
+            return self.head.model.scale(rows.flatten(0, 2))
         return torch.cat([standardized(r) for r in rows]) if per_image else standardized(rows)
 
     @torch.no_grad()
     def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """ψ alone, on a ``grid`` of ``h × w`` patches: its input ``[B, h·w, D]`` to logits
         ``[B, h·w, K]`` and hidden ``[B, h·w, D]``."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            hidden = self.psi.hidden(concat, grid).float()
-        return self.psi.head(hidden) / self.temperature, hidden
+        found = self.head.project(concat, grid)
+        return found.logits, found.hidden
 
     def logits(
         self, image: Tensor, *, window: int | None = None, stride: int | None = None
@@ -246,19 +278,20 @@ class Segmenter:
 
         ψ's outputs, where they are quantised. Those of a continuous ψ are signed functions, up to a
         rotation; as in spectral clustering, K-means on them makes the clusters (section 3.5):
-        columns scaled to one norm over the training images, rows to unit norm.
+        columns scaled to one norm over the training images, rows to unit norm. A spectral run's
+        logits are K-means' scores already.
 
         Raises:
             UserError: see :meth:`require_clusters`.
         """
         self.require_clusters()
-        if self.options.gumbel:
-            return maps.logits
-        return self.clusterer.logits({"logits": maps.logits})
+        if self.kind == "continuous":
+            return self.clusterer.logits({"logits": maps.logits})
+        return maps.logits
 
     def require_clusters(self) -> None:
         """Raise a UserError if this is a continuous ψ without its K-means."""
-        if self.clusterer is None and not self.options.gumbel:
+        if self.clusterer is None and self.kind == "continuous":
             raise UserError(
                 "continuous eigenfunctions (--no-gumbel) become clusters by K-means on them, and "
                 f"the run has none ({CLUSTERS}); make them with python -m nefkern.train --config "
@@ -267,7 +300,8 @@ class Segmenter:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Cluster logits ``[K, ...]`` as probabilities, as the CRF needs them."""
-        return logits.softmax(0) if self.options.gumbel else self.clusterer.probabilities(logits)
+        quantised = self.kind == "quantised"
+        return logits.softmax(0) if quantised else self.clusterer.probabilities(logits)
 
     def __call__(self, image: object) -> Tensor:
         """Segment one image at its own resolution.
@@ -317,9 +351,32 @@ class Segmenter:
         return predict, pixels, window, -(-2 * window // 3)
 
 
+def _trained(
+    run: Run,
+    options: TrainOptions,
+    backbone: Backbone,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> Eigenfunction | SpectralModel:
+    """What the checkpoint holds, on the backbone's device."""
+    if options.method == "spectral":
+        if metadata.get("stage") != STAGES[-1]:
+            raise UserError(
+                f"{run.folder}: is not complete; python -m nefkern.train --config "
+                f"{run.path(CONFIG)} --out {run.folder} --resume goes on"
+            )
+        pairs = options.graph().pixel_graphs
+        trained = SpectralModel.from_state(tensors, pairs, run.path(CHECKPOINT))
+    else:
+        config = options.eigenfunction(transformer=backbone.is_transformer)
+        trained = Eigenfunction(backbone.concat_dim, config)
+        trained.load(tensors, run.folder)
+    return trained.to(backbone.mean.device)
+
+
 def clusters_of(run: Run, options: TrainOptions, device: torch.device) -> Clusterer | None:
     """The clusters that a run of a continuous ψ keeps, if it does."""
-    found = None if options.gumbel else run.load_clusters()
+    found = run.load_clusters() if options.kind == "continuous" else None
     if found is None:
         return None
     return Clusterer(CONTINUOUS, options.num_eigenfunctions).load(found).to(device)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,14 @@ class _Ritz:
 
 
 def leading_by_filter(
-    graph: CSRGraph, count: int, *, tol: float, dtype: torch.dtype, seed: int, max_rounds: int
+    graph: CSRGraph,
+    count: int,
+    *,
+    tol: float,
+    dtype: torch.dtype,
+    seed: int,
+    max_rounds: int,
+    on_round: Callable[[float], object] = lambda residual: None,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """The iteration behind :func:`nefkern.spectral.eigenpairs.leading_eigenpairs`.
 
@@ -110,6 +117,7 @@ def leading_by_filter(
         dtype: float32 or float64, of the vectors.
         seed: of the random block.
         max_rounds: filters at most.
+        on_round: called after each with the largest residual, relative to ‖κ‖.
 
     Returns:
         θ ``[m]``, V ``[N, m]``, residual norms ``[m]``, and the estimate of ‖κ‖; θ and residuals in
@@ -126,7 +134,9 @@ def leading_by_filter(
         for number in range(1, max_rounds + 1):
             block = _Filter(graph, low, cut, spectrum.norm).apply(ritz, count, goal)
             ritz = _rayleigh_ritz(graph, _orthonormalized(block))
-            log.debug("round %d: residuals up to %.1e", number, ritz.residuals[:count].max())
+            worst = ritz.residuals[:count].max().item()
+            log.debug("round %d: residuals up to %.1e", number, worst)
+            on_round(worst / spectrum.norm)
             if bool((ritz.residuals[:count] <= goal).all()):
                 break
             low = min(low, (ritz.values - ritz.residuals).min().item())

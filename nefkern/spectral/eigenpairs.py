@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +41,13 @@ class EigenPairs(NamedTuple):
 
 
 def leading_eigenpairs(
-    graph: CSRGraph, count: int, *, tol: float = 1e-3, seed: int = 0, max_rounds: int = 100
+    graph: CSRGraph,
+    count: int,
+    *,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_rounds: int = 100,
+    on_round: Callable[[float], object] = lambda residual: None,
 ) -> EigenPairs:
     """The largest eigenvalues (by value, not magnitude) and their eigenvectors.
 
@@ -72,6 +79,8 @@ def leading_eigenpairs(
         seed: of the random start.
         max_rounds: filters at most. Where they don't suffice, what was reached is returned with
             its residuals, and a RuntimeWarning says so.
+        on_round: called after every filter with the largest residual as a share of ‖κ‖. What it
+            raises ends the iteration.
 
     Returns:
         Values and residuals in float64 on the CPU; vectors on the graph's device, float64 if the
@@ -96,7 +105,7 @@ def leading_eigenpairs(
     elif count > _DENSE_SHARE * n or tol == 0 or n <= _DENSE_NODES:
         pairs = _exact(graph, count, dense=count > _DENSE_SHARE * n or tol > 0, seed=seed)
     else:
-        pairs = _filtered(graph, count, tol, dtype, seed, max_rounds, largest)
+        pairs = _filtered(graph, count, tol, dtype, seed, max_rounds, largest, on_round)
     return pairs._replace(vectors=_signed(pairs.vectors).to(graph.device, dtype))
 
 
@@ -140,12 +149,13 @@ def _filtered(
     seed: int,
     max_rounds: int,
     largest: float,
+    on_round: Callable[[float], object],
 ) -> EigenPairs:
     unit = 1.0 if 1e-6 < largest < 1e6 else largest  # squares neither vanish nor overflow
     if unit != 1:
         graph = dataclasses.replace(graph, values=graph.values / unit)
     values, vectors, residuals, norm = leading_by_filter(
-        graph, count, tol=tol, dtype=dtype, seed=seed, max_rounds=max_rounds
+        graph, count, tol=tol, dtype=dtype, seed=seed, max_rounds=max_rounds, on_round=on_round
     )
     late = int((residuals > tol * norm).sum())
     if late:

@@ -210,10 +210,11 @@ class KMeans:
         self.inertia, self.iterations, self.variance = 0.0, 0, 0.0
         self._origin: Tensor | None = None  # float32 [C], sample mean
 
-    def fit(self, sample: Tensor) -> KMeans:
+    def fit(self, sample: Tensor, *, on_iteration: Callable[[], object] = lambda: None) -> KMeans:
         """Cluster a sample, float ``[n, C]``, n ≥ K, on its device.
 
-        Half precision saves memory: all is computed in float32, and no copy is made.
+        Half precision saves memory: all is computed in float32, and no copy is made. After each of
+        Lloyd's iterations ``on_iteration`` is called; what it raises ends the fit.
 
         Raises:
             ValueError: not a matrix, fewer rows than clusters, or a value that isn't finite.
@@ -224,7 +225,7 @@ class KMeans:
         with Blocks(rows.device) as blocks:
             self._check(rows, self.num_clusters, blocks)
             self._origin = _mean(rows, blocks)
-            centers, found = self._lloyd(rows, self._seeds(rows, blocks), blocks)
+            centers, found = self._lloyd(rows, self._seeds(rows, blocks), blocks, on_iteration)
             self.variance = self._residual_variance(rows, found.labels, centers)
             squares = (_squares(b.float() - self._origin) for b in rows.split(_MINIBATCH))
             self.inertia = max(0.0, sum(squares) - 2 * float(found.scores.double().sum()))
@@ -241,13 +242,20 @@ class KMeans:
         rows = rows.float()
         return rows[_plus_plus(rows, self.num_clusters, self.seed, blocks)] - self._origin
 
-    def _lloyd(self, rows: Tensor, centers: Tensor, blocks: Blocks) -> tuple[Tensor, Assignment]:
+    def _lloyd(
+        self,
+        rows: Tensor,
+        centers: Tensor,
+        blocks: Blocks,
+        on_iteration: Callable[[], object],
+    ) -> tuple[Tensor, Assignment]:
         """Final centres, seen from the origin, and the rows' assignment to them."""
         squares = sum(blocks.map(lambda block: _squares(block.float() - self._origin), rows))
         tolerance = _TOLERANCE * squares / rows.numel()
         labels = None
         for iteration in range(1, self.max_iter + 1):
             self.iterations = iteration
+            on_iteration()
             found = _assign(rows, self._origin, centers, blocks)
             if labels is not None and torch.equal(labels, found.labels):
                 return centers, found

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"crop": 480, "resize": 520, "epochs": 5},
 }
 
+#: What ``--method spectral`` takes instead, wherever nothing else is said.
+SPECTRAL: dict[str, Any] = {"k": "64", "views": 0}
+
+#: Options of one method only.
+NEURAL_ONLY = frozenset((
+    "graph_scope", "psi", "blocks", "heads", "head_dim", "mlp_hidden", "feature_map",
+    "orthogonal_head", "gumbel", "standardize", "temperature", "beta", "t", "min_norm", "epochs",
+    "accumulate", "lr", "final_lr", "compile", "checkpoint_seconds",
+))  # fmt: skip
+SPECTRAL_ONLY = frozenset(("eigenvectors", "keep"))
+
+#: What stands below a group's title in the help.
+_GROUPS = {
+    "eigenfunctions": "of ψ: --method neural; but -K is for both",
+    "objective": "--method neural",
+    "optimisation": "--method neural; but --batch-size, --amp, --device and --seed are for both",
+    "eigenvectors": "--method spectral",
+}
+
 #: Window and stride of protocol B, in pixels.
 WINDOWS = {"pascal_context": (480, 320), "cityscapes": (768, 512), "ade20k": (512, 512)}
 
@@ -68,6 +88,16 @@ def _option(default: Any, help: str, group: str, **extra: Any) -> Any:
 @dataclass
 class TrainOptions:
     """Everything that decides a run. Defaults are the paper's; ``PRESETS`` has each data set's."""
+
+    # method
+    method: str = _option(
+        "neural",
+        "neural: ψ learns the leading eigenfunctions of κ batch by batch, as in the paper; "
+        "spectral: one κ over all patches of all images, its exact leading eigenvectors, K-means "
+        "on them, and their Nyström extension to other images: no training, minutes become seconds",
+        "method",
+        choices=("neural", "spectral"),
+    )
 
     # data
     data: str = _option(
@@ -96,7 +126,8 @@ class TrainOptions:
     views: int = _option(
         0,
         "augmented views of each image, seen in turn, the same for every seed, so that their "
-        "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper",
+        "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper; "
+        "--method spectral takes all of them for its graph, with 0 one plain crop of each image",
         "data",
     )
     strict: bool = _option(
@@ -146,7 +177,8 @@ class TrainOptions:
     k: str = _option(
         "256",
         "feature neighbours of a patch among all patches of the batch: a "
-        "number, or a share of them such as 2%% (the paper's 256 is 1.8%%)",
+        "number, or a share of them such as 2%% (the paper's 256 is 1.8%%); with --method spectral "
+        "among all patches of all images [spectral: 64]",
         "graph",
     )
     pixel_graphs: str = _option(
@@ -168,6 +200,18 @@ class TrainOptions:
         "process's share of the batch; global, those of the whole batch",
         "graph",
         choices=("rank", "global"),
+    )
+
+    # eigenvectors
+    eigenvectors: int | None = _option(
+        None, "m, leading eigenvectors that K-means sees [K]", "eigenvectors", metavar="M"
+    )
+    keep: str = _option(
+        "float16",
+        "what is kept of the patches, for the extension to other images: all (in full precision), "
+        "float16, or landmarks:N (N random ones, or a share of them as landmarks:25%%, in half "
+        "precision: that much smaller and faster, and a little coarser)",
+        "eigenvectors",
     )
 
     # eigenfunctions
@@ -297,9 +341,47 @@ class TrainOptions:
         """The augmentation; without one, plain crops."""
         from nefkern.data import TrainTransform
 
-        if self.augment:
+        if self.augmented:
             return TrainTransform(self.base_size(), self.crop)
         return TrainTransform(self.crop, self.crop, ratio=(1.0, 1.0), flip=0.0, photometric=False)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether views are augmented: those of the data set's κ are only if asked for."""
+        return self.augment and (self.method == "neural" or self.views > 0)
+
+    @property
+    def kind(self) -> str:
+        """Of the run's functions: "quantised", "continuous" or "spectral"."""
+        if self.method == "spectral":
+            return "spectral"
+        return "quantised" if self.gumbel else "continuous"
+
+    @property
+    def num_views(self) -> int:
+        """Different views of each image; 0: new ones in every epoch."""
+        return self.views if self.augmented else 1
+
+    def kept(self, rows: int) -> int:
+        """How many of the patches ``--keep`` keeps for the extension.
+
+        Raises:
+            UserError: neither all, float16 nor landmarks:N.
+        """
+        kind, _, amount = self.keep.partition(":")
+        if self.keep in ("all", "float16"):
+            return rows
+        share = amount.endswith("%")
+        try:
+            number = float(amount[:-1]) / 100 * rows if share else int(amount)
+        except (ValueError, OverflowError):
+            number = 0
+        if kind != "landmarks" or not 0 < number < math.inf or (share and number > rows):
+            raise UserError(
+                f"--keep {self.keep}: expected all, float16, or landmarks:N with a number of "
+                "patches or a share of them, as landmarks:25%"
+            )
+        return min(rows, max(1, round(number)))
 
     def run_folder(self) -> Path:
         """Where the run goes."""
@@ -331,12 +413,14 @@ class TrainOptions:
         parse_input_size(self.input_size)
         self.graph()
         self.temperatures()
+        self.kept(sys.maxsize)
 
 
 _LEAST = {
     "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
     "heads": 1, "head_dim": 1, "mlp_hidden": 1, "beta": 0, "epochs": 1, "batch_size": 1,
-    "accumulate": 1, "final_lr": 0, "pictures": 0, "checkpoint_seconds": 0, "seed": 0,
+    "accumulate": 1, "eigenvectors": 1, "final_lr": 0, "pictures": 0, "checkpoint_seconds": 0,
+    "seed": 0,
 }  # fmt: skip
 
 _MOST = {"seed": MAX_SEED, "workers": MAX_WORKERS}
@@ -357,7 +441,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for f in dataclasses.fields(TrainOptions):
         meta = dict(f.metadata)
         title = meta.pop("group")
-        group = groups.setdefault(title, parser.add_argument_group(title))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, _GROUPS.get(title))
+        group = groups[title]
         shown = f" [{_show(f.default)}]" if f.default is not None else ""
         for data, preset in PRESETS.items():
             if f.name in preset and f.default != preset[f.name]:
@@ -383,9 +469,24 @@ def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
         UserError: an unknown key, a value of the wrong type, an option out of range.
     """
     given = {**(read_config(config) if config else {}), **flags}
-    options = TrainOptions(**{**PRESETS[given.get("data", "samples")], **given})
+    method = given.get("method", TrainOptions.method)
+    _check_method(method, flags)
+    usual = SPECTRAL if method == "spectral" else {}
+    options = TrainOptions(**{**PRESETS[given.get("data", "samples")], **usual, **given})
     options.check()
     return options
+
+
+def _check_method(method: str, flags: dict[str, Any]) -> None:
+    """Refuse flags that the method has no use for; a file may hold the options of both."""
+    others = NEURAL_ONLY if method == "spectral" else SPECTRAL_ONLY
+    for name in flags:
+        if name in others:
+            other = "neural" if method == "spectral" else "spectral"
+            raise UserError(
+                f"--{name.replace('_', '-')}: is an option of --method {other}; expected none of "
+                f"those with --method {method}"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from nefkern.version import __version__
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
 CLUSTERS = "clusters.safetensors"
 
+#: What a run of ``--method spectral`` computes, in this order; each is kept in the checkpoint.
+STAGES = ("features", "eigenpairs", "clusters")
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
@@ -43,7 +46,7 @@ FREE_OPTIONS = frozenset(
 
 
 #: What runs did before an option was there, where that is not its default.
-BEFORE = {"input_size": "crop"}
+BEFORE = {"input_size": "crop", "method": "neural"}
 
 
 def _differ(name: str, before: Any, now: Any) -> bool:
@@ -179,11 +182,25 @@ class Run:
         torch.save(state, buffer)
         replace_file(self.path(name), buffer.getvalue())
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        metadata = {"step": str(step), "state": name, "nefkern": __version__}
-        replace_file(self.path(CHECKPOINT), _in_one_order(save(tensors, metadata)))
+        self._write_checkpoint(tensors, {"step": str(step), "state": name})
         for old in self.folder.glob("state-*.pt"):
             if old.name != name:
                 old.unlink(missing_ok=True)
+
+    def save_stage(self, tensors: dict[str, Tensor], stage: str, step: int) -> None:
+        """Replace the checkpoint by what a run of ``--method spectral`` has after a stage, its
+        ``step``-th."""
+        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        self._write_checkpoint(content, {"step": str(step), "stage": stage})
+
+    def _write_checkpoint(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        content = save(tensors, metadata | {"nefkern": __version__})
+        replace_file(self.path(CHECKPOINT), _in_one_order(content))
+
+    def part(self, *names: str) -> dict[str, Tensor]:
+        """Some tensors of the checkpoint, read without the others; those that it holds."""
+        with safe_open(self.path(CHECKPOINT), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Weights and metadata of the checkpoint, or None where there is none yet.
@@ -231,6 +248,8 @@ class Run:
         """Where training keeps the backbone's maps; None: it sees no crop twice."""
         if options.feature_cache:
             return Path(options.feature_cache)
+        if options.method == "spectral":
+            return None  # sees each crop once, and keeps what it needs of it
         repeats = options.views or not options.augment
         return self.path("features") if repeats else None
 
@@ -251,13 +270,25 @@ class Run:
         found = self.load()
         return self.load_state(found[1]["state"])["position"]["epoch"] if found else 0
 
+    def is_trained(self, options: TrainOptions) -> bool:
+        """Whether the checkpoint is that of a run of these options at its end."""
+        if options.method == "neural":
+            return self.epochs_done() >= options.epochs
+        found = self.load()
+        return bool(found) and found[1].get("stage") == STAGES[-1]
+
     # ---- the record ----
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the record of steps after ``step``: a resumed run writes them again."""
-        kept = [json.dumps(row) for row in self.metrics() if row["step"] <= step]
-        text = "".join(f"{line}\n" for line in kept)
-        replace_file(self.path(METRICS), text)
+        self._write_metrics([row for row in self.metrics() if row["step"] <= step])
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a row to the record, all or nothing."""
+        self._write_metrics([*self.metrics(), row])
+
+    def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        replace_file(self.path(METRICS), "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The record, a dict a step, up to the first line that is none, as when half written."""

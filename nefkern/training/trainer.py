@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nefkern.data import TrainLoader, open_dataset, train_loader
-from nefkern.images.features import FeatureCache, load_backbone
+from nefkern.data import TrainLoader, train_loader
 from nefkern.images.graph import resolve_neighbours
 from nefkern.runtime import distributed
-from nefkern.runtime.devices import choose_device, cores
+from nefkern.runtime.devices import cores
 from nefkern.runtime.distributed import (
     SharedOutOfMemory,
     agreed,
@@ -34,6 +33,7 @@ from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
+from nefkern.training.parts import Parts
 from nefkern.training.runs import METRICS, Run
 from nefkern.training.step import TrainingStep
 
@@ -76,21 +76,10 @@ class Trainer:
     def _build(self) -> None:
         """All but what a checkpoint brings; nothing is written."""
         options = self.options
-        self.device = choose_device(options.device)
-        torch.manual_seed(options.seed)
-        self.dataset = open_dataset(
-            options.data, root=options.data_root, split=options.split, strict=options.strict
-        )
-        self.backbone = load_backbone(
-            options.backbone,
-            options.weights,
-            high=options.high,
-            input_size=options.input_size,
-            device=self.device,
-        )
-        cache = self.run.feature_cache(options)
-        features = FeatureCache(cache, self.backbone, amp=options.amp)
-        self.step = TrainingStep(options, self.backbone, features)
+        self.parts = Parts.of(options, self.run)
+        self.device, self.dataset = self.parts.device, self.parts.dataset
+        self.backbone = self.parts.backbone
+        self.step = TrainingStep(options, self.backbone, self.parts.features)
         self.position = Position(batch_size=self._batch_size())
         self._check_rows()
 
@@ -114,10 +103,6 @@ class Trainer:
     def _check_rows(self) -> None:
         """Refuse K or k that the rows of a batch cannot carry, before anything is computed."""
         crop = self.options.crop
-        if crop < self.backbone.alignment:
-            raise UserError(
-                f"--crop {crop}: expected at least {self.backbone.patch}, a patch of the backbone"
-            )
         cells = math.prod(self.backbone.grid((crop, crop)))
         images = self.position.batch_size // (1 if self.step.shared else distributed.ranks())
         rows = images * cells  # of a graph
@@ -150,23 +135,12 @@ class Trainer:
         """Begin the run's files, or read and check its checkpoint: weights and state."""
         found = self.run.load() if self.options.resume else None
         if found is None:
-            self.run.write_config(self.options, **self.facts())
+            self.run.write_config(self.options, **self.parts.facts(self.options))
             self.run.truncate_metrics(0)
             return None
         weights, metadata = found
         config = self.run.config()
-        known = config.get("backbone", {}).get("digest")
-        if known != self.backbone.identity:
-            raise UserError(
-                f"--resume: the backbone's weights ({self.backbone.identity}) are not those of the "
-                f"run ({known}); give the --weights it was trained with"
-            )
-        images = config.get("dataset", {}).get("images")
-        if images != len(self.dataset):
-            raise UserError(
-                f"--resume: the run was trained on {images} images, there are {len(self.dataset)} "
-                "now; start anew with another --out"
-            )
+        self.parts.check_same(config)
         state = self.run.load_state(metadata["state"])
         total = state["position"]["total"]
         self.run.truncate_metrics(total)
@@ -211,15 +185,6 @@ class Trainer:
         }
         self.run.save(self.psi.state_dict(), state, self.position.total)
         self.saved_at = time.monotonic()
-
-    def facts(self) -> dict[str, Any]:
-        """What the configuration records beside the options."""
-        return {
-            "backbone": {"name": self.options.backbone, **self.backbone.facts()},
-            "dataset": {"images": len(self.dataset), "classes": list(self.dataset.classes)},
-            "device": str(self.device),
-            "processes": distributed.ranks(),
-        }
 
     # ---- the loop ----
 
@@ -348,7 +313,7 @@ class Trainer:
                 batch_size=self.position.batch_size,
                 workers=self.workers,
                 seed=self.options.seed,
-                views=self.options.views if self.options.augment else 1,
+                views=self.options.num_views,
                 pin_memory=self.device.type == "cuda",
                 shard=(distributed.rank(), distributed.ranks()),
             )

@@ -42,8 +42,8 @@ def test_a_name_for_both_probes():
 
 def test_continuous_outputs_are_clustered_and_the_rest_is_as_it_was():
     methods = parse_methods(["ours", "ours-untrained", "ours*", "probe"])
-    assert of_run(methods, quantized=True) == methods
-    ours, untrained, hidden, probe = of_run(methods, quantized=False)
+    assert of_run(methods, "quantised") == methods
+    ours, untrained, hidden, probe = of_run(methods, "continuous")
     assert (hidden, probe) == (methods[2], methods[3])
     for method in (ours, untrained):
         assert method.kmeans

@@ -1,0 +1,52 @@
+"""Fewer rows to extend eigenvectors from.
+
+Nyström's extension sums over a new row's neighbours among all N old ones. A random subset of them,
+the landmarks, is a sample of that sum: its value at a fraction of the memory and of the search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from nefkern.spectral.embedding import Embedding
+
+#: Neighbours among the landmarks at least: the mean of a handful is noise.
+_LEAST_NEIGHBOURS = 16
+
+
+def landmarks(embedding: Embedding, count: int, seed: int = 0) -> Embedding:
+    """The same eigenpairs, to be extended from ``count`` random rows alone.
+
+    Of a new row's k neighbours about k n / N are landmarks; so many are taken, but at least 16,
+    which then reach farther. Degrees are scaled by as much as lists are shorter, so that values
+    keep their size.
+
+    Args:
+        embedding: with its N rows.
+        count: n, at least 1; all of them where there are no more.
+        seed: of the choice.
+
+    Raises:
+        ValueError: no rows were kept, or a count below 1.
+    """
+    if embedding.rows is None:
+        raise ValueError("embedding: expected one with rows, got rows=None")
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    total = len(embedding.rows)
+    if count >= total:
+        return embedding
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(total, generator=generator)[:count].sort().values
+    chosen = chosen.to(embedding.rows.device)
+    k = min(embedding.k, count, max(_LEAST_NEIGHBOURS, round(embedding.k * count / total)))
+    return dataclasses.replace(
+        embedding,
+        vectors=embedding.vectors[chosen],
+        degrees=embedding.degrees[chosen] * (k / embedding.k),
+        rows=embedding.rows[chosen],
+        widths=None if embedding.widths is None else embedding.widths[chosen],
+        k=k,
+    )

@@ -1,0 +1,147 @@
+"""The data set's own eigenvectors, carried to other images: what ``--method spectral`` keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nefkern.images.features import Features
+from nefkern.images.graph import pixel_graph
+from nefkern.reference.knn import unit_rows
+from nefkern.runtime.errors import UserError
+from nefkern.spectral.embedding import Embedding
+from nefkern.spectral.kmeans import KMeans
+
+#: Rows that are widened to float32 at once.
+_BLOCK = 1 << 16
+
+_EMBEDDING, _CLUSTERS, _SCALE = "embedding.", "kmeans.", "channels."
+
+
+@dataclass
+class ChannelScale:
+    """Mean and standard deviation of every channel over the data set's patches, ``[C]`` each."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> ChannelScale:
+        """That of rows ``[N, C]``."""
+        blocks = rows.split(_BLOCK)
+        mean = sum(block.double().sum(0) for block in blocks) / len(rows)
+        squares = sum((block.double() - mean).square().sum(0) for block in blocks)
+        std = (squares / max(1, len(rows) - 1)).sqrt()
+        return cls(mean.float(), std.float().clamp_min(1e-6))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows with mean 0 and variance 1, float32."""
+        return (rows.float() - self.mean) / self.std
+
+    def to(self, device: torch.device | str) -> ChannelScale:
+        """The same on a device."""
+        return ChannelScale(self.mean.to(device), self.std.to(device))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that the constructor takes back."""
+        return {"mean": self.mean, "std": self.std}
+
+
+@dataclass
+class SpectralModel:
+    """From an image's features to eigenvectors of the data set's κ at its patches, and clusters.
+
+    Attributes:
+        embedding: the eigenpairs; its rows are the data set's patches as :meth:`rows` makes them.
+        pixel_graphs: (k̃, λ) of each pixel graph.
+        scale: of all maps side by side, if they are what neighbours are near by in; None: F is.
+        kmeans: on unit rows of the eigenvectors; None before it is fitted.
+    """
+
+    embedding: Embedding
+    pixel_graphs: tuple[tuple[int, float], ...]
+    scale: ChannelScale | None = None
+    kmeans: KMeans | None = None
+
+    @property
+    def num_functions(self) -> int:
+        """m."""
+        return len(self.embedding.values)
+
+    def rows(self, features: Features) -> Tensor:
+        """What neighbours are near by in, unit rows float32 ``[B·h·w, C]``."""
+        if self.scale is None:
+            return unit_rows(features.high.flatten(0, 1).float())
+        return unit_rows(self.scale(features.concat.flatten(0, 1)))
+
+    @torch.no_grad()
+    def functions(self, features: Features, images: Tensor) -> Tensor:
+        """Eigenvectors at the patches of other images, by Nyström's extension with the pixel term.
+
+        Every image's patches have neighbours in the data set and in their own image: its values do
+        not depend on the batch.
+
+        Args:
+            features: of the images.
+            images: ``[B, 3, H, W]``, the pixels behind the grid
+                (:meth:`nefkern.images.features.Backbone.seen`).
+
+        Returns:
+            float32 ``[B, h·w, m]``, of the size that has a mean square of 1 over the data set.
+        """
+        pixel = None
+        if self.embedding.alpha > 0:
+            pixel = pixel_graph(images, features.grid, self.pixel_graphs)
+        found = self.embedding.extend(self.rows(features), pixel).float()
+        found /= self.embedding.vectors.square().mean().sqrt().clamp_min(1e-30)
+        return found.unflatten(0, (len(images), -1))
+
+    def to(self, device: torch.device | str) -> SpectralModel:
+        """The same on a device."""
+        return replace(
+            self,
+            embedding=self.embedding.to(device),
+            scale=None if self.scale is None else self.scale.to(device),
+            kmeans=None if self.kmeans is None else self.kmeans.to(device),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it but the pixel graphs, as tensors; see :meth:`from_state`."""
+        parts = {_EMBEDDING: self.embedding.state()}
+        parts[_SCALE] = {} if self.scale is None else self.scale.state()
+        parts[_CLUSTERS] = {} if self.kmeans is None else self.kmeans.state()
+        return {
+            head + name: tensor for head, part in parts.items() for name, tensor in part.items()
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Tensor], pixel_graphs: tuple[tuple[int, float], ...], source: object
+    ) -> SpectralModel:
+        """From what :meth:`state` gave; ``source`` names the file in an error.
+
+        Raises:
+            UserError: not such a state.
+        """
+        try:
+            embedding, scale, clusters = (
+                {n.removeprefix(head): t for n, t in state.items() if n.startswith(head)}
+                for head in (_EMBEDDING, _SCALE, _CLUSTERS)
+            )
+            return cls(
+                Embedding.from_state(embedding),
+                pixel_graphs,
+                ChannelScale(**scale) if scale else None,
+                KMeans(len(clusters["centers"])).load(clusters) if clusters else None,
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{source}: not a checkpoint of --method spectral ({error})") from None
+
+
+def spectral_rows(functions: Tensor) -> Tensor:
+    """Eigenvectors' values ``[..., m]`` as K-means sees them: unit rows (Ng, Jordan, Weiss, NIPS
+    2001)."""
+    return F.normalize(functions, dim=-1)
