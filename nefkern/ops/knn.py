@@ -38,13 +38,14 @@ def knn(
     distance beyond the largest float is +inf, of a neighbour like any other; such distances tie. So
     do inner products beyond it, ±inf; one is right to the rounding of |x| |y|.
 
-    A value depends on its two rows alone (but in the reference, whose matrix products round as
-    their shapes have it): the same rows have the same value in any database, or any part of one,
-    which :mod:`nefkern.spectral.neighbours` builds on.
+    On the CPU a value depends on its two rows alone, to the last bit: they have the same in any
+    database, or any part of one, which :mod:`nefkern.spectral.neighbours` builds on. (Elsewhere to
+    rounding: the reference's products round as their shapes have it, a GPU's by the way taken.)
 
     On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
     candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
-    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one.
+    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one. There a database is Triton's, and
+    "inner_product" the reference's, as either is where Triton is missing.
 
     Args:
         features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
@@ -187,11 +188,6 @@ def _cpu(features, k, metric, segments, include_self, check_finite, database, da
     )  # fmt: skip
 
 
-def _on_gpu(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
-    """What the kernels on a GPU have; the rest runs there by the reference."""
-    return _in_float32(features) and database is None and metric != "inner_product"
-
-
 #: How the Triton kernels find neighbours, by NEFKERN_KNN_TRITON: "ieee" computes all values in IEEE
 #: float32; "preselect" lets tensor cores choose the candidates whose values are then computed so
 #: (nefkern/triton/knn.py); "auto", the default, does that for many channels and a small k. The
@@ -199,14 +195,22 @@ def _on_gpu(features, k, metric, segments, include_self, check_finite, database,
 TRITON_METHODS = ("auto", "ieee", "preselect")
 
 
-@registry.kernel("knn", "triton", accepts=_on_gpu)
-def _triton(features, k, metric, segments, include_self, check_finite, *_):
+def _by_triton(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
+    rows = len(features) + (0 if database is None else len(database))  # counted together
+    return _in_float32(features) and metric != "inner_product" and rows < 2**31
+
+
+@registry.kernel("knn", "triton", accepts=_by_triton)
+def _triton(features, k, metric, segments, include_self, check_finite, database, database_segments):
     from nefkern.triton.knn import knn
 
-    bounds, _ = _check_values(features, segments, check_finite)
+    bounds = _check_values(features, segments, check_finite, database, database_segments)
     method = _method("NEFKERN_KNN_TRITON", TRITON_METHODS)
     preselect = {"auto": None, "ieee": False, "preselect": True}[method]
-    return knn(features, k, metric, segments, bounds, include_self, preselect=preselect)
+    return knn(
+        features, k, metric, segments, bounds[0], include_self, database, database_segments,
+        bounds[1], preselect=preselect,
+    )  # fmt: skip
 
 
 #: How the CUDA kernels find neighbours, by NEFKERN_KNN_CUDA: "baseline" computes all values in
@@ -224,7 +228,11 @@ def _method(variable: str, methods: tuple[str, ...]) -> str:
     return name
 
 
-@registry.kernel("knn", "cuda", accepts=_on_gpu)
+def _by_cuda(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
+    return _in_float32(features) and metric != "inner_product" and database is None
+
+
+@registry.kernel("knn", "cuda", accepts=_by_cuda)
 def _cuda(features, k, metric, segments, include_self, check_finite, *_):
     bounds = torch.tensor(_check_values(features, segments, check_finite)[0])
     if segments is not None:

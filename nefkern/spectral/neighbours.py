@@ -1,8 +1,8 @@
 """Exact nearest neighbours in more rows than one memory holds: on a disk, or in several processes.
 
 Both come down to :func:`nefkern.ops.knn` with a part of the rows as database at a time, and merged
-lists. A pair's value depends on its two rows alone, so the result is that of one call with all
-rows, to the last bit (but of the reference's products, which round as their shapes have it).
+lists. On the CPU a pair's value depends on its two rows alone, so the result is that of one call
+with all rows, to the last bit; elsewhere to the rounding of values (see there).
 """
 
 from __future__ import annotations

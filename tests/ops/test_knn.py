@@ -618,14 +618,14 @@ def test_margin_holds(metric, scale):
     """
     kernels = pytest.importorskip("nefkern.triton.knn")
     x = (scale * (3 + clustered(150, 90, seed=15))).to(backend_device())
-    data = kernels.rows_of(x, metric == "euclidean", None, [0, 150])
+    data = kernels.rows_of(x, metric == "euclidean", kernels.Ranges([0, 150]))
     packed = kernels.pack(data, 90)
     scores = data.rows.new_empty(256, 256)
     kernels.tuned_score[lambda tile: kernels.grid_of(150, 1, tile)](
         packed.rows, packed.offsets, data.begins, data.ends, scores, 0, 150, 150, 2, 1,
         INCLUDE_SELF=True,
     )  # fmt: skip
-    y = data.rows.double()
+    y = data.rows.double() * data.scale
     truth = y @ y.T if metric == "cosine" else -0.5 * (y[:, None] - y[None]).square().sum(2)
     error = (scores[:150, :150].double() - truth).abs().amax(1)
     assert (error <= packed.margins).all()
