@@ -11,9 +11,9 @@ import torch
 
 from bench.graph_inputs import ALPHA, kappa, lists_of
 from bench.harness import DEVICE, Work, on_reference
-from nefkern.eigenpairs import leading_eigenpairs
 from nefkern.ops import CSRGraph, normalized_adjacency, spmm
 from nefkern.spectral import chebyshev
+from nefkern.spectral.eigenpairs import leading_eigenpairs
 from nefkern.spectral.nystrom import cross_weights, degrees, extend
 
 # images, patches an image, feature channels, neighbours k, eigenpairs m

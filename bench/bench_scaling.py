@@ -14,9 +14,9 @@ from bench.bench_train_step import work_of_graph
 from bench.graph_inputs import ALPHA, DENSE_ROWS, psi_rows
 from bench.harness import DEVICE
 from bench.train_step import dense_graph
-from nefkern.graph import GraphConfig, kappa
-from nefkern.objective import scaled_beta
+from nefkern.images.graph import GraphConfig, kappa
 from nefkern.ops import knn, neuralef_loss
+from nefkern.spectral.objective import scaled_beta
 
 ROWS = {
     "small": (225, 900),

@@ -13,9 +13,9 @@ from bench.bench_neuralef_loss import dense_objective, step
 from bench.graph_inputs import ALPHA, DENSE_ROWS, psi_rows
 from bench.harness import Work, on_reference
 from bench.train_step import Step, dense_graph, make_batch
-from nefkern.graph import GraphConfig, kappa
-from nefkern.objective import scaled_beta
+from nefkern.images.graph import GraphConfig, kappa
 from nefkern.ops import neuralef_loss
+from nefkern.spectral.objective import scaled_beta
 
 
 def work_of_graph(n, channels, k, outputs, nnz):

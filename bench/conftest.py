@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import harness
-from nefkern.files import replace_file
+from nefkern.runtime.files import replace_file
 
 SIZES = ("small", "paper", "large")
 _entries = pytest.StashKey[list]()

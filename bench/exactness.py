@@ -19,10 +19,10 @@ from bench.bench_knn import clustered
 from bench.graph_inputs import psi_rows
 from bench.harness import DEVICE
 from nefkern import backends
-from nefkern.errors import ArgumentParser, command
-from nefkern.graph import GraphConfig, kappa, pixel_positions
-from nefkern.objective import scaled_beta
+from nefkern.images.graph import GraphConfig, kappa, pixel_positions
 from nefkern.ops import linear_attention, neuralef_loss
+from nefkern.runtime.errors import ArgumentParser, command
+from nefkern.spectral.objective import scaled_beta
 
 IMAGES, GRID, CHANNELS, NEIGHBOURS, OUTPUTS = 3, (10, 12), 48, 20, 24
 T, ALPHA = 0.01, 0.3

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.graph_inputs import SIZES
 from bench.harness import DEVICE, on_reference
 from bench.train_step import Step
-from nefkern.errors import ArgumentParser, command
+from nefkern.runtime.errors import ArgumentParser, command
 
 #: The first group whose key is part of an operator's name takes its time.
 GROUPS = {

@@ -12,8 +12,8 @@ import math
 import sys
 from pathlib import Path
 
-from nefkern.errors import ArgumentParser, UserError, command
-from nefkern.files import replace_file
+from nefkern.runtime.errors import ArgumentParser, UserError, command
+from nefkern.runtime.files import replace_file
 from nefkern.segmentation.charts import svg
 
 HERE = Path(__file__).parent

@@ -17,8 +17,8 @@ from pathlib import Path
 from bench.graph_inputs import SIZES
 from bench.harness import Rates, Work
 from bench.report import with_table
-from nefkern.errors import ArgumentParser, UserError, command
-from nefkern.files import replace_file
+from nefkern.runtime.errors import ArgumentParser, UserError, command
+from nefkern.runtime.files import replace_file
 from nefkern.triton.rates import GPUS, Gpu
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"

@@ -12,10 +12,10 @@ from torch import Tensor
 from bench.bench_knn import clustered
 from bench.graph_inputs import ALPHA, SIZES, dense_kappa
 from bench.harness import DEVICE
-from nefkern import eigenfunction
-from nefkern.eigenfunction import Eigenfunction, EigenfunctionConfig
-from nefkern.graph import GraphConfig, kappa, pixel_positions
-from nefkern.objective import objective, scaled_beta
+from nefkern.images.graph import GraphConfig, kappa, pixel_positions
+from nefkern.spectral import eigenfunction
+from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig
+from nefkern.spectral.objective import objective, scaled_beta
 
 GRIDS = {128: (8, 16), 900: (30, 30)}
 

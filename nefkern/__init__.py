@@ -12,13 +12,13 @@ from nefkern.version import __version__
 
 if TYPE_CHECKING:
     from nefkern.backends import backend
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
 __all__ = ["Segmenter", "__version__", "backend"]
 
 # Looked up on first use, so that importing the operators alone does not import the pipeline, and
 # `--help` does not import torch.
-_HOMES = {"Segmenter": "nefkern.segmenter", "backend": "nefkern.backends"}
+_HOMES = {"Segmenter": "nefkern.segmentation.segmenter", "backend": "nefkern.backends"}
 
 
 def __getattr__(name: str) -> Any:

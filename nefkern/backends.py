@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 from nefkern.version import __version__
 
 AUTO = "auto"

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nefkern.backends import check_environment
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_device,
     add_run,
     command_parser,
     log_to_stderr,
     make_output_folder,
 )
-from nefkern.errors import UserError, command
-from nefkern.options import PRESETS
+from nefkern.runtime.errors import UserError, command
+from nefkern.training.options import PRESETS
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from nefkern.segmenter import Maps, Segmenter
+    from nefkern.segmentation.segmenter import Maps, Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def eigenvectors(segmenter: Segmenter, pixels: Tensor, maps: Maps, count: int):
 
     An eigenvector has no sign: here most of its weight is positive.
     """
-    from nefkern.eigenpairs import leading_eigenpairs
+    from nefkern.spectral.eigenpairs import leading_eigenpairs
 
     graph = segmenter.kappa(pixels[None], maps, per_image=True)
     pairs = leading_eigenpairs(graph, min(count, graph.num_nodes), tol=0)
@@ -193,10 +193,10 @@ def eigenmaps(arguments: argparse.Namespace) -> list[Path]:
     Raises:
         UserError: a run, data set or option that cannot be used; at the end, if an image could not.
     """
-    from nefkern.report import write_report
-    from nefkern.runs import Run
+    from nefkern.evaluation.report import write_report
     from nefkern.segmentation.pictures import write_png
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
+    from nefkern.training.runs import Run
 
     check(arguments)
     segmenter = Segmenter.load(arguments.run, arguments.device)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nefkern.backends import check_environment
-from nefkern.baselines.methods import ALIASES, METHODS, Method, parse_methods
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_crf_workers,
     add_device,
     add_ignore_class,
@@ -20,8 +19,9 @@ from nefkern.commandline import (
     command_parser,
     log_to_stderr,
 )
-from nefkern.errors import UserError, command
-from nefkern.options import ANNOTATED, PRESETS
+from nefkern.runtime.errors import UserError, command
+from nefkern.segmentation.methods import ALIASES, METHODS, Method, parse_methods
+from nefkern.training.options import ANNOTATED, PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class
@@ -239,8 +239,8 @@ def main(arguments: list[str] | None = None) -> None:
     log_to_stderr()
 
     check_environment()
-    from nefkern import distributed
-    from nefkern.evaluator import Evaluator
+    from nefkern.evaluation.evaluator import Evaluator
+    from nefkern.runtime import distributed
     from nefkern.segmentation.tables import describe
 
     # K-means is fitted by one process, and the others wait.

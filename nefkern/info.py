@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from nefkern.errors import ArgumentParser, command
+from nefkern.runtime.errors import ArgumentParser, command
 
 
 def describe() -> str:
     """The page that the command prints."""
     import torch
 
-    from nefkern import backends, weights
+    from nefkern import backends
+    from nefkern.images import weights
     from nefkern.ops import registry
-    from nefkern.runs import versions
+    from nefkern.training.runs import versions
 
     lines = ["versions"]
     lines += [f"  {name:<12} {version}" for name, version in versions().items()]

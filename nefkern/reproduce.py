@@ -10,12 +10,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from nefkern.commandline import command_parser, log_to_stderr
-from nefkern.errors import UserError, command
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Job, Planner, also_methods, chosen, command_lines
 from nefkern.reproduction.rendering import as_dict, figure, listing, markdown
 from nefkern.reproduction.running import Measured, measure
+from nefkern.runtime.commandline import command_parser, log_to_stderr
+from nefkern.runtime.errors import UserError, command
 
 DESCRIPTION = """\
 Every experiment of the paper as a command: tables 1 to 9; 4.4, the comparison in the text of that
@@ -149,7 +149,7 @@ def check(options: argparse.Namespace) -> None:
 def reproduce(options: argparse.Namespace, line: str) -> int:
     """Run the chosen rows and write their tables, anew after every row; returns the exit code."""
     from nefkern.backends import check_environment
-    from nefkern.files import replace_file
+    from nefkern.runtime.files import replace_file
     from nefkern.segmentation.pictures import write_png
 
     check_environment()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nefkern.backends import check_environment
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_crf_workers,
     add_device,
     add_run,
@@ -23,13 +23,13 @@ from nefkern.commandline import (
     log_to_stderr,
     make_output_folder,
 )
-from nefkern.errors import UserError, command
+from nefkern.runtime.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nefkern.segmentation.refinement import Job, Refiner
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
 T = TypeVar("T")
 
@@ -292,10 +292,10 @@ def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
 
 def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
-    from nefkern.progress import image_bar
+    from nefkern.runtime.progress import image_bar
     from nefkern.segmentation.mean_field import require_pydensecrf
     from nefkern.segmentation.refinement import Refiner
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
     if arguments.crf:
         require_pydensecrf()

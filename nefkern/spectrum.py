@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nefkern.backends import check_environment
-from nefkern.commandline import (
+from nefkern.runtime.commandline import (
     add_device,
     add_ignore_class,
     add_run,
@@ -21,20 +21,19 @@ from nefkern.commandline import (
     command_parser,
     log_to_stderr,
 )
-from nefkern.errors import UserError, command
-from nefkern.options import PRESETS
+from nefkern.runtime.errors import UserError, command
+from nefkern.training.options import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nefkern.data import ImageDataset, Sample
     from nefkern.ops import CSRGraph
-    from nefkern.options import TrainOptions
-    from nefkern.segmenter import Maps, Segmenter
+    from nefkern.segmentation.segmenter import Maps, Segmenter
+    from nefkern.training.options import TrainOptions
 
 log = logging.getLogger(__name__)
 
-RESULT, PLOT = "spectrum.json", "spectrum.png"
 _TOL = 1e-5  # of residuals, as a share of ‖κ‖
 
 DESCRIPTION = """\
@@ -112,10 +111,11 @@ def spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a run, data set or option that cannot be used.
     """
-    from nefkern.files import replace_file
-    from nefkern.report import write_report
-    from nefkern.runs import Run, versions
-    from nefkern.segmenter import Segmenter
+    from nefkern.evaluation.report import write_report
+    from nefkern.evaluation.spectrum_page import PLOT, RESULT, draw
+    from nefkern.runtime.files import replace_file
+    from nefkern.segmentation.segmenter import Segmenter
+    from nefkern.training.runs import Run, versions
 
     started = time.perf_counter()
     if arguments.images is not None and arguments.images < 1:
@@ -204,11 +204,11 @@ def compare(
     """Exact eigenvalues, and the fit of ψ, of its argmax and of an untrained ψ; JSON-ready.
 
     With annotated samples, of ``num_classes`` classes, "scores" too: see
-    :mod:`nefkern.patch_scores`.
+    :mod:`nefkern.evaluation.patch_scores`.
     """
     import torch
 
-    from nefkern.eigenpairs import leading_eigenpairs
+    from nefkern.spectral.eigenpairs import leading_eigenpairs
 
     images = torch.stack([sample.image for sample in samples])
     maps = segmenter.maps(images)
@@ -237,7 +237,7 @@ def compare(
 def _fit(
     psi: Tensor, graph: CSRGraph, vectors: Tensor, values: Tensor, min_norm: float
 ) -> dict[str, Any]:
-    from nefkern.eigenpairs import span_fit
+    from nefkern.spectral.eigenpairs import span_fit
 
     fit = span_fit(psi, graph, vectors)
     return {
@@ -259,7 +259,7 @@ def _scores(
     num_classes: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    from nefkern.patch_scores import clusterings, patch_scores
+    from nefkern.evaluation.patch_scores import clusterings, patch_scores
 
     log.info("K-means on eigenvectors and features")
     found = clusterings(
@@ -269,7 +269,7 @@ def _scores(
         quantized=segmenter.options.gumbel,
     )
     grid = tuple(maps.graph.shape[2:])
-    return patch_scores(found, annotations, grid, segmenter.patch, num_classes)
+    return patch_scores(found, annotations, grid, maps.padded, num_classes)
 
 
 def _functions(segmenter: Segmenter, maps: Maps, seed: int) -> dict[str, Tensor]:
@@ -289,105 +289,14 @@ def _functions(segmenter: Segmenter, maps: Maps, seed: int) -> dict[str, Tensor]
     return {**functions, "untrained ψ": outputs(untrained)}
 
 
-# ---- tell ----
-
-
-def shown_rows(count: int) -> list[int]:
-    """The j that the table shows, from 1: powers of two, and the last."""
-    return sorted({*(2**p for p in range(count.bit_length())), count})
-
-
-def describe(result: dict[str, Any]) -> str:
-    """All there is to read, as text.
-
-    Args:
-        result: what the command writes as JSON.
-    """
-    from nefkern.segmentation.tables import aligned
-
-    s, values, functions = result["settings"], result["eigenvalues"], result["functions"]
-    kind = "quantised" if result["quantized"] else "continuous"
-    title = (
-        f"{s['data_root']}, {s['split']}: {s['images']} images, seed {s['seed']}; κ has "
-        f"{result['nodes']} nodes and {result['edges']} entries; "
-        f"K = {result['num_eigenfunctions']}, {kind}"
-    )
-    summary = [("span of", "dimension", "dead", "Σ Ritz", "captured trace", "mean inside")]
-    summary.append(("exact eigenvectors", str(len(values)), "", f"{sum(values):.2f}", "", ""))
-    for name, fit in functions.items():
-        inside = sum(fit["inside"]) / len(values)
-        shares = f"{100 * fit['captured']:.1f} %", f"{inside:.3f}"
-        summary.append(
-            (name, str(fit["rank"]), str(fit["dead"]), f"{sum(fit['ritz']):.2f}", *shares)
-        )
-    columns = ("ritz", "rayleigh", "inside", "angles")
-    heads = ("Ritz", "Rayleigh", "inside", "angle")
-    tables = []
-    for name, fit in functions.items():
-        rows = [("j", "λ_j", *heads)]
-        for j in shown_rows(len(values)):
-            cells = [_cell(fit[c], j, ".1f" if c == "angles" else ".3f") for c in columns]
-            rows.append((str(j), f"{values[j - 1]:.3f}", *cells))
-        tables.append(f"{name}:\n{aligned(rows, left=0)}")
-    parts = [title, aligned(summary, left=1), *tables]
-    if "scores" in result:
-        parts.append(describe_scores(result["scores"]))
-    return "\n\n".join(parts)
-
-
-def describe_scores(scores: dict[str, dict[str, float]]) -> str:
-    """The table of ``--score``."""
-    from nefkern.segmentation.tables import aligned
-
-    rows = [("patches clustered by", "IoU vote: accuracy", "mIoU", "count vote: accuracy", "mIoU")]
-    for name, score in scores.items():
-        rows.append((name, *(f"{100 * value:.1f}" for value in score.values())))
-    return f"Scores in %, every pixel with its patch's cluster:\n{aligned(rows, left=1)}"
-
-
-def _cell(values: list[float], j: int, form: str) -> str:
-    return format(values[j - 1], form) if j <= len(values) else "-"
-
-
-def draw(result: dict[str, Any]) -> bytes:
-    """Eigenvalues, eigenvectors inside the span, and angles over j: a PNG."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.plot(_numbers(result["eigenvalues"]), result["eigenvalues"], "k", label="exact λ")
-    for number, (name, fit) in enumerate(result["functions"].items()):
-        style = {"color": f"C{number}", "linewidth": 1.2}
-        left.plot(_numbers(fit["ritz"]), fit["ritz"], label=f"Ritz, {name}", **style)
-        quotients = fit["rayleigh"]
-        left.plot(_numbers(quotients), quotients, ":", label=f"Rayleigh, {name}", **style)
-        middle.plot(_numbers(fit["inside"]), fit["inside"], label=name, **style)
-        right.plot(_numbers(fit["angles"]), fit["angles"], label=name, **style)
-    left.set(title="Spectrum of κ", xlabel="j, each sorted", ylabel="eigenvalue or quotient")
-    middle.set(title="Eigenvector v_j inside the span", xlabel="j", ylabel="|Qᵀv_j|²")
-    right.set(title="Principal angles to the eigenvectors' span", xlabel="j", ylabel="degrees")
-    middle.set_ylim(0, 1.02)
-    right.set_ylim(0, 92)
-    for axis in (left, middle, right):
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    return data.getvalue()
-
-
-def _numbers(values: list[float]) -> range:
-    return range(1, len(values) + 1)
-
-
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, compare, print."""
     parsed = parser().parse_args(arguments)
     log_to_stderr()
     check_environment()
+    from nefkern.evaluation.spectrum_page import describe
+
     print(f"\n{describe(spectrum(parsed))}")
 
 

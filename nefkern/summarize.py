@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nefkern.commandline import command_parser
-from nefkern.errors import UserError, command
-from nefkern.options import TrainOptions
-from nefkern.runs import FREE_OPTIONS, Run
+from nefkern.runtime.commandline import command_parser
+from nefkern.runtime.errors import UserError, command
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import FREE_OPTIONS, Run
 
 EXAMPLES = """\
 example: three seeds, scored and summarised

@@ -7,9 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-from nefkern.commandline import command_parser, log_to_stderr
-from nefkern.errors import command
-from nefkern.options import TrainOptions, add_arguments, resolve
+from nefkern.runtime.commandline import command_parser, log_to_stderr
+from nefkern.runtime.errors import command
+from nefkern.training.options import TrainOptions, add_arguments, resolve
 
 DESCRIPTION = """\
 Learn neural eigenfunctions of the patch graph of your images, without labels; their argmax is the
@@ -52,13 +52,13 @@ def train(options: TrainOptions, *, longer: bool = False) -> Path:
     Raises:
         UserError: an option, an image or a weights file that cannot be used.
     """
-    from nefkern import distributed
     from nefkern.backends import check_environment
     from nefkern.baselines.fitting import fit_clusters
-    from nefkern.report import write_eigenfunctions, write_overlays, write_report
-    from nefkern.runs import Run
-    from nefkern.segmenter import Segmenter, clusters_of
-    from nefkern.trainer import Trainer
+    from nefkern.evaluation.report import write_eigenfunctions, write_overlays, write_report
+    from nefkern.runtime import distributed
+    from nefkern.segmentation.segmenter import Segmenter, clusters_of
+    from nefkern.training.runs import Run
+    from nefkern.training.trainer import Trainer
 
     check_environment()
     with distributed.process_group(options.device):

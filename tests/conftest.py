@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nefkern.options import TrainOptions
+from nefkern.training.options import TrainOptions
 from tests.backend_counts import (  # noqa: F401  hooks
     pytest_runtest_makereport,
     pytest_terminal_summary,

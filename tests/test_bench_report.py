@@ -8,7 +8,7 @@ import pytest
 
 from bench import report
 from bench.harness import Rates, Work
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def entry(case, contestant, seconds, ratio=None, rows=100, **extra):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nefkern import backends, evaluate, info, segment, train
-from nefkern.runs import CHECKPOINT, CONFIG, METRICS, Run
+from nefkern.training.runs import CHECKPOINT, CONFIG, METRICS, Run
 
 PATIENCE = 300  # seconds, for a busy machine
 
@@ -143,7 +143,8 @@ def test_a_tiny_image_trains_and_has_no_overlay(arguments, photos, photograph, t
 
 def test_messages_stand_on_lines_of_their_own_beside_a_progress_bar():
     code = (
-        "import logging; from tqdm import tqdm; from nefkern.commandline import log_to_stderr\n"
+        "import logging; from tqdm import tqdm\n"
+        "from nefkern.runtime.commandline import log_to_stderr\n"
         "log_to_stderr(); bar = tqdm(total=2); bar.update(); logging.warning('one line')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -195,7 +196,8 @@ def test_full_disk(arguments, tmp_path):
     before = run.path(CHECKPOINT).read_bytes()
     command = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
-        "from nefkern.runs import Run; from nefkern.errors import command; import torch; "
+        "from nefkern.training.runs import Run; from nefkern.runtime.errors import command; "
+        "import torch; "
         "run = Run(sys.argv[1]); weights, _ = run.load(); "
         "sys.exit(command(lambda: run.save({'w': torch.zeros(9999)}, {'step': 9}, 9))())"
     )
@@ -396,7 +398,7 @@ def test_report_is_a_page_of_its_own(arguments, photos, tmp_path):
 
 
 def test_long_runs_do_not_make_a_heavy_page():
-    from nefkern.report import curves
+    from nefkern.evaluation.report import curves
 
     keys = ("loss", "trace", "penalty", "off_diagonal", "live", "dead", "confidence", "temperature")
     rows = [{"step": i, **dict.fromkeys(keys, i * 7919 % 101 / 101)} for i in range(20_000)]
@@ -478,7 +480,7 @@ def test_operators_do_not_import_the_pipeline():
 
 def test_a_folder_that_is_gone_is_one_line(fails, tmp_path, capsys):
     """As when somebody removes a run while it is written."""
-    from nefkern.errors import command
+    from nefkern.runtime.errors import command
 
     gone = tmp_path / "gone" / "report.html"
     line = fails(command(lambda arguments: gone.write_text("")), [])

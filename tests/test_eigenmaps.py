@@ -14,11 +14,11 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.data import read_image, resize_shorter
 from nefkern.eigenmaps import chosen_functions, eigenvectors, main, parser, ranked_functions
-from nefkern.errors import UserError
-from nefkern.runs import Run
+from nefkern.runtime.errors import UserError
 from nefkern.segmentation import charts
-from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer
+from nefkern.segmentation.segmenter import Segmenter
+from nefkern.training.runs import Run
+from nefkern.training.trainer import Trainer
 
 K = 6
 

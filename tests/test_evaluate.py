@@ -22,15 +22,15 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern import segment, train
 from nefkern.data import Views, eval_transform, open_dataset
-from nefkern.errors import UserError
 from nefkern.evaluate import main, parser
-from nefkern.features import Backbone
-from nefkern.graph import GraphConfig, image_kappa
-from nefkern.options import TrainOptions
-from nefkern.runs import CLUSTERS, Run
+from nefkern.images.features import Backbone
+from nefkern.images.graph import GraphConfig, image_kappa
+from nefkern.runtime.errors import UserError
 from nefkern.segmentation.metrics import count_matrix
-from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer
+from nefkern.segmentation.segmenter import Segmenter
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import CLUSTERS, Run
+from nefkern.training.trainer import Trainer
 
 CLASSES = ("red", "green", "blue", "grey")
 COLOURS = np.array([[200, 40, 40], [40, 190, 60], [50, 60, 210], [128, 128, 128]])
@@ -130,7 +130,7 @@ class Pointwise:
         return image_kappa(rows, images, maps.graph.shape[2:], GraphConfig(), 60)
 
     def pad(self, images):
-        return images
+        return images, tuple(images.shape[2:])
 
     def project(self, concat, grid):
         assert math.prod(grid) == concat.shape[1]

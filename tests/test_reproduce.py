@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 from nefkern import eigenmaps, evaluate, train
-from nefkern.baselines.methods import METHODS
-from nefkern.evaluator import Evaluator
-from nefkern.options import CLASSES, resolve
+from nefkern.evaluation.evaluator import Evaluator
 from nefkern.reproduce import main, parser
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Planner
 from nefkern.reproduction.rendering import as_dict, markdown
 from nefkern.reproduction.running import Measured
-from nefkern.runs import CHECKPOINT, Run
-from nefkern.step import TrainingStep
-from nefkern.trainer import Trainer
+from nefkern.segmentation.methods import METHODS
+from nefkern.training.options import CLASSES, resolve
+from nefkern.training.runs import CHECKPOINT, Run
+from nefkern.training.step import TrainingStep
+from nefkern.training.trainer import Trainer
 
 TINY = (
     '--train="--backbone test_vit --weights random --crop 64 --k 8 --epochs 1 --batch-size 2 '

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 from bench import roofline
 from bench.roofline import Kernel, condensed, written
-from nefkern.eigenfunction import Eigenfunction, EigenfunctionConfig
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
+from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig
 from nefkern.triton.rates import GPUS, Gpu, rates_of
 from nefkern.triton.resources import LIMITS, Resources
 

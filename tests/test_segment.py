@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from nefkern.data import read_image
-from nefkern.errors import UserError
-from nefkern.options import TrainOptions
-from nefkern.runs import Run
+from nefkern.runtime.errors import UserError
 from nefkern.segment import image_files, main, occurring, output_names, parser
+from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.windows import window_starts
-from nefkern.segmenter import Segmenter
-from nefkern.trainer import Trainer
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import Run
+from nefkern.training.trainer import Trainer
 
 SIZES = {"wide.png": (120, 50), "tall.jpg": (40, 90), "large.png": (300, 260)}
 

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from nefkern.data import Sample, eval_transform, open_dataset
-from nefkern.graph import kappa
-from nefkern.options import TrainOptions
-from nefkern.report import write_report
-from nefkern.runs import Run
-from nefkern.segmenter import Segmenter
-from nefkern.spectrum import main, parser, shown_rows
-from nefkern.trainer import Trainer
+from nefkern.evaluation.report import write_report
+from nefkern.evaluation.spectrum_page import shown_rows
+from nefkern.images.graph import kappa
+from nefkern.segmentation.segmenter import Segmenter
+from nefkern.spectrum import main, parser
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import Run
+from nefkern.training.trainer import Trainer
 from tests.data import publisher
 
 K = 6
@@ -110,7 +111,7 @@ def test_continuous_outputs_are_taken_as_they_are(tiny, photos):
 @pytest.mark.parametrize("graph_features", ["high", "all"])
 def test_kappa_is_the_trainers(tiny, images, monkeypatch, graph_features):
     """The graph that a training step builds of the same images, whatever neighbours it takes."""
-    from nefkern import step as module
+    from nefkern.training import step as module
 
     options = tiny(graph_features=graph_features, k="3%")
     trainer = Trainer(options, Run.create(options))

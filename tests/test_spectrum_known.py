@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nefkern.eigenfunction import Eigenfunction, EigenfunctionConfig, cosine_schedule
-from nefkern.eigenpairs import leading_eigenpairs
-from nefkern.objective import BETA_AT_256, l2_batch_norm, objective
 from nefkern.ops import CSRGraph, knn, normalized_adjacency, quadratic_form
+from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig, cosine_schedule
+from nefkern.spectral.eigenpairs import leading_eigenpairs
+from nefkern.spectral.objective import BETA_AT_256, l2_batch_norm, objective
 
 T = 0.01
 WIDTH = 64

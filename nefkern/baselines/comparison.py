@@ -11,15 +11,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from nefkern.baselines.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral
-from nefkern.baselines.methods import Method
 from nefkern.baselines.probe import Probe, patch_labels
 from nefkern.data import Sample, resize_shorter
 from nefkern.ops import CSRGraph
+from nefkern.segmentation.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.segmentation.crf import winners
 from nefkern.segmentation.flip import flip_averaged
 from nefkern.segmentation.matching import class_logits
+from nefkern.segmentation.methods import Method
 from nefkern.segmentation.metrics import count_matrix
 from nefkern.segmentation.refinement import Job, Refiner
 from nefkern.segmentation.windows import Replay, sliding_tiles, sliding_windows, window_crops
@@ -28,14 +28,14 @@ _TILE_FLOATS = 1 << 24  # up-sampled logits held at once
 
 
 class Network(Protocol):
-    """What is asked of :class:`nefkern.segmenter.Segmenter`."""
+    """What is asked of :class:`nefkern.segmentation.segmenter.Segmenter`."""
 
     num_clusters: int
     device: torch.device
 
     def maps(self, images: Tensor) -> Any: ...
 
-    def pad(self, images: Tensor) -> Tensor: ...
+    def pad(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]: ...
 
     def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]: ...
 

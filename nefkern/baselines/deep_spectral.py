@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nefkern.baselines.kmeans import KMeans
-from nefkern.eigenpairs import leading_eigenpairs
 from nefkern.ops import CSRGraph
+from nefkern.spectral.eigenpairs import leading_eigenpairs
+from nefkern.spectral.kmeans import KMeans
 
 #: Eigenvectors, and so segments, of an image: theirs for semantic segmentation.
 NUM_SEGMENTS = 15
@@ -70,7 +70,7 @@ class DeepSpectral:
         """Every patch's feature replaced by the mean over its segment.
 
         Args:
-            graph: κ of all images, block-diagonal (:func:`nefkern.graph.image_kappa`).
+            graph: κ of all images, block-diagonal (:func:`nefkern.images.graph.image_kappa`).
             features: F, ``[B, C, h, w]``.
 
         Returns:

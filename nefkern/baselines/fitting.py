@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from nefkern.baselines.clusterer import Clusterer
-from nefkern.baselines.methods import CONTINUOUS
 from nefkern.data import ImageDataset, View, Views
-from nefkern.options import TrainOptions
-from nefkern.progress import image_bar
+from nefkern.runtime.progress import image_bar
+from nefkern.segmentation.clusterer import Clusterer
+from nefkern.segmentation.methods import CONTINUOUS
+from nefkern.training.options import TrainOptions
 
 if TYPE_CHECKING:
-    from nefkern.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter
 
 T = TypeVar("T")
 

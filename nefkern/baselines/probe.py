@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nefkern.baselines.clusterer import SAMPLE_ROWS
-from nefkern.baselines.kmeans import Blocks
-from nefkern.baselines.methods import Method
-from nefkern.baselines.rows import RowStore, mean_and_std
+from nefkern.segmentation.clusterer import SAMPLE_ROWS
+from nefkern.segmentation.methods import Method
+from nefkern.segmentation.rows import RowStore, mean_and_std
+from nefkern.spectral.kmeans import Blocks
 
 NO_LABEL = -1
 """The label of a patch without annotated pixels."""

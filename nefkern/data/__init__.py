@@ -27,7 +27,7 @@ from nefkern.data.transforms import (
     photometric_distortion,
     resize_shorter,
 )
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 __all__ = [
     "BENCHMARKS",

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nefkern.commandline import command_parser, log_to_stderr
 from nefkern.data import BENCHMARKS
 from nefkern.data.check import SplitReport, check, check_folder
 from nefkern.data.prepare import prepare_pascal_context
-from nefkern.errors import UserError, command
+from nefkern.runtime.commandline import command_parser, log_to_stderr
+from nefkern.runtime.errors import UserError, command
 
 DESCRIPTION = """\
 The paper's data sets as their publishers lay them out, and folders of your own. Nothing is

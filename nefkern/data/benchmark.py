@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nefkern.data.dataset import ImageDataset, class_indices
 from nefkern.data.folder import need_folder, subfolders
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 Colour = tuple[int, int, int]
 

@@ -19,7 +19,7 @@ from nefkern.data.dataset import ImageDataset
 from nefkern.data.folder import folder_dataset, need_folder, nested_images, subfolders
 from nefkern.data.labels import absent_classes, one_class_left
 from nefkern.data.loader import leave_interrupts_to_the_main_process
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 @dataclass

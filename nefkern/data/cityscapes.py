@@ -7,7 +7,7 @@ from pathlib import Path
 from nefkern.data.benchmark import Benchmark, ClassSet, Part, split_folder
 from nefkern.data.constants import VOID
 from nefkern.data.tables.cityscapes import LABELS
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 _SITE = "from www.cityscapes-dataset.com (registration)"
 _IMAGE, _LABELS = "_leftImg8bit", "_gtFine_labelIds"

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from nefkern.data.constants import VOID
 from nefkern.data.images import CLASSES_FILE, read_annotation, read_image
 from nefkern.data.paths import Names, Paths
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

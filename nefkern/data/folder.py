@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nefkern.data.constants import IMAGE_SUFFIXES, VOID
 from nefkern.data.dataset import ImageDataset, class_indices
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

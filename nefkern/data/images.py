@@ -19,7 +19,7 @@ from torchvision.io import decode_image, read_file
 from nefkern.data import tiff
 from nefkern.data.constants import VOID
 from nefkern.data.levels import eight_bits
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 CLASSES_FILE = "classes.txt names {} classes"
 """Where a folder's number of classes comes from."""

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nefkern.data.dataset import ImageDataset
 from nefkern.data.transforms import TrainTransform
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from nefkern.data.benchmark import Benchmark, ClassSet, Part
 from nefkern.data.constants import VOID
 from nefkern.data.tables.pascal_context import BACKGROUND_COLOUR, COLOURS, NAMES
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 ANNOTATIONS = "SegmentationClassContext"
 MAT_SOURCE = "trainval.tar.gz from cs.stanford.edu/~roozbeh/pascal-context"

@@ -18,8 +18,8 @@ from nefkern.data.tables.pascal_context import (
     NAMES,
     NUM_LABELS,
 )
-from nefkern.errors import UserError, first_line
-from nefkern.files import remove_parts, replace_file
+from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime.files import remove_parts, replace_file
 
 
 def prepare_pascal_context(root: Path) -> Path:

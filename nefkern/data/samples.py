@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nefkern.data.dataset import ImageDataset
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 # (package to import, folder in it, files). Only photographs of things a person would name:
 # no micrographs, star fields, drawings, grayscale pictures or second views of a scene.

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from nefkern.data.levels import eight_bits, tell_once
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from tifffile import TiffPage

@@ -25,7 +25,7 @@ from nefkern.data.constants import (
     SATURATION,
 )
 from nefkern.data.dataset import Sample
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 class TrainTransform:

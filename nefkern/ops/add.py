@@ -6,7 +6,8 @@ import torch
 
 from nefkern import reference
 from nefkern.ops import checks, registry
-from nefkern.ops.csr import CSRGraph, check_content, check_graph, raise_invalid_content
+from nefkern.ops.csr import CSRGraph, check_graph
+from nefkern.reference.csr import check_content, raise_invalid_content
 
 
 def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:

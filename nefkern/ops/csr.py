@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -270,21 +270,3 @@ def check_dense_operand(name: str, x: Tensor, graph: CSRGraph) -> None:
         )
     if x.device != graph.device:
         raise ValueError(f"{name}: expected device {graph.device} (the graph's), got {x.device}")
-
-
-def check_content(row_offsets: Tensor, columns: Tensor) -> None:
-    """Raise ValueError for offsets or columns that would be read out of bounds."""
-    n, nnz = row_offsets.shape[0] - 1, columns.shape[0]
-    ends = row_offsets[0] == 0 and row_offsets[-1] == nnz
-    if not ends or bool((row_offsets.diff() < 0).any()):
-        raise_invalid_content()
-    if nnz and not (columns.min() >= 0 and columns.max() < n):
-        raise_invalid_content()
-
-
-def raise_invalid_content() -> NoReturn:
-    """The error of a graph whose tensors contradict each other."""
-    raise ValueError(
-        "graph: expected row_offsets that never fall, from 0 to nnz, and columns from 0 to "
-        "num_nodes - 1, got others; CSRGraph.validate() says which"
-    )

@@ -10,12 +10,12 @@ from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph
 from nefkern.ops.normalized_adjacency import (
     check_clamp,
-    check_indices,
     check_lists,
     check_weights,
     fake_graph,
     triton_accepts,
 )
+from nefkern.reference.normalized_adjacency import check_indices
 
 
 def kappa(

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import checks, registry
-from nefkern.ops.csr import CSRGraph, check_content, check_dense_operand, check_graph
+from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
 from nefkern.ops.quadratic_form import gradient_through_y, rounded, total
 from nefkern.ops.spmm import native_accepts, native_spmm
+from nefkern.reference.csr import check_content
 from nefkern.reference.neuralef_loss import gradient_factor, loss_of_r
 from nefkern.reference.spmm import accumulation_dtype
 

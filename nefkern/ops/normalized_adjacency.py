@@ -8,6 +8,7 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import _MAX_NODES, CSRGraph
+from nefkern.reference.normalized_adjacency import check_indices
 
 _SYMMETRIZE = ("mean", "union")
 
@@ -99,16 +100,6 @@ def check_lists(
 def check_clamp(clamp_min: float) -> float:
     """``clamp_min`` as a float; a negative weight could make a degree negative."""
     return checks.finite_number("clamp_min", clamp_min, 0)
-
-
-def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
-    """Raise ValueError for an index outside -1 ... num_nodes - 1."""
-    if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < -1 or high >= num_nodes:
-            raise ValueError(
-                f"{name}: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
-            )
 
 
 def check_weights(

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import CSRGraph, check_content, check_dense_operand, check_graph
+from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
 from nefkern.ops.spmm import native_accepts, native_spmm, transposed_spmm
+from nefkern.reference.csr import check_content
 from nefkern.reference.spmm import accumulation_dtype
 
 

@@ -7,14 +7,8 @@ from torch import Tensor
 
 from nefkern import reference
 from nefkern.ops import registry
-from nefkern.ops.csr import (
-    CSRGraph,
-    check_content,
-    check_dense_operand,
-    check_graph,
-    raise_invalid_content,
-)
-from nefkern.reference.csr import transpose
+from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
+from nefkern.reference.csr import check_content, raise_invalid_content, transpose
 
 
 def spmm(graph: CSRGraph, x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ A matrix of ``num_nodes`` rows is the triple ``row_offsets`` (int64 [num_nodes +
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,21 @@ def transpose(row_offsets: Tensor, columns: Tensor, values: Tensor) -> tuple[Ten
     by_column, order = torch.sort(columns, stable=True)
     nodes = torch.arange(row_offsets.shape[0], device=columns.device, dtype=columns.dtype)
     return torch.searchsorted(by_column, nodes), rows[order].to(torch.int32), values[order]
+
+
+def check_content(row_offsets: Tensor, columns: Tensor) -> None:
+    """Raise ValueError for offsets or columns that would be read out of bounds."""
+    n, nnz = row_offsets.shape[0] - 1, columns.shape[0]
+    ends = row_offsets[0] == 0 and row_offsets[-1] == nnz
+    if not ends or bool((row_offsets.diff() < 0).any()):
+        raise_invalid_content()
+    if nnz and not (columns.min() >= 0 and columns.max() < n):
+        raise_invalid_content()
+
+
+def raise_invalid_content() -> NoReturn:
+    """The error of a graph whose tensors contradict each other."""
+    raise ValueError(
+        "graph: expected row_offsets that never fall, from 0 to nnz, and columns from 0 to "
+        "num_nodes - 1, got others; CSRGraph.validate() says which"
+    )

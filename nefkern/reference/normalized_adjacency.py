@@ -69,3 +69,13 @@ def _edges(indices: Tensor, weights: Tensor | None, clamp_min: float) -> tuple[T
     clamped = weights.reshape(-1).to(dtype).clamp(min=clamp_min).double()
     kept = (columns >= 0) & ~(clamped <= 0)  # "not <=" rather than ">": a NaN stays visible
     return rows[kept], columns[kept], clamped[kept]
+
+
+def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:
+    """Raise ValueError for an index outside -1 ... num_nodes - 1."""
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= num_nodes:
+            raise ValueError(
+                f"{name}: expected -1 (padding) to {num_nodes - 1}, got {low} to {high}"
+            )

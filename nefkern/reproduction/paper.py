@@ -1,8 +1,8 @@
 """The paper's experiments: what every row of its tables was trained and scored on, and its numbers.
 
 Only what the text says of a row stands here. Sizes, epochs, K and the number of classes of each
-data set are those of :mod:`nefkern.options`. All numbers are in percent, the paper's own after a
-CRF on clusters, before they are matched (section 4.1).
+data set are those of :mod:`nefkern.training.options`. All numbers are in percent, the paper's own
+after a CRF on clusters, before they are matched (section 4.1).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Row:
         name: unique in its table, for the command line.
         title: what the paper calls it.
         data: the data set it is scored on.
-        numbers: the paper's, of methods by their names in :mod:`nefkern.baselines.methods`.
+        numbers: the paper's, of methods by their names in :mod:`nefkern.segmentation.methods`.
         backbone: a timm model.
         clusters: K; "classes": as many as there are; None: the data set's.
         alpha, beta: None: the default of training.

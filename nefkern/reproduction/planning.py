@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nefkern import eigenmaps, evaluate, train
-from nefkern.baselines.methods import parse_methods
-from nefkern.errors import UserError
-from nefkern.options import CLASSES, PRESETS, TrainOptions, resolve
 from nefkern.reproduction.paper import TABLES, Row, Table
+from nefkern.runtime.errors import UserError
+from nefkern.segmentation.methods import parse_methods
+from nefkern.training.options import CLASSES, PRESETS, TrainOptions, resolve
 
 #: Training options that rows compare, as they appear in the names of run folders.
 COMPARED = {"num_eigenfunctions": "K", "alpha": "alpha", "beta": "beta"}

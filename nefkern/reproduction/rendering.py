@@ -109,7 +109,7 @@ def _notes(table: Table, measured: list[Measured], planner: Planner) -> Iterator
 
 def as_dict(table: Table, measured: list[Measured], planner: Planner) -> dict[str, Any]:
     """The table as numbers, every seed's; JSON-ready."""
-    from nefkern.runs import versions
+    from nefkern.training.runs import versions
 
     return {
         "table": table.number,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nefkern import eigenmaps, evaluate, train
-from nefkern.errors import UserError, first_line
-from nefkern.options import TrainOptions
 from nefkern.reproduction.paper import Row, Table
 from nefkern.reproduction.planning import Job, Planner
+from nefkern.runtime.errors import UserError, first_line
+from nefkern.training.options import TrainOptions
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def perform(job: Job) -> dict[str, Any]:
     Raises:
         UserError: an option, a data set or weights that cannot be used.
     """
-    from nefkern.evaluator import Evaluator
+    from nefkern.evaluation.evaluator import Evaluator
 
     scoring = job.evaluate_options()
     train_if_needed(job)
@@ -69,8 +69,8 @@ def is_trained(options: TrainOptions) -> bool:
     Raises:
         UserError: the folder holds a run of other options.
     """
-    from nefkern.report import REPORT
-    from nefkern.runs import CHECKPOINT, Run
+    from nefkern.evaluation.report import REPORT
+    from nefkern.training.runs import CHECKPOINT, Run
 
     if not Run(options.run_folder()).path(CHECKPOINT).exists():
         return False
@@ -85,9 +85,9 @@ def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any]
     Raises:
         UserError: a damaged evaluation.
     """
-    from nefkern.evaluator import asked
-    from nefkern.runs import CHECKPOINT
+    from nefkern.evaluation.evaluator import asked
     from nefkern.summarize import read_evaluation
+    from nefkern.training.runs import CHECKPOINT
 
     methods = {method.name for method in evaluate.chosen_methods(scoring)}
     trained_at = (folder / CHECKPOINT).stat().st_mtime_ns
@@ -109,7 +109,7 @@ def drawn_pictures(folder: Path) -> list[Path]:
 
 def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measured:
     """Run a row with every seed, up to the first that fails."""
-    from nefkern.evaluator import free_name
+    from nefkern.evaluation.evaluator import free_name
 
     result = Measured(row)
     for seed in range(planner.options.seeds):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

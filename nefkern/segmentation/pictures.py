@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from nefkern.files import replace_file
+from nefkern.runtime.files import replace_file
 
 BACKGROUND = (0, 0, 0)
 """Colour of void and unmatched pixels; no colour of the palette is near it."""
@@ -208,7 +208,7 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG in one step; errors as :func:`nefkern.files.replace_file`."""
+    """Write a PNG in one step; errors as :func:`nefkern.runtime.files.replace_file`."""
     content = io.BytesIO()
     # Photographs hardly shrink further at a higher level, and take half as long again.
     picture.save(content, format="PNG", compress_level=1 if picture.mode == "RGB" else 6)

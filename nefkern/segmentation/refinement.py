@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nefkern.devices import cores
-from nefkern.errors import UserError, first_line
+from nefkern.runtime.devices import cores
+from nefkern.runtime.errors import UserError, first_line
 from nefkern.segmentation.crf import as_arrays
 from nefkern.segmentation.mean_field import AUTHORS, CRFParameters, best_labels
 

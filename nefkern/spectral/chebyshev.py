@@ -99,7 +99,9 @@ class _Ritz:
 def leading_by_filter(
     graph: CSRGraph, count: int, *, tol: float, dtype: torch.dtype, seed: int, max_rounds: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The iteration behind :func:`nefkern.eigenpairs.leading_eigenpairs`, on the graph's device.
+    """The iteration behind :func:`nefkern.spectral.eigenpairs.leading_eigenpairs`.
+
+    It runs on the graph's device.
 
     Args:
         graph: symmetric, finite, not zero, of moderate scale; N nodes.

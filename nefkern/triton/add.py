@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nefkern.ops.csr import check_content, raise_invalid_content
+from nefkern.reference.csr import check_content, raise_invalid_content
 from nefkern.triton.configs import Shipped, device_of
 from nefkern.triton.csr import row_of
 

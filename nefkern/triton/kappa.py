@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nefkern.ops.normalized_adjacency import check_indices
+from nefkern.reference.normalized_adjacency import check_indices
 from nefkern.triton import add
 from nefkern.triton.normalized_adjacency import empty_graph, merged, sorted_edges
 

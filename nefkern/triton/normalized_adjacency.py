@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nefkern.ops.normalized_adjacency import check_indices
+from nefkern.reference.normalized_adjacency import check_indices
 from nefkern.triton.configs import Shipped, device_of
 
 # Edges that a program takes at a time. No autotuning: it would time kernels of microseconds, and

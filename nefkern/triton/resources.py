@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nefkern.errors import ArgumentParser, UserError, command
+from nefkern.runtime.errors import ArgumentParser, UserError, command
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nefkern.backends import interpreting
-from nefkern.ops.csr import check_content, raise_invalid_content
+from nefkern.reference.csr import check_content, raise_invalid_content
 from nefkern.triton.configs import Shipped, autotune, device_of
 from nefkern.triton.crossover import dense_rows, prefers_dense
 from nefkern.triton.csr import row_of

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nefkern.baselines.clusterer import Clusterer
 from nefkern.baselines.deep_spectral import DeepSpectral, diagonal_blocks
-from nefkern.baselines.methods import METHODS
-from nefkern.graph import GraphConfig, image_kappa
+from nefkern.images.graph import GraphConfig, image_kappa
+from nefkern.segmentation.clusterer import Clusterer
+from nefkern.segmentation.methods import METHODS
 from nefkern.segmentation.upsample import upsample
 
 GRID = (12, 15)

@@ -7,8 +7,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.testing import assert_close
 
-from nefkern.baselines.methods import METHODS
 from nefkern.baselines.probe import NO_LABEL, Probe, patch_labels
+from nefkern.segmentation.methods import METHODS
 
 
 def separable(n=600, classes=4, channels=6, seed=0):
@@ -72,7 +72,7 @@ def test_patches_without_a_label_do_not_count():
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
-    monkeypatch.setattr("nefkern.baselines.kmeans._BLOCK", 64)
+    monkeypatch.setattr("nefkern.spectral.kmeans._BLOCK", 64)
     maps, labels = separable()
     found = []
     for threads in (1, 2):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from nefkern.data import BENCHMARKS, DATASETS, VOID, open_dataset
 from nefkern.data.prepare import prepare_pascal_context
-from nefkern.errors import UserError
-from nefkern.options import CLASSES, PRESETS, WINDOWS
+from nefkern.runtime.errors import UserError
+from nefkern.training.options import CLASSES, PRESETS, WINDOWS
 from tests.data import publisher
 
 # Written down from the publishers' pages, apart from the package's tables: label, name, colour.

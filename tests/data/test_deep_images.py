@@ -15,7 +15,7 @@ from PIL import Image
 
 from nefkern.data import levels, read_image
 from nefkern.data.images import upright_pixels
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 65536, (20, 30, 3)).astype(np.uint16)

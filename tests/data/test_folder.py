@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nefkern.data import VOID, open_dataset
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def open_folder(root, **options):

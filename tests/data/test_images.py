@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nefkern.data import read_annotation, read_image
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

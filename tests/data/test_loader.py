@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nefkern.data import TrainTransform, Views, open_dataset, train_loader
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 TRANSFORM = TrainTransform(40, 32)
 

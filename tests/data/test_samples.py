@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nefkern.data import open_dataset, samples
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 COUNTS = {"skimage": 5, "sklearn": 2, "foolbox": 20}
 

@@ -21,7 +21,7 @@ from nefkern.data import (
     resize_shorter,
 )
 from nefkern.data.transforms import _reflect_to, _resize, _saturate_and_turn
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 
 
 def generator(seed: int = 0) -> torch.Generator:

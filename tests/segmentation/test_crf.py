@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 from nefkern.segmentation.crf import as_arrays, crf
 from nefkern.segmentation.mean_field import CRFParameters, mean_field, require_pydensecrf
 

@@ -13,15 +13,16 @@ PATCH = 4
 
 def pad(images):
     right, below = -images.shape[3] % PATCH, -images.shape[2] % PATCH
-    return F.pad(images, (0, right, 0, below), mode="replicate")
+    padded = F.pad(images, (0, right, 0, below), mode="replicate")
+    return padded, tuple(padded.shape[2:])
 
 
 def lopsided(images):
     """Logits that look to the left of each patch: not the same from the other side."""
-    images = pad(images)
+    images, extent = pad(images)
     cells = F.avg_pool2d(images, PATCH)
     left = F.pad(cells, (1, 0))[..., :-1]
-    return torch.cat([cells, cells + 0.7 * left], 1), tuple(images.shape[2:])
+    return torch.cat([cells, cells + 0.7 * left], 1), extent
 
 
 def pictures(width):

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from nefkern.errors import UserError
+from nefkern.runtime.errors import UserError
 from nefkern.segmentation.crf import crf
 from nefkern.segmentation.mean_field import CRFParameters
 from nefkern.segmentation.refinement import Job, Refiner, default_workers
@@ -138,7 +138,7 @@ def test_a_worker_needs_no_torch():
 
 ENDLESS = """
 import itertools, sys, torch
-from nefkern.errors import command
+from nefkern.runtime.errors import command
 from nefkern.segmentation.refinement import Job, Refiner
 
 def jobs():

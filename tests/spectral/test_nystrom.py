@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from nefkern.eigenpairs import leading_eigenpairs
 from nefkern.ops import CSRGraph, add, knn, normalized_adjacency
+from nefkern.spectral.eigenpairs import leading_eigenpairs
 from nefkern.spectral.nystrom import cross_weights, degrees, extend
 
 ALPHA = 0.3

@@ -26,8 +26,7 @@ from nefkern.ops import (
     registry,
     spmm,
 )
-from nefkern.ops.csr import check_content
-from nefkern.reference.csr import transpose
+from nefkern.reference.csr import check_content, transpose
 from nefkern.reference.neuralef_loss import neuralef_loss_backward
 from nefkern.triton import knn as knn_kernels
 from nefkern.triton import knn_estimates

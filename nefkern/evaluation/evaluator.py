@@ -1,0 +1,504 @@
+"""Evaluation behind ``python -m nefkern.evaluate``: open, fit, score, write."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nefkern.baselines.comparison import Comparison, Windows
+from nefkern.baselines.fitting import default_passes, read_ahead, training_crops
+from nefkern.baselines.probe import Probe
+from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
+from nefkern.evaluation.report import write_report
+from nefkern.runtime import distributed
+from nefkern.runtime.errors import UserError
+from nefkern.runtime.files import replace_file
+from nefkern.runtime.progress import image_bar
+from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
+from nefkern.segmentation.clusterer import Clusterer
+from nefkern.segmentation.evaluation import Matched, match, unmatched
+from nefkern.segmentation.mean_field import require_pydensecrf
+from nefkern.segmentation.methods import Method, of_run
+from nefkern.segmentation.pictures import palette, write_png
+from nefkern.segmentation.refinement import Refiner
+from nefkern.segmentation.segmenter import Segmenter
+from nefkern.training.options import ANNOTATED, CLASSES, PRESETS, WINDOWS
+from nefkern.training.runs import Run, versions
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """One evaluation: a run, the methods to compare, a data set and a protocol.
+
+    Several processes (:mod:`nefkern.runtime.distributed`) share the images to score; counts are
+    whole numbers, so their sums are those of one process. K-means depends on the order of the
+    images: the main process fits it alone, and the others take its centres.
+
+    Args:
+        options: what :func:`nefkern.evaluate.parser` parses.
+        methods: which methods to score, in this order.
+
+    Raises:
+        UserError: a run, data set or option that cannot be used.
+    """
+
+    def __init__(self, options: argparse.Namespace, methods: list[Method]) -> None:
+        self.options, self.methods = options, methods
+        with distributed.together():
+            self._build()
+
+    def _build(self) -> None:
+        options = self.options
+        self._complete()
+        self.methods = of_run(self.methods, quantized=self.trained.gumbel)
+        self.refiner = None
+        if options.crf:
+            require_pydensecrf()
+            self.refiner = Refiner(options.crf_workers)
+        self.segmenter = Segmenter.load(options.run, options.device, cache=options.feature_cache)
+        self.dataset = self._open_annotated()
+        self.kept = [i for i in range(len(self.dataset.classes)) if i not in self.dataset.ignored]
+        if not self.kept:
+            raise UserError("--ignore-class: every class is ignored, there is nothing to score")
+        self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
+        self.matched: dict[str, Matched] = {}
+        self.void_pixels = 0
+        trained = all(method.trained for method in self.methods)
+        self.comparison = Comparison(
+            self.segmenter,
+            self.methods,
+            self._windows(),
+            num_classes=len(self.kept),
+            flip=options.flip,
+            control=None if trained else self.segmenter.untrained(options.seed),
+            seed=options.seed,
+            sample_rows=options.sample_rows,
+        )
+        if not self.trained.gumbel and "ours" in self.comparison.clusterers:
+            self._take_clusters()
+
+    def _take_clusters(self) -> None:
+        """Score the clusters that the run of a continuous ψ keeps, if it does."""
+        kept = self.segmenter.clusterer
+        if kept is None:
+            log.info(
+                "%s keeps no clusters of its continuous eigenfunctions: K-means on them is fitted "
+                "on --fit-split",
+                self.options.run,
+            )
+        else:
+            self.comparison.clusterers["ours"] = kept
+
+    def _complete(self) -> None:
+        """Take the data set from the run where none is given."""
+        options, trained = self.options, Run(self.options.run).options()
+        self.trained = trained
+        if options.fit_images == "plain":
+            options.fit_passes = None
+        elif options.fit_passes is None:
+            options.fit_passes = default_passes(trained)
+        if options.data is None:
+            options.data = trained.data if trained.data in ANNOTATED else "folder"
+        if options.data_root is None and options.data == trained.data:
+            options.data_root = Path(trained.data_root)
+        if options.data_root is None:
+            raise UserError(
+                "--data-root: expected the folder with the annotated images; the run was trained "
+                f"on {trained.data}"
+            )
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that are scored, the ignored left out."""
+        return [self.dataset.classes[i] for i in self.kept]
+
+    @property
+    def colours(self) -> np.ndarray:
+        """RGB of the classes that are scored, uint8 ``[C, 3]``: the publisher's, if there are."""
+        if not self.dataset.colours:
+            return palette(len(self.kept))
+        return np.array(self.dataset.colours, np.uint8)[self.kept]
+
+    def run(self) -> dict[str, Any]:
+        """Fit, score and write ``evaluation-*.json``, pictures in the folder of the same name, and
+        the report; returns the scores."""
+        started = time.perf_counter()
+        if self.comparison.needs_fit or self.comparison.needs_labels:
+            self.fit()
+        scored = self.score()
+        result = {
+            "settings": self.settings(),
+            "asked": asked(self.options),
+            "num_clusters": self.segmenter.num_clusters,
+            "images": len(self._indices(self.dataset)),
+            **scored,
+            "seconds": round(time.perf_counter() - started, 1),
+            "device": str(self.segmenter.device),
+            "versions": versions(),
+        }
+        if distributed.is_main():
+            self._write(result)
+        return result
+
+    def _write(self, result: dict[str, Any]) -> None:
+        path = free_name(self.options.run, result["settings"])
+        replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
+        self.draw(result, path.with_suffix(""))
+        write_report(Run(self.options.run))
+        log.info("written: %s", path)
+
+    def fit(self) -> None:
+        """Fit every K-means and every probe on the training split."""
+        device = self.segmenter.device
+        fitted = distributed.from_main(self._fitted)
+        self.comparison.clusterers = {name: c.to(device) for name, c in fitted.items()}
+
+    def _fitted(self) -> dict[str, Clusterer | Probe]:
+        split, comparison = self.options.fit_split, self.comparison
+        dataset, what = self._open(split), "K-means"
+        try:
+            # Closed here, so that a bar ends before an error or an interrupt is told.
+            if comparison.needs_fit:
+                with contextlib.closing(self._fit_crops(dataset)) as crops:
+                    comparison.fit(crops)
+            what = "a linear probe"
+            if comparison.needs_labels:
+                with contextlib.closing(self._labelled(dataset)) as samples:
+                    comparison.fit_labels(samples)
+        except ValueError as error:
+            raise UserError(f"--fit-split {split}: cannot fit {what}, {error}") from None
+        return {name: c.to("cpu") for name, c in comparison.clusterers.items()}
+
+    def _fit_crops(self, dataset: ImageDataset) -> Iterator[Tensor]:
+        """What K-means is fitted on: augmented training crops, or the crops that are scored."""
+        o, quiet = self.options, not distributed.is_main()
+        indices = self._indices(dataset)
+        if o.fit_images == "plain":
+            yield from self.comparison.crops(
+                sample.image for sample in self._usable(dataset, indices, dataset.image)
+            )
+            return
+        yield from training_crops(
+            dataset,
+            self.trained,
+            passes=o.fit_passes,
+            seed=o.seed,
+            batch_size=o.batch_size,
+            indices=indices,
+            quiet=quiet,
+        )
+
+    def _labelled(self, dataset: ImageDataset) -> Iterator[Sample]:
+        """Annotated training images, in the classes that are scored."""
+        if not dataset.annotated:
+            raise UserError(
+                f"--fit-split {self.options.fit_split}: has no annotations, which a linear probe "
+                "is trained on"
+            )
+        read = dataset.__getitem__
+        for sample in self._usable(dataset, self._indices(dataset), read):
+            yield self._renumbered(sample)
+
+    def score(self) -> dict[str, Any]:
+        """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
+        crf, count, started = self.options.crf, len(self.kept), time.perf_counter()
+        with distributed.together(), self._bar("scoring") as bar:
+            counts = self.comparison.count(
+                self._annotated(),
+                count,
+                refiner=self.refiner if crf == "clusters" else None,
+                watch=self._show,
+                done=bar.update,
+            )
+        counts, self.shown = _summed(counts), distributed.collected(self.shown)
+        void = int(distributed.total(torch.tensor(self.void_pixels)))
+        pixels = next(iter(counts.values()))["none"].sum(0)
+        with distributed.together():
+            if not pixels.any():
+                raise UserError(
+                    f"--split {self.options.split}: every annotated pixel is void, nothing to score"
+                )
+        stages: dict[str, dict[str, Matched]] = {
+            name: {stage: self._match(name, table) for stage, table in tables.items()}
+            for name, tables in counts.items()
+        }
+        self.matched = {name: matched["none"] for name, matched in stages.items()}
+        if crf == "classes":
+            assignments = {name: matched.assignments for name, matched in self.matched.items()}
+            started = time.perf_counter()
+            with distributed.together(), self._bar("CRF") as bar:
+                confusions = self.comparison.count_refined_classes(
+                    self._annotated(), assignments, count, refiner=self.refiner, done=bar.update
+                )
+            for name, by_matching in _summed(confusions).items():
+                stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
+        return {
+            **self._crf_times(time.perf_counter() - started),
+            "classes": self.classes,
+            "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
+            **(
+                {"void_pixels": void}
+                if self.dataset.holds_classes and not self.dataset.ignored
+                else {}
+            ),
+            "methods": {
+                method.name: {
+                    "title": method.title,
+                    "stages": {
+                        stage: matched.as_dict(self.classes)
+                        for stage, matched in stages[method.name].items()
+                    },
+                }
+                for method in self.methods
+            },
+        }
+
+    def _match(self, name: str, table: Tensor) -> Matched:
+        learned = isinstance(self.comparison.clusterers[name], Probe)
+        return unmatched(table) if learned else match(table)
+
+    def _crf_times(self, seconds: float) -> dict[str, Any]:
+        """What the CRF took, of ``seconds`` that the pass with it did; nothing without a CRF."""
+        refiner = self.refiner
+        if refiner is None:
+            return {}
+        return {
+            "crf": {
+                "workers": refiner.workers,
+                "inferences": int(distributed.total(torch.tensor(refiner.inferences))),
+                "seconds_per_inference": round(refiner.seconds / max(1, refiner.inferences), 4),
+                "seconds_per_image": round(seconds / len(self._indices(self.dataset)), 4),
+            }
+        }
+
+    def draw(self, result: dict[str, Any], folder: Path) -> None:
+        """Bars of IoU, confusion matrices, the first images in the matched classes, and a legend
+        of those that they show."""
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():  # of an earlier evaluation with these settings
+            old.unlink()
+        replace_file(folder / "iou.svg", iou_bars(result))
+        for name, matched in self.matched.items():
+            chart = confusion_matrix(matched.confusions[matched.shown], self.classes, name)
+            replace_file(folder / f"confusion-{_plain(name)}.svg", chart)
+        methods, colours = "-".join(_plain(name) for name in self.matched), self.colours
+        shown: set[int] = set()
+        for number, (sample, clusters) in enumerate(self.shown):
+            classes = [
+                found.assignments[found.shown][c]
+                for found, c in ((self.matched[name], c) for name, c in clusters.items())
+            ]
+            picture = comparison_row(sample.image, sample.annotation, classes, colours)
+            write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
+            shown.update(*(painted.unique().tolist() for painted in (sample.annotation, *classes)))
+        if names := [i for i in range(len(self.classes)) if i in shown]:
+            chart = legend([self.classes[i] for i in names], colours[names])
+            replace_file(folder / "classes.svg", chart)
+
+    def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
+        """Keep this process's share of the first images for :meth:`draw`."""
+        if len(self.shown) < len(distributed.dealt(range(self.options.pictures))):
+            self.shown.append((sample, {name: c.cpu() for name, c in clusters.items()}))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the figures, beside the run and the images."""
+        names = ("split", "fit_split", "limit", "protocol", "crf", "seed", "sample_rows")
+        names += ("fit_images", "fit_passes")
+        data = self.options.data
+        counted = {"data": data, "classes": len(self.dataset.classes)} if data != "folder" else {}
+        return {
+            "data_root": str(self.options.data_root),
+            **counted,
+            **{name: getattr(self.options, name) for name in names},
+            "ignored": self.options.ignore_class,
+            "methods": [method.name for method in self.methods],
+            "window": self.comparison.windows.window,
+            "stride": self.comparison.windows.stride,
+            "flip": self.options.flip or None,
+            "resize": self.comparison.windows.shorter,
+        }
+
+    # ---- images ----
+
+    def _windows(self) -> Windows:
+        """How the protocol cuts images; crop320 has one window."""
+        o = self.options
+        if o.protocol == "crop320":
+            self._check_side("--size", o.size)
+            return Windows(o.size, o.size, o.batch_size)
+        window, stride = self._paper_windows() or (self.segmenter.window, self.segmenter.stride)
+        if o.window:
+            self._check_side("--window", o.window)
+            window, stride = o.window, -(-2 * o.window // 3)
+        stride = o.stride or stride
+        if stride > window:
+            raise UserError(f"--stride {stride}: expected at most the window, {window}")
+        return Windows(window, stride, o.batch_size, self._shorter())
+
+    def _shorter(self) -> int | None:
+        """The shorter side that protocol B resizes images to; None leaves them as they are."""
+        o = self.options
+        if o.resize == "none":
+            return None
+        if o.resize:
+            self._check_side("--resize", o.resize)
+        preset = PRESETS.get(o.data, {}).get("resize")
+        return o.resize or preset or self.segmenter.options.base_size()
+
+    def _check_side(self, flag: str, side: int) -> None:
+        patch = self.segmenter.patch
+        if side < patch:
+            raise UserError(f"{flag} {side}: expected at least {patch}, a patch of the backbone")
+
+    def _paper_windows(self) -> tuple[int, int] | None:
+        """Window and stride of protocol B for the paper's data sets, on the patch grid."""
+        if self.options.data not in WINDOWS:
+            return None
+        patch = self.segmenter.patch
+        window, stride = (-(-side // patch) * patch for side in WINDOWS[self.options.data])
+        return window, stride
+
+    def _open(self, split: str) -> ImageDataset:
+        o = self.options
+        return open_dataset(
+            o.data,
+            root=o.data_root,
+            split=split,
+            classes=o.classes or CLASSES.get(o.data, {}).get(o.protocol),
+            ignore_classes=o.ignore_class,
+        )
+
+    def _open_annotated(self) -> ImageDataset:
+        o = self.options
+        dataset = self._open(o.split)
+        if not dataset.annotated:
+            need = "scores need annotations/<split>/<image name>.png"
+            if o.data in BENCHMARKS:
+                part = BENCHMARKS[o.data].annotations
+                need = f"get {part.source}" if part else f"{o.data} is only to train on"
+            raise UserError(
+                f"--data-root {o.data_root}: no annotations for split {o.split!r}; {need}"
+            )
+        return dataset
+
+    def _indices(self, dataset: ImageDataset) -> list[int]:
+        return list(range(len(dataset)))[: self.options.limit]
+
+    def _share(self) -> Sequence[int]:
+        """The images that this process scores."""
+        return distributed.dealt(self._indices(self.dataset))
+
+    def _bar(self, title: str) -> tqdm:
+        return image_bar(len(self._share()), title, disable=not distributed.is_main())
+
+    def _samples(
+        self, read: Callable[[int], Sample], indices: Sequence[int]
+    ) -> Iterator[Future[Sample]]:
+        """Samples as the protocol transforms them, each read while the one before is worked on."""
+        protocol = "crop320" if self.options.protocol == "crop320" else "full"
+        transform = eval_transform(protocol, size=self.options.size)
+        yield from read_ahead(lambda index: transform(read(index)), indices)
+
+    def _usable(
+        self, dataset: ImageDataset, indices: list[int], read: Callable[[int], Tensor | Sample]
+    ) -> Iterator[Sample]:
+        """Training images in an order drawn by the seed; unusable ones are reported and skipped."""
+        random.Random(self.options.seed).shuffle(indices)
+
+        def sample(index: int) -> Sample:
+            found = read(index)
+            return found if isinstance(found, Sample) else Sample(dataset.names[index], found)
+
+        with image_bar(len(indices), "fitting", disable=not distributed.is_main()) as bar:
+            for index, future in zip(indices, self._samples(sample, indices), strict=True):
+                try:
+                    found = future.result()
+                    self.segmenter.check_size(found.image, dataset.paths[index])
+                except UserError as error:
+                    log.warning("skipped: %s", error)
+                else:
+                    yield found
+                bar.update()
+
+    def _annotated(self) -> Iterator[Sample]:
+        """This process's share of the images, their labels numbered without the ignored classes.
+
+        An unusable image is an error.
+        """
+        share = self._share()
+        samples = self._samples(self.dataset.__getitem__, share)
+        for index, future in zip(share, samples, strict=True):
+            sample = future.result()
+            self.segmenter.check_size(sample.image, self.dataset.paths[index])
+            self.void_pixels += int((sample.annotation == VOID).sum())
+            yield self._renumbered(sample)
+
+    def _renumbered(self, sample: Sample) -> Sample:
+        """A sample whose labels count the classes that are scored."""
+        renumbered = torch.full((256,), VOID, dtype=torch.uint8)
+        renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
+        return replace(sample, annotation=renumbered[sample.annotation.int()])
+
+
+def _plain(name: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _summed(counts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Counts of all processes together."""
+    return {
+        name: {key: distributed.total(table) for key, table in tables.items()}
+        for name, tables in counts.items()
+    }
+
+
+#: What ``python -m nefkern.evaluate`` can be asked for beside the figures of one method; methods
+#: are recorded by their results.
+_FREE = ("run", "methods", "baseline", "features", "untrained", "pictures", "device")
+_FREE += ("feature_cache", "batch_size", "crf_workers")
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide a method's figures, as they were given; JSON-ready."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in _FREE
+    }
+
+
+def free_name(folder: Path, settings: dict[str, Any]) -> Path:
+    """The file of an earlier evaluation with these settings, or one that isn't taken."""
+    data = Path(settings["data_root"]).resolve().name
+    if "data" in settings:
+        data = f"{settings['data']}-{settings['classes']}"
+    parts = ["evaluation", data, settings["split"], settings["protocol"]]
+    if settings["ignored"]:
+        parts += ["without", *settings["ignored"]]
+    stem = _plain("-".join(map(str, parts)))
+    for number in itertools.count(1):
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        if not path.exists():
+            return path
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(path.read_text("utf-8"))["settings"] == settings:
+                return path
+    raise AssertionError("count() never ends")

@@ -1,0 +1,225 @@
+"""What a person looks at after training: overlays and a page with the curves (``report.html``)."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nefkern.data import ImageDataset
+from nefkern.evaluation.spectrum_page import PLOT as SPECTRUM_PLOT
+from nefkern.evaluation.spectrum_page import RESULT as SPECTRUM
+from nefkern.evaluation.spectrum_page import describe as describe_spectrum
+from nefkern.runtime.errors import UserError
+from nefkern.runtime.files import replace_file
+from nefkern.segmentation.charts import eigenfunction_maps, svg
+from nefkern.segmentation.pictures import overlay, palette, write_png
+from nefkern.segmentation.segmenter import Segmenter
+from nefkern.segmentation.tables import describe
+from nefkern.training.runs import Run
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.html"
+
+#: Panels of the page: title, the record's keys, and what to read off them.
+PANELS = (
+    ("Objective", ("loss",), "should fall"),
+    ("Mean Rayleigh quotient", ("trace",), "tr R / K: do joined patches agree? should rise"),
+    ("Penalty", ("penalty",), "keeps the functions apart"),
+    ("Mean |R_ij|, i ≠ j", ("off_diagonal",), "overlap of functions; should fall"),
+    ("Clusters", ("live", "dead"), "live: win a patch of the batch; dead: hardly used at all"),
+    (
+        "Confidence",
+        ("confidence", "temperature"),
+        "of the winning cluster; noise temperature",
+    ),
+)
+
+#: Steps drawn in a curve: more cannot be told apart, and would weigh megabytes.
+POINTS = 500
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+img { max-width: 100%; display: block; margin: .3rem 0 }
+figure { margin: 0 0 1.2rem } figcaption { color: #666; font-size: .85rem }
+table { border-collapse: collapse; font-size: .85rem }
+td, th { border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0; text-align: left }
+"""
+
+CURVES = (
+    "<p>None of these curves says how good the segments are: the pictures do, and, with annotated "
+    "images, <code>python -m nefkern.evaluate</code>.</p>"
+)
+SCORES = (
+    "<p>Each cluster counts as the class it was matched to, over all images (by IoU: the class it "
+    "overlaps best; by count: the most frequent one in it). Accuracy: the share of pixels of the "
+    "right class. IoU: of a class, the pixels both predicted and annotated over those that are "
+    "either; mIoU is the mean over classes. In %.</p>"
+)
+EIGENMAPS = (
+    "<p>ψ's raw outputs on the patches of an image, each over its own range: <code>python -m "
+    "nefkern.eigenmaps --help</code> says which, and what the colours mean.</p>"
+)
+SPECTRA = (
+    "<p>How much of the graph's exact leading eigenvectors, which training approximates, the "
+    "learned functions hold; <code>python -m nefkern.spectrum --help</code> explains every "
+    "column.</p>"
+)
+
+
+def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count: int) -> None:
+    """Draw "image | clusters | blend" of the first ``count`` readable images to ``overlays/``."""
+    folder = run.path("overlays")
+    folder.mkdir(exist_ok=True)
+    colours, drawn = palette(segmenter.num_clusters), 0
+    for index in tqdm(range(len(dataset)), desc="overlays", leave=False):
+        if drawn == count:
+            break
+        try:
+            image = dataset.image(index)
+            segmenter.check_size(image, dataset.paths[index])
+        except UserError as error:  # reported and skipped, as in training
+            log.warning("no overlay: %s", error)
+            continue
+        picture = overlay(image, segmenter(image), colours=colours)
+        write_png(picture, folder / f"{dataset.names[index]}.png")
+        drawn += 1
+
+
+def write_eigenfunctions(run: Run, segmenter: Segmenter, dataset: ImageDataset) -> None:
+    """Draw the eigenfunctions of the first readable image to ``eigenfunctions.png``."""
+    for index in range(len(dataset)):
+        try:
+            image = dataset.image(index)
+            segmenter.check_size(image, dataset.names[index])
+        except UserError:  # reported with the overlays
+            continue
+        predict, pixels, *_ = segmenter.at_training_scale(image)
+        logits, _ = predict(pixels[None])
+        probabilities = segmenter.probabilities(logits[0].float()).cpu()
+        write_png(eigenfunction_maps(image, probabilities), run.path("eigenfunctions.png"))
+        return
+
+
+def curves(rows: list[dict[str, Any]]) -> str:
+    """The record as one SVG of small panels."""
+    from matplotlib.figure import Figure
+
+    rows = rows[:: max(1, len(rows) // POINTS)]
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    steps = [row["step"] for row in rows]
+    for axis, (title, keys, meaning) in zip(axes, PANELS, strict=True):
+        for key in keys:
+            axis.plot(steps, [row[key] for row in rows], label=key, linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"step; {meaning}", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        if len(keys) > 1:
+            axis.legend(fontsize=8)
+    return svg(figure)
+
+
+def write_report(run: Run) -> Path:
+    """Write ``report.html``: curves, overlays, scores if any, and the configuration."""
+    rows, config = run.metrics(), run.config()
+    options = config["options"]
+    title = f"{run.folder.name}: K = {options['num_eigenfunctions']}, {options['backbone']}"
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(_introduction(config))}</p>",
+    ]
+    if rows:
+        parts += [f"<p>{_summary(rows, config)}</p>", "<h2>Training</h2>", curves(rows), CURVES]
+    parts += [
+        "<h2>Segments</h2>",
+        "<p>Image, clusters, and both together. Nobody told the "
+        "clusters what to mean; a colour is the same cluster in every picture.</p>",
+    ]
+    parts += map(_figure, sorted(run.path("overlays").glob("*.png")))
+    if run.path("eigenfunctions.png").exists():
+        parts += [
+            "<h2>Eigenfunctions</h2>",
+            "<p>The first image and the learned functions of most weight in it, patch by patch, "
+            "each scaled to its own largest value: white where a cluster wins.</p>"
+            "<img src='eigenfunctions.png' alt='eigenfunctions'>",
+        ]
+    if maps := sorted(run.path("eigenmaps").glob("*.png")):
+        parts += ["<h2>Eigenfunctions of single images</h2>", EIGENMAPS, *map(_figure, maps)]
+    for scores in sorted(run.folder.glob("evaluation-*.json")):
+        try:
+            text = describe(json.loads(scores.read_text("utf-8")))
+        except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+            text = f"not readable: {error}"
+        heading = f"<h2>{html.escape(scores.stem)}</h2>"
+        parts += [heading, SCORES, f"<pre>{html.escape(text)}</pre>"]
+        parts += map(_figure, sorted(scores.with_suffix("").glob("*.[sp][vn]g")))
+    parts += _spectrum(run)
+    cells = "".join(
+        f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}"
+        for k, v in {**options, **config["versions"]}.items()
+    )
+    parts += ["<h2>Configuration</h2>", f"<table>{cells}</table>"]
+    page = run.path(REPORT)
+    replace_file(page, "\n".join(parts))
+    return page
+
+
+def _figure(picture: Path) -> str:
+    """A picture in a folder of the run, with its name below."""
+    source = urllib.parse.quote(f"{picture.parent.name}/{picture.name}")
+    return (
+        f"<figure><img src='{source}' loading=lazy alt='{html.escape(picture.name)}'>"
+        f"<figcaption>{html.escape(picture.stem)}</figcaption></figure>"
+    )
+
+
+def _spectrum(run: Run) -> list[str]:
+    """What ``python -m nefkern.spectrum`` found, if it has run."""
+    if not run.path(SPECTRUM).exists():
+        return []
+    try:
+        text = describe_spectrum(json.loads(run.path(SPECTRUM).read_text("utf-8")))
+    except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+        text = f"not readable: {error}"
+    return [
+        "<h2>Spectrum</h2>",
+        SPECTRA,
+        f"<figure><img src='{SPECTRUM_PLOT}' alt='eigenvalues and angles'></figure>",
+        f"<pre>{html.escape(text)}</pre>",
+    ]
+
+
+def _introduction(config: dict[str, Any]) -> str:
+    """What was done, for somebody who has not read the paper."""
+    options, patch = config["options"], config["backbone"]["patch"]
+    return (
+        f"{config['dataset']['images']} images in patches of {patch} × {patch} pixels. A network "
+        f"that stays as it is ({options['backbone']}) describes every patch; patches that it finds "
+        "alike, or that are near in place and colour, are joined into a graph. A second, small "
+        f"network learned K = {options['num_eigenfunctions']} functions on the patches that differ "
+        "little between joined ones (in the paper's words: ψ, the graph's eigenfunctions). The "
+        "function that is largest at a patch is its cluster. No labels of these images were used."
+    )
+
+
+def _summary(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    first, last = rows[0], rows[-1]
+    parts = [f"after step {part['after_step']}" for part in config.get("lengthened", [])]
+    begun_again = f", trained longer {' and '.join(parts)}" if parts else ""
+    return (
+        f"{last['step']} steps, {last['epoch']} epochs{begun_again}. "
+        f"Objective {first['loss']:.3e} → {last['loss']:.3e}, "
+        f"mean Rayleigh quotient {first['trace']:.3f} → {last['trace']:.3f}, "
+        f"{last['live']} clusters live in the last batch, {last['dead']} dead."
+    )

@@ -1,0 +1,639 @@
+"""Frozen backbones: from images to the low, mid and high feature maps (sections 3.1 and 4.1)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import socket
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from nefkern.images import weights as sources
+from nefkern.images.layers import Layer, parse_high, parse_input_size
+from nefkern.images.probe import PYRAMID_STRIDE, Input, feature_info, is_isotropic, probe
+from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime.files import replace_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Features:
+    """Feature maps of a batch on one grid of ``h × w`` patches.
+
+    Attributes:
+        high: ``[B, h·w, C]``, the graph features F.
+        concat: ``[B, h·w, C_low + C_mid + C]``, the input of ψ: F is the last part.
+        grid: ``(h, w)`` of the padded images.
+    """
+
+    high: Tensor
+    concat: Tensor
+    grid: tuple[int, int]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Features:
+        """The same maps on another device, or of another dtype."""
+        return Features(self.high.to(device, dtype), self.concat.to(device, dtype), self.grid)
+
+
+class Backbone(nn.Module):
+    """A timm model as a frozen feature extractor.
+
+    Strides, prefix tokens, widths and normalisation statistics are the model's own, found by
+    asking it (:mod:`nefkern.images.probe`). Images are padded at the right and at the bottom to
+    whole cells of its grid. What a model needs beyond that (sides that are multiples of more, or
+    one fixed size) is padded too, and the cells that show padding alone are dropped again.
+
+    CLIP's towers see images resized to their own input size (table 9), and so do models that take
+    one size only.
+
+    Args:
+        model: a timm model without classifier.
+        mean, std: normalisation statistics of its training, for RGB in [0, 1].
+        high: the high map, see :func:`load_backbone`.
+        input_size: what images are resized to, see :func:`load_backbone`.
+        identity: what the weights are; part of the feature cache's key.
+
+    Attributes:
+        patch: side of a cell of the grid, in the pixels that the model sees.
+        side: the pixels that images are resized to: their shorter side, or the longer one for a
+            model of a fixed size; None: they are seen as they are.
+        alignment: what sides of windows should be multiples of, in pixels of the images.
+        dim, concat_dim: channels of the high map, and of all three.
+
+    Raises:
+        UserError: a model whose maps cannot be had this way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        high: str = "auto",
+        input_size: str | int = "auto",
+        identity: str = "",
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.identity = identity
+        if not hasattr(model, "forward_intermediates"):
+            raise UserError(
+                f"--backbone: timm's {type(model).__name__} gives no intermediate maps; "
+                "expected a model with forward_intermediates"
+            )
+        # Pyramids of attention have stages as convolutional networks do.
+        self.is_transformer = (
+            hasattr(model, "blocks")
+            and hasattr(getattr(model, "patch_embed", None), "patch_size")
+            and is_isotropic(model)
+        )
+        native = _native_size(model)
+        asked = parse_input_size(input_size)
+        found = probe(model, (asked, *native) if isinstance(asked, int) else native)
+        self.patch, self.multiple, self.fixed = found.patch, found.multiple, found.side
+        self.side = self._chosen_side(asked, native)
+        self.alignment = self.patch if self.side is None else 1
+        self.interpolation = _interpolation(model)
+        if self.is_transformer:
+            self.stages = [0, len(model.blocks) // 2]
+        else:
+            self.stages = list(range(len(feature_info(model))))[-3:-1]
+        self.high = self._chosen_layers(high)
+        self.dim, self.concat_dim = self._widths(found)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """A frozen backbone stays in eval mode whatever its parents do."""
+        return super().train(False)
+
+    def recipe(self) -> str:
+        """All that decides the maps of an image: weights, architecture, statistics, layers."""
+        config = _configuration(self.model)
+        parts = (type(self.model).__name__, config.get("architecture"), self.identity, self.patch)
+        statistics = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        size = self.side, self.fixed, self.interpolation, self.multiple
+        return repr((*parts, *statistics, *size, self.stages, [str(part) for part in self.high]))
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of it."""
+        return {
+            "digest": self.identity,
+            "patch": self.patch,
+            "dim": self.dim,
+            "concat_dim": self.concat_dim,
+            "high": ",".join(map(str, self.high)),
+            "input_size": self.side,
+            "interpolation": self.interpolation if self.side else None,
+        }
+
+    # ---- sizes ----
+
+    def scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The ``(H, W)`` that an image of ``size`` is resized to; its own where none is."""
+        if self.side is None:
+            return size[0], size[1]
+        reference = max(size) if self.fixed else min(size)
+        height, width = (max(1, round(pixels * self.side / reference)) for pixels in size)
+        return height, width
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """``(h, w)``, the cells of an image of ``(H, W)`` pixels."""
+        height, width = self.scaled(size)
+        return -(-height // self.patch), -(-width // self.patch)
+
+    def extent(self, size: tuple[int, int]) -> tuple[float, float]:
+        """``(H, W)`` that the grid of an image of ``size`` spans, in the image's own pixels.
+
+        A little more than the image; whole numbers where images are seen as they are.
+        """
+        scaled, grid = self.scaled(size), self.grid(size)
+        height, width = (
+            cells * self.patch if now == before else cells * self.patch * before / now
+            for before, now, cells in zip(size, scaled, grid, strict=True)
+        )
+        return height, width
+
+    # ---- maps ----
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Extract the maps.
+
+        Args:
+            images: ``[B, 3, H, W]`` RGB, uint8 in 0-255 or float in [0, 1].
+
+        Raises:
+            UserError: an image smaller than one patch.
+        """
+        grid = self.grid(images.shape[-2:])
+        maps = self._maps(self.model, self._padded(self.normalize(images)))
+        tokens = [m[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2).float() for m in maps]
+        concat = torch.cat(tokens, dim=-1)
+        return Features(concat[..., -self.dim :].contiguous(), concat, grid)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """What :meth:`seen` gives, to [0, 1], minus mean, over std."""
+        images = self.seen(images)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return (images - self.mean) / self.std
+
+    def seen(self, images: Tensor) -> Tensor:
+        """The pixels behind the grid: resized where the model asks for it, and padded.
+
+        The right and bottom edges are repeated up to whole cells. Resizing is bicubic or bilinear,
+        as in the model's own training, antialiased, and keeps the aspect ratio.
+
+        Args:
+            images: ``[B, 3, H, W]``, any dtype.
+
+        Returns:
+            ``[B, 3, patch · h, patch · w]`` of the same dtype.
+
+        Raises:
+            UserError: an image smaller than one patch.
+        """
+        size = height, width = images.shape[-2:]
+        if min(size) < (self.patch if self.side is None else 1):
+            raise UserError(
+                f"image of {width} × {height} pixels: expected at least one patch, "
+                f"{self.patch} × {self.patch}"
+            )
+        scaled = self.scaled(size)
+        if scaled != (height, width):
+            mode = InterpolationMode(self.interpolation)
+            images = resize(images, list(scaled), mode, antialias=True)
+            if images.is_floating_point():
+                images = images.clamp(0, 1)  # bicubic weights are negative here and there
+        h, w = self.grid(size)
+        return _extended(images, h * self.patch, w * self.patch)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """Repeat edges up to what the model takes, where whole cells are not enough."""
+        if self.fixed:
+            cut = images[..., : self.fixed, : self.fixed]  # whole cells may be a little more
+            return _extended(cut, self.fixed, self.fixed)
+        height, width = (-(-pixels // self.multiple) for pixels in images.shape[-2:])
+        return _extended(images, height * self.multiple, width * self.multiple)
+
+    def _maps(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+        """Low and mid map, then the parts of the high one, ``[B, C, h, w]`` of padded images."""
+        grid = -(-images.shape[-2] // self.patch), -(-images.shape[-1] // self.patch)
+        if self.is_transformer:
+            return self._blocks(model, images, grid)
+        wanted = [*self.stages, *(layer.index for layer in self.high)]
+        indices = sorted(set(wanted))
+        found = model.forward_intermediates(
+            images, indices=indices, intermediates_only=True, output_fmt="NCHW"
+        )
+        by_index = dict(zip(indices, found, strict=True))
+        return [_resample(by_index[index], grid) for index in wanted]
+
+    def _blocks(self, model: nn.Module, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """The maps of a vision transformer, prefix tokens dropped."""
+        indices = sorted({*self.stages, *(la.index for la in self.high if la.index is not None)})
+        keys: dict[int, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for layer in self.high:
+                if layer.kind == "keys":
+                    stack.callback(_hook_keys(model, layer.index, keys).remove)
+            options = {"indices": indices, "norm": False, "output_fmt": "NCHW"}
+            if Layer("final") in self.high:
+                final, maps = model.forward_intermediates(images, **options)
+            else:  # blocks after the last one asked for are not run
+                options.update(intermediates_only=True, stop_early=True)
+                final, maps = None, model.forward_intermediates(images, **options)
+        by_index = dict(zip(indices, maps, strict=True))
+        found = {"final": lambda _: final, "block": by_index.get, "keys": keys.get}
+        shape = (len(images), *grid)
+        high = [_as_map(found[layer.kind](layer.index), layer, shape) for layer in self.high]
+        return [*(by_index[index] for index in self.stages), *high]
+
+    # ---- choices ----
+
+    def _chosen_side(self, asked: str | int, native: tuple[int, ...]) -> int | None:
+        """The side that images are resized to, by ``--input-size``."""
+        name = type(self.model).__name__
+        if asked == "auto":
+            asked = "native" if self.fixed or _is_clip(self.model) else "crop"
+        if asked == "crop":
+            if self.fixed:
+                raise UserError(
+                    f"--input-size crop: {name} takes images of {self.fixed} × {self.fixed} pixels "
+                    "only; expected native, to which they are resized"
+                )
+            return None
+        if asked == "native":
+            if not native:
+                raise UserError(f"--input-size native: timm tells no input size of {name}")
+            return self.fixed or native[0]
+        if self.fixed and asked != self.fixed:
+            raise UserError(
+                f"--input-size {asked}: {name} takes images of {self.fixed} × {self.fixed} pixels "
+                "only; expected native, to which they are resized"
+            )
+        if asked < self.patch:
+            raise UserError(f"--input-size {asked}: expected at least {self.patch}, a patch")
+        return asked
+
+    def _chosen_layers(self, high: str) -> tuple[Layer, ...]:
+        """The parts of the high map, all with an index where they can have one."""
+        layers = parse_high(high)
+        if not self.is_transformer:
+            return tuple(self._stage(high, layer) for layer in layers or (Layer("final"),))
+        auto = Layer("keys" if _is_dino_v1(self.model) else "final")
+        return tuple(self._block(high, layer) for layer in layers or (auto,))
+
+    def _stage(self, high: str, layer: Layer) -> Layer:
+        last = len(feature_info(self.model)) - 1
+        if layer.kind == "final":
+            return Layer("stage", last)
+        name = type(self.model).__name__
+        if layer.kind != "stage":
+            raise UserError(
+                f"--high {high}: expected a transformer for {layer.kind}, got {name}; "
+                f"it has stage:0 to stage:{last}"
+            )
+        if layer.index > last:
+            raise UserError(f"--high {high}: {name} has {last + 1} stages, stage:0 to stage:{last}")
+        return layer
+
+    def _block(self, high: str, layer: Layer) -> Layer:
+        last = len(self.model.blocks) - 1
+        name = type(self.model).__name__
+        if layer.kind == "stage":
+            raise UserError(
+                f"--high {high}: {name} has blocks, not stages; expected block:0 to block:{last}"
+            )
+        if layer == Layer("keys"):
+            layer = Layer("keys", last)
+        if layer.index is not None and layer.index > last:
+            raise UserError(
+                f"--high {high}: {name} has {last + 1} blocks, {layer.kind}:0 to "
+                f"{layer.kind}:{last}"
+            )
+        if layer.kind == "keys" and not _has_keys(self.model.blocks[layer.index]):
+            raise UserError(
+                f"--high {high}: expected a transformer with a linear layer for qkv or keys, "
+                f"got {name}"
+            )
+        return layer
+
+    @torch.no_grad()
+    def _widths(self, found: Input) -> tuple[int, int]:
+        """Channels of the high map and of all, told by one pass of the probe's model."""
+        device = next(found.twin.parameters()).device
+        maps = self._maps(found.twin, torch.zeros(1, 3, *found.tried, device=device))
+        widths = [m.shape[1] for m in maps]
+        return sum(widths[len(self.stages) :]), sum(widths)
+
+
+def _has_keys(block: nn.Module) -> bool:
+    """Whether a block's attention computes keys by a linear layer, its own or that of q and v."""
+    attention = getattr(block, "attn", None)
+    return any(isinstance(getattr(attention, n, None), nn.Linear) for n in ("qkv", "k_proj"))
+
+
+def _hook_keys(model: nn.Module, index: int, keys: dict[int, Tensor]) -> RemovableHandle:
+    """Have the next pass leave the keys of block ``index`` in ``keys``, all tokens.
+
+    They are computed from the attention's input: some families take the layer's weight without
+    calling the layer.
+    """
+    attention = model.blocks[index].attn
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keys[index] = _keys(attention, args[0])
+
+    return attention.register_forward_pre_hook(keep)
+
+
+def _keys(attention: nn.Module, x: Tensor) -> Tensor:
+    """Keys ``[..., C]`` of the attention's input, before rotations and norms of heads."""
+    joint = getattr(attention, "qkv", None)
+    if not isinstance(joint, nn.Linear):
+        return attention.k_proj(x)
+    weight = joint.weight.chunk(3)[1]
+    # BEiT's and EVA's keys have no bias: those of q and v stand beside the layer.
+    return F.linear(x, weight, None if joint.bias is None else joint.bias.chunk(3)[1])
+
+
+def _as_map(found: Tensor | None, layer: Layer, shape: tuple[int, int, int]) -> Tensor:
+    """``[B, C, h, w]`` of that, of ``[B, h, w, C]`` or of tokens ``[B, n, C]``, prefix first.
+
+    Args:
+        shape: ``(B, h, w)``; attention within windows has maps of its windows.
+    """
+    batch, h, w = shape
+    if found is not None and len(found) == batch:
+        if found.ndim == 3 and found.shape[1] >= h * w:
+            return found[:, found.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
+        if found.ndim == 4 and tuple(found.shape[2:]) == (h, w):
+            return found
+        if found.ndim == 4 and tuple(found.shape[1:3]) == (h, w):
+            return found.permute(0, 3, 1, 2)
+    came = "nothing" if found is None else " × ".join(map(str, found.shape))
+    raise UserError(
+        f"--high {layer}: expected a map of {w} × {h} patches, the backbone gives {came}; "
+        "take final, or another block"
+    )
+
+
+def _extended(images: Tensor, height: int, width: int) -> Tensor:
+    """Repeat the right and bottom edges up to this size, which is no less than the images'."""
+    # Replicated edges disturb the border patches less than black ones would.
+    pad = (0, width - images.shape[-1], 0, height - images.shape[-2])
+    if not any(pad):
+        return images
+    return F.pad(images.float(), pad, mode="replicate").to(images.dtype)
+
+
+def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bring ``[B, C, h, w]`` to a grid: averaged where finer, bilinear where coarser."""
+    if maps.shape[-2:] == grid:
+        return maps
+    if maps.shape[-2] > grid[0]:
+        return F.adaptive_avg_pool2d(maps, grid)
+    return F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+
+
+def load_backbone(
+    name: str,
+    weights: str = "auto",
+    *,
+    high: str = "auto",
+    input_size: str | int = "auto",
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """Build a frozen backbone and say where its weights came from.
+
+    Args:
+        name: any timm model name, with or without its pre-training tag.
+        weights: a ``.safetensors`` or ``.pth`` file; "packaged" (an installed Python package);
+            "hub"; "random" (for trials); or "auto": packaged where installed, else the hub.
+        high: the high map. Of a transformer: "final" (after the last norm), "block:N" (the output
+            of a block, before any norm; N from 0), "keys:N" (of a block's attention), "keys" (of
+            the last one's). Of other networks: "stage:N", "final" (the last one). Several,
+            comma-separated, stand side by side, unscaled. "auto": keys for DINO v1 (section 4.1),
+            else final.
+        input_size: what images are resized to, aspect ratio kept: "crop" (not at all), "native"
+            (the input size of the model's training), the shorter side in pixels, or "auto": native
+            for CLIP (table 9) and for models of a fixed size, else crop.
+
+    Raises:
+        UserError: unknown model, weights that don't fit, an unreachable hub: with the ways out.
+    """
+    package = sources.packaged(name)
+    if weights == "auto":
+        weights = "packaged" if package and package.path() else "hub"
+    side = parse_input_size(input_size)
+    side = side if isinstance(side, int) else None
+    model = _create(name, pretrained=weights == "hub", side=side)
+    if weights == "packaged":
+        path = package.path() if package else None
+        if path is None:
+            reason = f"pip: {package.install}" if package else "no package carries them"
+            raise UserError(f"--weights packaged: no packaged weights for {name} ({reason})")
+        sources.load_into(model, package.convert(path, model), f"package {package.distribution}")
+        taken = f"the installed package {package.distribution}"
+    elif weights == "random":
+        taken = "random initialisation (for trials: the segments will be poor)"
+    elif weights == "hub":
+        taken = "the model hub"
+    else:
+        sources.load_into(model, sources.read_file(Path(weights)), f"--weights {weights}")
+        taken = str(weights)
+    mean, std = _statistics(model)
+    identity = sources.digest(model)
+    backbone = Backbone(model, mean, std, high=high, input_size=input_size, identity=identity)
+    log.info("backbone %s: weights from %s", name, taken)
+    if backbone.side is not None:
+        rule = "in one square of" if backbone.fixed else "their shorter side resized to"
+        log.info("backbone %s: sees images %s %d pixels", name, rule, backbone.side)
+    return backbone.to(device)
+
+
+def _create(name: str, *, pretrained: bool, side: int | None = None) -> nn.Module:
+    import timm
+
+    if not timm.is_model(sources.architecture(name)):
+        near = timm.list_models(f"*{sources.architecture(name)[:8]}*")[:5]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"--backbone {name}: timm has no such model{hint}")
+    if pretrained:
+        _go_offline_without_network()
+    # Any input size where that can be had, else the one asked for; strides stay at 16 where they
+    # can.
+    attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
+    attempts += [{"img_size": side}] if side else []
+    attempts += [{"output_stride": PYRAMID_STRIDE}, {}]
+    for extra in attempts:
+        try:
+            # Seeded, so that "random" weights are the same wherever the run is loaded again.
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
+        except (TypeError, NotImplementedError, AssertionError):
+            continue  # an option of another family of models
+        except Exception as error:  # hub, network and cache errors come in dozens of classes
+            if not pretrained:
+                raise
+            raise UserError(
+                f"--backbone {name}: its weights could not be had from the model hub "
+                f"({type(error).__name__}: {first_line(error)}); {sources.ways_out(name)}"
+            ) from error
+    raise UserError(f"--backbone {name}: timm cannot build it as a feature extractor")
+
+
+def _go_offline_without_network() -> None:
+    """Without a network: cached files or nothing, not a minute of the hub client's retries."""
+    from huggingface_hub import constants
+
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(hub.scheme)
+    if proxy and not urllib.request.proxy_bypass(hub.hostname):
+        hub = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = hub.port or (443 if hub.scheme == "https" else 80)
+    try:
+        socket.create_connection((hub.hostname, port), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    import timm
+
+    config = timm.data.resolve_model_data_config(model)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    """What timm tells of a model's pre-training."""
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def _is_dino_v1(model: nn.Module) -> bool:
+    return _configuration(model).get("tag") == "dino"
+
+
+def _is_clip(model: nn.Module) -> bool:
+    """Whether a model is a tower of CLIP's, or began as one: timm's names say it."""
+    config = _configuration(model)
+    names = f"{config.get('architecture') or ''}_{config.get('tag') or ''}"
+    return "clip" in names.split("_")
+
+
+def _native_size(model: nn.Module) -> tuple[int, ...]:
+    """Sides of the square input that a model was made for, the likeliest first."""
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    trained = (_configuration(model).get("input_size") or (None,))[1:]
+    own = (own, own) if isinstance(own, int) else tuple(own or ())
+    return tuple(size[0] for size in (own, tuple(trained)) if len(size) == 2 and size[0] == size[1])
+
+
+def _interpolation(model: nn.Module) -> str:
+    """The interpolation that a model's training resized images by: bicubic (CLIP) or bilinear."""
+    told = _configuration(model).get("interpolation")
+    return "bilinear" if told == "bilinear" else "bicubic"
+
+
+class FeatureCache:
+    """Feature maps on disk, keyed by content: pixels, weights, and the options that made them.
+
+    A frozen backbone gives the same maps for the same pixels, so a run that sees an image (or one
+    of a fixed number of augmented views of it) again reads its maps instead of computing them.
+    Entries are written atomically, in half precision unless a value is too large for it; a broken
+    one is computed again.
+
+    Args:
+        folder: where the entries lie; made if absent. None keeps nothing.
+        backbone: the extractor.
+        amp: run it under bfloat16 autocast.
+        also: a second folder of entries, which is only read: those of a run's training.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        backbone: Backbone,
+        *,
+        amp: bool = False,
+        also: Path | None = None,
+    ) -> None:
+        self.folder, self.backbone, self.amp = folder, backbone, amp
+        self._folders = [f for f in dict.fromkeys((folder, also)) if f is not None]
+        self.hits = self.misses = 0
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        """Maps of ``[B, 3, H, W]`` uint8 images, each from the cache where it is there."""
+        if not self._folders:
+            return self._compute(images)
+        paths = [self._path(image) for image in images]
+        found = [self._find(path) for path in paths]
+        missing = [i for i, entry in enumerate(found) if entry is None]
+        self.hits += len(found) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            fresh = self._compute(images[missing])
+            for row, i in enumerate(missing):
+                found[i] = _compact(fresh.concat[row])
+                if self.folder is not None:
+                    self._write(self.folder / paths[i], found[i])
+        concat = torch.stack([f.to(images.device) for f in found]).float()
+        grid = self.backbone.grid(images.shape[-2:])
+        # F is the last of the three concatenated maps.
+        return Features(concat[..., -self.backbone.dim :].contiguous(), concat, grid)
+
+    def _compute(self, images: Tensor) -> Features:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            return self.backbone(images)
+
+    def _find(self, path: Path) -> Tensor | None:
+        entries = (self._read(folder / path) for folder in self._folders)
+        return next((entry for entry in entries if entry is not None), None)
+
+    def _path(self, image: Tensor) -> Path:
+        """Of an image's entry, in whichever folder."""
+        how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
+        sha = hashlib.sha256(repr(how).encode())
+        sha.update(image.cpu().contiguous().numpy().tobytes())
+        name = sha.hexdigest()[:40]
+        return Path(name[:2], f"{name}.safetensors")
+
+    @staticmethod
+    def _read(path: Path) -> Tensor | None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)["concat"]
+        except (FileNotFoundError, SafetensorError, KeyError, OSError):
+            return None
+
+    @staticmethod
+    def _write(path: Path, concat: Tensor) -> None:
+        from safetensors.torch import save
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, save({"concat": concat.cpu().contiguous()}))
+
+
+def _compact(features: Tensor) -> Tensor:
+    """``features`` in half precision, where that holds them all."""
+    half = features.half()
+    return half if half.isfinite().all() else features

@@ -1,0 +1,1 @@
+"""What every part stands on: processes, devices, files, progress, errors, the command line."""

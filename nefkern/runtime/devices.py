@@ -1,0 +1,49 @@
+"""Which device a command runs on, and how many cores it has."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from nefkern.runtime import distributed
+from nefkern.runtime.errors import UserError, first_line
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``--device``; "auto" is CUDA where there is one.
+
+    Of several processes on a machine each has the GPU of its number.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.ranks() > 1 and name.startswith("cuda"):
+        if ":" in name:
+            raise UserError(f"--device {name}: expected cuda; each process takes a GPU of its own")
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # its own message lists twenty kinds, most of them of no use here
+        device = None
+    if device is None or device.type == "meta":  # of tensors without content
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, or a GPU such as cuda:1")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name}: not usable on this machine ({first_line(error)})"
+        ) from None
+    return device
+
+
+def cores() -> int:
+    """This process's share of the processor's cores, at least 1.
+
+    The processes that torchrun starts on a machine share its cores.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -1,0 +1,354 @@
+"""A trained run, ready to segment images (section 3.6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+from nefkern.data.constants import LONGEST
+from nefkern.data.images import read_image, upright_pixels
+from nefkern.images.features import Backbone, FeatureCache, load_backbone
+from nefkern.images.graph import image_kappa, kappa, resolve_neighbours, standardized
+from nefkern.ops import CSRGraph
+from nefkern.runtime.devices import choose_device
+from nefkern.runtime.errors import UserError
+from nefkern.segmentation.clusterer import Clusterer
+from nefkern.segmentation.flip import flip_averaged
+from nefkern.segmentation.methods import CONTINUOUS
+from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
+from nefkern.spectral.eigenfunction import Eigenfunction
+from nefkern.training.options import TrainOptions
+from nefkern.training.runs import CLUSTERS, Run
+
+
+@dataclass
+class Maps:
+    """What one pass over a batch gives, all on the patch grid ``h × w`` of the padded images.
+
+    Attributes:
+        logits: ``[B, K, h, w]`` float32: the head's output over the final temperature; that of a
+            continuous ψ as it is.
+        hidden: ``[B, D, h, w]``: ψ's features before the head.
+        graph: ``[B, C, h, w]``: the backbone's graph features F.
+        concat: ``[B, D, h, w]``: ψ's input.
+        padded: ``(H, W)`` that the grid spans, in pixels of the images: padding included, and not
+            whole where the backbone sees the images resized.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    graph: Tensor
+    concat: Tensor
+    padded: tuple[float, float]
+
+
+class Segmenter:
+    """Backbone and ψ together: from images to clusters.
+
+    Args:
+        backbone: frozen feature extractor.
+        psi: the trained eigenfunctions.
+        options: the run's options (temperature, crop, amp).
+        cache: keep the backbone's maps in this folder; None keeps nothing.
+        seen: a folder of maps that is only read, as those of the run's training.
+        clusterer: K-means on the outputs of a continuous ψ, without which it has no clusters.
+        flip: average logits over an image and its mirror image.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        psi: Eigenfunction,
+        options: TrainOptions,
+        *,
+        cache: Path | None = None,
+        seen: Path | None = None,
+        clusterer: Clusterer | None = None,
+        flip: bool = False,
+    ) -> None:
+        self.backbone, self.psi, self.options = backbone, psi.eval(), options
+        self.clusterer, self.flip = clusterer, flip
+        self.features = FeatureCache(cache, backbone, amp=options.amp, also=seen)
+        self.temperature = options.temperatures()[1] if options.gumbel else 1.0
+        self.graph_config = options.graph()
+        self.num_clusters = options.num_eigenfunctions
+        # In pixels of the images: 1 where the backbone sees them resized, to any size.
+        self.patch = backbone.alignment
+        # Sliding windows lie on the patch grid and overlap by a third, as the paper's 480 / 320.
+        self.window = -(-options.crop // self.patch) * self.patch
+        self.stride = max(1, round(self.window / self.patch * 2 / 3)) * self.patch
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        device: str = "auto",
+        *,
+        cache: Path | None = None,
+        flip: bool = False,
+    ) -> Segmenter:
+        """Load a run folder.
+
+        Args:
+            run: what ``python -m nefkern.train`` wrote.
+            device: "cpu", "cuda", or "auto".
+            cache: keep the backbone's maps in this folder, for images seen again.
+            flip: average logits over an image and its mirror image: twice the time.
+
+        Raises:
+            UserError: no run there, no checkpoint yet or one of another version, or other backbone
+                weights than the run's.
+        """
+        folder = Run(run)
+        options, config = folder.options(), folder.config()
+        found = folder.load()
+        if found is None:
+            raise UserError(f"{run}: holds no checkpoint yet")
+        backbone = load_backbone(
+            options.backbone,
+            options.weights,
+            high=options.high,
+            input_size=options.input_size,
+            device=choose_device(device),
+        )
+        if backbone.identity != config.get("backbone", {}).get("digest"):
+            raise UserError(
+                f"{run}: was trained on other weights of {options.backbone} than are found now "
+                f"({backbone.identity}); see --weights in its config.yaml"
+            )
+        config = options.eigenfunction(transformer=backbone.is_transformer)
+        psi = Eigenfunction(backbone.concat_dim, config).to(backbone.mean.device)
+        psi.load(found[0], run)
+        return cls(
+            backbone,
+            psi,
+            options,
+            cache=cache,
+            seen=folder.feature_cache(options),
+            clusterer=clusters_of(folder, options, backbone.mean.device),
+            flip=flip,
+        )
+
+    def untrained(self, seed: int) -> Segmenter:
+        """The same backbone with ψ freshly initialised: the control of what training adds."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            psi = Eigenfunction(self.backbone.concat_dim, self.psi.config)
+        return Segmenter(self.backbone, psi.to(self.device), self.options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.backbone.mean.device
+
+    def pad(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Images ``[B, 3, H, W]`` as the backbone sees them, completed to whole patches, on its
+        device; and what these span in pixels of the images."""
+        return self.backbone.seen(images.to(self.device)), self.backbone.extent(images.shape[-2:])
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Maps:
+        """All maps of a batch from one pass.
+
+        Args:
+            images: ``[B, 3, H, W]`` RGB, uint8 or float in [0, 1], of one size.
+        """
+        features = self.features(images.to(self.device))
+        h, w = features.grid
+        logits, hidden = self.project(features.concat, (h, w))
+
+        def as_map(tokens: Tensor) -> Tensor:
+            return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+        return Maps(
+            logits=as_map(logits),
+            hidden=as_map(hidden),
+            graph=as_map(features.high),
+            concat=as_map(features.concat),
+            padded=self.backbone.extent(images.shape[-2:]),
+        )
+
+    @torch.no_grad()
+    def kappa(self, images: Tensor, maps: Maps, *, per_image: bool = False) -> CSRGraph:
+        """κ of a batch, made as in training.
+
+        Args:
+            images: ``[B, 3, H, W]``, what ``maps`` come from.
+            maps: of :meth:`maps`.
+            per_image: each image's own κ instead, on one diagonal; with as many feature neighbours
+                as a patch had in a training batch, as far as the image has them.
+
+        Raises:
+            UserError: as many neighbours asked for as the batch has patches.
+        """
+        images, grid = self.backbone.seen(images.to(self.device)), maps.graph.shape[2:]
+        near_by = self._near_by(maps, per_image)
+        if not per_image:
+            return kappa(near_by, images, grid, self.graph_config)
+        cells = math.prod(self.backbone.grid((self.window, self.window)))
+        k = resolve_neighbours(self.options.k, self.options.batch_size * cells)
+        return image_kappa(near_by, images, grid, self.graph_config, k)
+
+    def _near_by(self, maps: Maps, per_image: bool) -> Tensor:
+        """The rows that feature neighbours are near by in, ``[B·h·w, ·]``; see training."""
+        if self.options.graph_features == "high":
+            return maps.graph.movedim(1, -1).flatten(0, 2)
+        rows = maps.concat.movedim(1, -1)
+        return torch.cat([standardized(r) for r in rows]) if per_image else standardized(rows)
+
+    @torch.no_grad()
+    def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """ψ alone, on a ``grid`` of ``h × w`` patches: its input ``[B, h·w, D]`` to logits
+        ``[B, h·w, K]`` and hidden ``[B, h·w, D]``."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            hidden = self.psi.hidden(concat, grid).float()
+        return self.psi.head(hidden) / self.temperature, hidden
+
+    def logits(
+        self, image: Tensor, *, window: int | None = None, stride: int | None = None
+    ) -> Tensor:
+        """Cluster logits at the image's resolution, see :meth:`cluster_logits`.
+
+        Args:
+            image: ``[3, H, W]`` RGB, uint8 or float in [0, 1].
+            window, stride: sliding windows in pixels; None takes the training crop and two thirds
+                of it. Images no larger than the window go through whole.
+
+        Returns:
+            ``[K, H, W]`` float32.
+        """
+        return sliding_windows(self.predict, image, *self._windows(window, stride))
+
+    def _windows(self, window: int | None, stride: int | None) -> tuple[int, int]:
+        return window or self.window, stride or self.stride
+
+    def predict(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Cluster logits on the patch grid, and the size in pixels that the grid spans: the
+        predictor that :mod:`nefkern.segmentation.windows` asks for.
+        """
+        if self.flip:
+            return flip_averaged(self._predict, self.pad)(images)
+        return self._predict(images)
+
+    def _predict(self, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        maps = self.maps(images)
+        return self.cluster_logits(maps), maps.padded
+
+    def cluster_logits(self, maps: Maps) -> Tensor:
+        """What the argmax is taken of, ``[B, K, h, w]``.
+
+        ψ's outputs, where they are quantised. Those of a continuous ψ are signed functions, up to a
+        rotation; as in spectral clustering, K-means on them makes the clusters (section 3.5):
+        columns scaled to one norm over the training images, rows to unit norm.
+
+        Raises:
+            UserError: see :meth:`require_clusters`.
+        """
+        self.require_clusters()
+        if self.options.gumbel:
+            return maps.logits
+        return self.clusterer.logits({"logits": maps.logits})
+
+    def require_clusters(self) -> None:
+        """Raise a UserError if this is a continuous ψ without its K-means."""
+        if self.clusterer is None and not self.options.gumbel:
+            raise UserError(
+                "continuous eigenfunctions (--no-gumbel) become clusters by K-means on them, and "
+                f"the run has none ({CLUSTERS}); make them with python -m nefkern.train --config "
+                "RUN/config.yaml --out RUN --resume"
+            )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Cluster logits ``[K, ...]`` as probabilities, as the CRF needs them."""
+        return logits.softmax(0) if self.options.gumbel else self.clusterer.probabilities(logits)
+
+    def __call__(self, image: object) -> Tensor:
+        """Segment one image at its own resolution.
+
+        The backbone sees it at the scale of training, its shorter side as long as a crop, and in
+        one piece, so that no window's edge shows; only an image more than twice as long as wide
+        goes through in windows, and a strip is enlarged no further than to ``LONGEST`` crops.
+        Logits are up-sampled to the image's pixels before the argmax, in strips: memory does not
+        grow with K times the pixels.
+
+        Args:
+            image: a path, a PIL image (either is turned upright and made RGB), a ``[H, W, 3]``
+                uint8 array, or a ``[3, H, W]`` tensor (uint8, or float in [0, 1]).
+
+        Returns:
+            The cluster of every pixel, ``[H, W]`` int64 on the CPU.
+
+        Raises:
+            UserError: not an image, values out of range, or an image smaller than a patch.
+        """
+        pixels = as_image(image)
+        self.check_size(pixels, name=image if isinstance(image, (str, Path)) else "image")
+        return sliding_clusters(*self.at_training_scale(pixels), batch_size=1).cpu()
+
+    def check_size(self, pixels: Tensor, name: object = "image") -> None:
+        """Raise a UserError that names the image if it is smaller than a patch."""
+        if min(pixels.shape[1:]) < self.patch:
+            raise UserError(
+                f"{name}: {pixels.shape[2]} × {pixels.shape[1]} pixels, expected at least one "
+                f"patch, {self.patch} × {self.patch}"
+            )
+
+    def at_training_scale(self, pixels: Tensor) -> tuple[Predictor, Tensor, int, int]:
+        """How :meth:`__call__` looks at ``[3, H, W]`` pixels: predictor, pixels, window, stride."""
+        short, long = sorted(pixels.shape[1:])
+        enlarged = self.options.crop / short
+        scale = min(enlarged, max(1.0, LONGEST * self.options.crop / long))
+
+        def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
+            size = [max(self.patch, round(side * scale)) for side in crops.shape[2:]]
+            logits, padded = self.predict(resize(crops, size, antialias=True))
+            # The grid's extent, in pixels of the crops: padding included.
+            extent = [p * c / s for p, c, s in zip(padded, crops.shape[2:], size, strict=True)]
+            return logits, (extent[0], extent[1])
+
+        window = round(2 * self.options.crop / scale)
+        return predict, pixels, window, -(-2 * window // 3)
+
+
+def clusters_of(run: Run, options: TrainOptions, device: torch.device) -> Clusterer | None:
+    """The clusters that a run of a continuous ψ keeps, if it does."""
+    found = None if options.gumbel else run.load_clusters()
+    if found is None:
+        return None
+    return Clusterer(CONTINUOUS, options.num_eigenfunctions).load(found).to(device)
+
+
+def as_image(image: object) -> Tensor:
+    """Any of the accepted forms as ``[3, H, W]``; see :meth:`Segmenter.__call__`."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Tensor):
+        return _checked(image)
+    if isinstance(image, Image.Image):
+        return upright_pixels(image, "image")
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise UserError(f"image: expected uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def _checked(image: Tensor) -> Tensor:
+    """A tensor in one of the accepted forms, floats in float32."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise UserError(f"image: expected a tensor [3, H, W], got {list(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise UserError(f"image: expected a uint8 or floating-point tensor, got {image.dtype}")
+    image = image.detach().float()
+    if image.numel() and not (image.min() >= 0 and image.max() <= 1):  # nor is it with a NaN
+        low, high = image.min().item(), image.max().item()
+        raise UserError(f"image: expected values in [0, 1], it has {low:.4g} to {high:.4g}")
+    return image

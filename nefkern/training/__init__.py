@@ -1,0 +1,1 @@
+"""Training: options, the run folder, a step, the loop."""

@@ -1,0 +1,461 @@
+"""The options of training: one dataclass that the command line, the YAML file and the run share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nefkern.images.layers import parse_high, parse_input_size
+from nefkern.runtime.commandline import MAX_SEED, MAX_WORKERS
+from nefkern.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from nefkern.data import TrainTransform
+    from nefkern.images.graph import GraphConfig
+    from nefkern.spectral.eigenfunction import EigenfunctionConfig
+
+
+#: What ``--data samples`` takes instead of the paper's values, wherever nothing else is said: a few
+#: dozen photographs and two cores ask for fewer clusters, smaller batches and a packaged backbone.
+SAMPLES: dict[str, Any] = {
+    "backbone": "vit_small_patch14_dinov2",
+    "crop": 336,
+    "views": 2,
+    "k": "2%",
+    "num_eigenfunctions": 32,
+    "epochs": 20,
+    "batch_size": 9,
+    "amp": True,
+    "workers": 0,
+}
+
+#: What each data set takes wherever nothing else is said (section 4.1). The paper gives no sizes
+#: for ImageNet: it takes Pascal Context's, on which the run is scored. Batches are of 16 images, in
+#: the paper "or 8 if out of memory"; the authors' command for Cityscapes has 8.
+PRESETS: dict[str, dict[str, Any]] = {
+    "samples": SAMPLES,
+    "folder": {},
+    "pascal_context": {"crop": 480, "resize": 520},
+    "cityscapes": {"crop": 768, "resize": 1024},
+    "ade20k": {"crop": 512, "resize": 512, "num_eigenfunctions": 512, "epochs": 20},
+    "imagenet": {"crop": 480, "resize": 520, "epochs": 5},
+}
+
+#: Window and stride of protocol B, in pixels.
+WINDOWS = {"pascal_context": (480, 320), "cityscapes": (768, 512), "ade20k": (512, 512)}
+
+#: Data sets that can be scored on.
+ANNOTATED = ("folder", *WINDOWS)
+
+#: Number of classes by protocol, where a data set has two ways to count them.
+CLASSES = {
+    "pascal_context": {"crop320": 59, "sliding": 60},
+    "cityscapes": {"crop320": 27, "sliding": 19},
+}
+
+
+def _option(default: Any, help: str, group: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, **extra})
+
+
+@dataclass
+class TrainOptions:
+    """Everything that decides a run. Defaults are the paper's; ``PRESETS`` has each data set's."""
+
+    # data
+    data: str = _option(
+        "samples",
+        "what to train on: samples (photographs that come inside installed packages), folder "
+        "(images/{split}), or one of the paper's data sets (python -m nefkern.data); all but "
+        "samples with --data-root",
+        "data",
+        choices=tuple(PRESETS),
+    )
+    data_root: str | None = _option(None, "the data set's folder", "data", metavar="DIR")
+    split: str = _option("train", "which split to train on", "data")
+    crop: int = _option(480, "side of the square training crops, in pixels", "data")
+    resize: int | None = _option(
+        None,
+        "shorter side that the random resize starts from "
+        "[13/12 of the crop, the paper's 520 for 480]",
+        "data",
+    )
+    augment: bool = _option(
+        True,
+        "random resize, crop, flip and photometric distortion, those of "
+        "Strudel et al. 2021; off: one plain crop of each image",
+        "data",
+    )
+    views: int = _option(
+        0,
+        "augmented views of each image, seen in turn, the same for every seed, so that their "
+        "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper",
+        "data",
+    )
+    strict: bool = _option(
+        False, "an unreadable image is an error, not reported and skipped", "data"
+    )
+    workers: int | None = _option(
+        None,
+        "processes that load images; 0: none beside the main one [half the cores of a process, "
+        "at most 8]",
+        "data",
+    )
+
+    # backbone
+    backbone: str = _option("vit_small_patch16_384", "any timm model name", "backbone")
+    weights: str = _option(
+        "auto",
+        "FILE (.safetensors, .pth), packaged, hub, random, or auto: "
+        "packaged where installed, else the hub",
+        "backbone",
+    )
+    high: str = _option(
+        "auto",
+        "graph features: of a transformer final (after the last norm), block:N (a block's output, "
+        "before any norm), keys:N (of a block's attention), keys (of the last one's); of other "
+        "networks stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for "
+        "DINO v1, else final",
+        "backbone",
+        metavar="MAPS",
+    )
+    input_size: str = _option(
+        "auto",
+        "what images are resized to before the backbone: crop (not at all), native (the input size "
+        "of its training), or their shorter side in pixels; auto: native for CLIP, as in the "
+        "paper, and for models that take one size only, else crop",
+        "backbone",
+        metavar="SIZE",
+    )
+    feature_cache: str | None = _option(
+        None,
+        "keep feature maps in this folder, keyed by content; "
+        "for data seen again (--views, --no-augment)",
+        "backbone",
+        metavar="DIR",
+    )
+
+    # graph
+    k: str = _option(
+        "256",
+        "feature neighbours of a patch among all patches of the batch: a "
+        "number, or a share of them such as 2%% (the paper's 256 is 1.8%%)",
+        "graph",
+    )
+    pixel_graphs: str = _option(
+        "10:2.0,5:0.1",
+        "pixel graphs k̃:λ, neighbours and weight of the position, comma-separated",
+        "graph",
+    )
+    alpha: float = _option(0.3, "weight α of the pixel graph", "graph")
+    graph_features: str = _option(
+        "high",
+        "what neighbours are near by: high, the backbone's last map, as in the paper; all: low, "
+        "mid and high side by side, each channel scaled to variance 1 over the batch",
+        "graph",
+        choices=("high", "all"),
+    )
+    graph_scope: str = _option(
+        "rank",
+        "with several processes (torchrun), the patches that a graph joins: rank, those of one "
+        "process's share of the batch; global, those of the whole batch",
+        "graph",
+        choices=("rank", "global"),
+    )
+
+    # eigenfunctions
+    num_eigenfunctions: int = _option(
+        256, "K, the number of eigenfunctions and clusters", "eigenfunctions", flags=("-K",)
+    )
+    psi: str = _option(
+        "transformer",
+        "how ψ's blocks mix patches: transformer, by linear attention over the whole image; "
+        "convolution, by 3 × 3 convolutions on the patch grid",
+        "eigenfunctions",
+        choices=("transformer", "convolution"),
+    )
+    blocks: int = _option(2, "residual blocks of ψ", "eigenfunctions")
+    heads: int = _option(
+        18,
+        "attention heads, or groups of the convolution; the authors' number for every backbone",
+        "eigenfunctions",
+    )
+    head_dim: int = _option(64, "channels of a head", "eigenfunctions")
+    mlp_hidden: int = _option(
+        576, "hidden width of the MLP; the authors' for every backbone", "eigenfunctions"
+    )
+    feature_map: str = _option(
+        "softmax", "of the linear attention", "eigenfunctions", choices=("softmax", "elu")
+    )
+    orthogonal_head: bool = _option(True, "keep the head's columns orthogonal", "eigenfunctions")
+    gumbel: bool = _option(
+        True,
+        "quantise by Gumbel-Softmax; off: continuous eigenfunctions, clustered by K-means "
+        "on them at the end",
+        "eigenfunctions",
+    )
+    standardize: bool | None = _option(
+        None,
+        "scale ψ's input channels to mean 0 and variance 1 over the first batch [on for backbones "
+        "that are not transformers: their maps differ in scale]",
+        "eigenfunctions",
+    )
+    temperature: str = _option(
+        "1.0:0.3", "Gumbel-Softmax temperature start:end, annealed on a cosine", "eigenfunctions"
+    )
+
+    # objective
+    beta: float = _option(0.08, "β at K = 256, scaled with 256/K", "objective")
+    t: float = _option(0.01, "t, scale of the objective", "objective")
+    min_norm: float = _option(1.0, "lower clamp of the columns' norm", "objective")
+
+    # optimisation
+    epochs: int = _option(
+        40,
+        "passes over the images; with --resume, more than the run had train it longer: learning "
+        "rate and temperature then follow their cosines over the new number, from the epoch "
+        "reached, so that both rise again",
+        "optimisation",
+    )
+    batch_size: int = _option(
+        16,
+        "images of a batch, over all processes together; halved when memory runs out (the paper "
+        "takes 8 then, and the authors' command for Cityscapes has 8)",
+        "optimisation",
+    )
+    accumulate: int = _option(
+        1, "batches, each with a graph of its own, whose gradients make a step", "optimisation"
+    )
+    lr: float = _option(1e-3, "learning rate of Adam", "optimisation")
+    final_lr: float = _option(1e-5, "where its cosine decay ends", "optimisation")
+    amp: bool = _option(False, "bfloat16 autocast for the backbone and ψ", "optimisation")
+    compile: bool = _option(
+        False, "torch.compile ψ: a first step of a minute, then faster ones", "optimisation"
+    )
+    device: str = _option(
+        "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one", "optimisation"
+    )
+    seed: int = _option(0, "of everything random", "optimisation")
+
+    # run
+    out: str | None = _option(None, "the run folder [runs/<data>-<backbone>]", "run", metavar="DIR")
+    resume: bool = _option(False, "go on from the checkpoint in --out, if there is one", "run")
+    pictures: int = _option(12, "overlays to draw at the end", "run")
+    checkpoint_seconds: float = _option(
+        60.0,
+        "least time between two checkpoints; there is always one at the end and after an interrupt",
+        "run",
+    )
+
+    def graph(self) -> GraphConfig:
+        """The options of κ."""
+        from nefkern.images.graph import GraphConfig  # here: --help should not wait for torch
+
+        return GraphConfig(self.k, self.alpha, parse_pairs("--pixel-graphs", self.pixel_graphs))
+
+    def eigenfunction(self, *, transformer: bool) -> EigenfunctionConfig:
+        """The options of ψ, for a backbone that is a transformer or not."""
+        from nefkern.spectral.eigenfunction import EigenfunctionConfig
+
+        return EigenfunctionConfig(
+            num_eigenfunctions=self.num_eigenfunctions,
+            kind=self.psi,
+            blocks=self.blocks,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            mlp_hidden=self.mlp_hidden,
+            feature_map=self.feature_map,
+            orthogonal=self.orthogonal_head,
+            quantize=self.gumbel,
+            standardize=not transformer if self.standardize is None else self.standardize,
+        )
+
+    def temperatures(self) -> tuple[float, float]:
+        """Start and end of the Gumbel-Softmax temperature."""
+        try:
+            start, end = (float(part) for part in self.temperature.split(":"))
+        except ValueError:
+            start = end = 0.0
+        if not (0 < start < math.inf and 0 < end < math.inf):
+            raise UserError(
+                f"--temperature {self.temperature}: expected start:end, both above 0, as 1.0:0.3"
+            )
+        return start, end
+
+    def base_size(self) -> int:
+        """Shorter side that the random resize starts from."""
+        return self.resize or round(self.crop * 13 / 12)
+
+    def transform(self) -> TrainTransform:
+        """The augmentation; without one, plain crops."""
+        from nefkern.data import TrainTransform
+
+        if self.augment:
+            return TrainTransform(self.base_size(), self.crop)
+        return TrainTransform(self.crop, self.crop, ratio=(1.0, 1.0), flip=0.0, photometric=False)
+
+    def run_folder(self) -> Path:
+        """Where the run goes."""
+        name = Path(self.data_root).name if self.data == "folder" and self.data_root else self.data
+        return Path(self.out or f"runs/{name}-{self.backbone.replace('/', '_')}")
+
+    def check(self) -> None:
+        """Raise a UserError that names the first option out of range."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise UserError(f"--{name} {value}: expected at most {most}")
+        for name in ("lr", "t", "min_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: expected more than 0")
+        if self.data != "samples" and not self.data_root:
+            raise UserError(f"--data {self.data}: expected --data-root DIR beside it")
+        if self.data == "samples" and self.data_root:
+            raise UserError(
+                f"--data-root {self.data_root}: expected --data folder beside it, or one of "
+                f"{', '.join(name for name in PRESETS if name not in ('samples', 'folder'))}"
+            )
+        parse_high(self.high)
+        parse_input_size(self.input_size)
+        self.graph()
+        self.temperatures()
+
+
+_LEAST = {
+    "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
+    "heads": 1, "head_dim": 1, "mlp_hidden": 1, "beta": 0, "epochs": 1, "batch_size": 1,
+    "accumulate": 1, "final_lr": 0, "pictures": 0, "checkpoint_seconds": 0, "seed": 0,
+}  # fmt: skip
+
+_MOST = {"seed": MAX_SEED, "workers": MAX_WORKERS}
+
+
+def parse_pairs(flag: str, text: str) -> tuple[tuple[int, float], ...]:
+    """Read "10:2.0,5:0.1" as ((10, 2.0), (5, 0.1)); an empty text gives no pairs."""
+    try:
+        parts = [part.split(":") for part in text.split(",") if part.strip()]
+        return tuple((int(k), float(weight)) for k, weight in parts)
+    except ValueError:
+        raise UserError(f"{flag} {text}: expected pairs k̃:λ such as 10:2.0,5:0.1") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for every option, in groups, with defaults shown and none set."""
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(TrainOptions):
+        meta = dict(f.metadata)
+        title = meta.pop("group")
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        shown = f" [{_show(f.default)}]" if f.default is not None else ""
+        for data, preset in PRESETS.items():
+            if f.name in preset and f.default != preset[f.name]:
+                shown += f" [{data}: {_show(preset[f.name])}]"
+        help_text = meta.pop("help") + shown.replace("%", "%%")
+        flags = [f"--{f.name.replace('_', '-')}", *meta.pop("flags", ())]
+        kind = f.type.partition(" |")[0]
+        if kind == "bool":
+            meta["action"] = argparse.BooleanOptionalAction
+        else:
+            meta["type"] = {"int": int, "float": float}.get(kind, str)
+        group.add_argument(*flags, default=argparse.SUPPRESS, help=help_text, **meta)
+
+
+def _show(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
+    """Options from the command line's flags, over a YAML file, over the defaults.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, an option out of range.
+    """
+    given = {**(read_config(config) if config else {}), **flags}
+    options = TrainOptions(**{**PRESETS[given.get("data", "samples")], **given})
+    options.check()
+    return options
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Options in a YAML file: a mapping of option names, or the ``options`` of a run's config."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: not a YAML file ({reason})") from None
+    if isinstance(content, dict) and "options" in content:
+        content = upgraded(content["options"], content.get("backbone"))
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected a mapping of option names to values")
+    fields = {f.name: f for f in dataclasses.fields(TrainOptions)}
+    options = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name == "mlp_ratio":
+            raise UserError(
+                f"--config {path}: mlp_ratio is an option no more: heads and mlp_hidden give the "
+                "number of ψ's heads and the width of its MLP"
+            )
+        if name not in fields:
+            raise UserError(f"--config {path}: unknown option {key!r}")
+        options[name] = converted(f"--config {path}", fields[name], value)
+    return options
+
+
+def upgraded(options: Any, backbone: Any) -> Any:
+    """A run's options in the terms of this version, from those of its ``config.yaml``.
+
+    ψ's heads and MLP once followed the backbone: as many heads as cover 3C channels, and
+    ``mlp_ratio`` times C hidden ones. What cannot be told is left as it is.
+
+    Args:
+        options: the file's ``options``.
+        backbone: the file's ``backbone``, which knows both widths.
+    """
+    try:
+        ratio, head_dim = float(options["mlp_ratio"]), options["head_dim"]
+        shape = {
+            "heads": -(-backbone["concat_dim"] // head_dim),
+            "mlp_hidden": max(1, round(ratio * backbone["dim"])),
+        }
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return options
+    kept = {name: value for name, value in options.items() if name != "mlp_ratio"}
+    return {**shape, **kept}
+
+
+def converted(source: str, f: dataclasses.Field, value: Any) -> Any:
+    """A value from YAML in the type of its option.
+
+    Raises:
+        UserError: of another type, or none of the choices; ``source`` says where it stands.
+    """
+    kind, _, optional = f.type.partition(" |")
+    if value is None and optional:
+        return None
+    wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
+    if wanted is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as text
+            return float(value)
+    if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if wanted is not type(value):
+        raise UserError(f"{source}: {f.name}: expected {kind}, got {value!r}")
+    if f.metadata.get("choices") and value not in f.metadata["choices"]:
+        choices = ", ".join(f.metadata["choices"])
+        raise UserError(f"{source}: {f.name}: expected one of {choices}, got {value!r}")
+    return value

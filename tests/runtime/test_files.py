@@ -1,0 +1,40 @@
+"""Files replaced in one step, and what is said where that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from nefkern.runtime.files import replace_file
+
+
+def test_the_old_file_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    replace_file(path, "old")
+    replace_file(path, "äψ")
+    assert path.read_bytes() == "äψ".encode()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        replace_file(path, "half")
+    assert error.value.filename == str(path)
+    assert path.read_text("utf-8") == "äψ"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_can_only_be_read_names_the_file(tmp_path, monkeypatch):
+    """There even removing the part that was never made is refused."""
+
+    def refused(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("pathlib.Path.unlink", refused)
+    with pytest.raises(OSError, match="Read-only") as error:
+        replace_file(tmp_path / "a.txt", "content")
+    assert error.value.filename == str(tmp_path / "a.txt")
