@@ -668,6 +668,7 @@ def test_instruction_sets(level, backend):
     """Every compiled level this processor has, through the tests above that tell most."""
     if backend != "cpu":
         pytest.skip("only the compiled kernels have levels")
+    database = Path(__file__).with_name("test_knn_database.py")
     script = f"""
 import pytest, sys
 from nefkern import backends
@@ -675,7 +676,7 @@ if backends.native_module().build_info()["isa"] != "{level}":
     sys.exit(77)
 tests = "shapes or ties or segments or scales or not_finite or far or identical or magnitudes"
 sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", "-k", f"cpu and ({{tests}})",
-                      r"{Path(__file__)}"]))
+                      r"{Path(__file__)}", r"{database}"]))
 """
     done = run_script(script, NEFKERN_ISA=level)
     if done.returncode == 77:
