@@ -58,6 +58,19 @@ def attention(feature_map):
 #: name: the call, of tensors and three numbers, and its tensors at size n
 CALLS = {
     "knn": (lambda x, a, b, c: ops.knn(x, 3), lambda n: (rows(n).detach(),)),
+    "knn in a database": (
+        lambda x, y, a, b, c: ops.knn(x, 3, database=y, metric="inner_product"),
+        lambda n: (rows(n).detach(), rows(3 * n + 1).detach()),
+    ),
+    "knn in segments of a database": (
+        lambda x, y, s, t, a, b, c: ops.knn(x, 3, database=y, segments=s, database_segments=t),
+        lambda n: (
+            rows(n).detach(),
+            rows(2 * n).detach(),
+            torch.tensor([0, 5, n]),
+            torch.tensor([0, 9, 2 * n]),
+        ),
+    ),
     "normalized_adjacency": (
         lambda i, w, p, a, b, c: ops.normalized_adjacency(
             i, w, num_nodes=i.shape[0], clamp_min=a

@@ -154,7 +154,7 @@ def test_a_run_killed_after_any_stage_goes_on_to_the_same_result(spectral, stage
         with pytest.raises(RuntimeError, match="killed"):
             trainer.train()
         if stage:
-            with pytest.raises(UserError, match="is not complete; .* --resume goes on"):
+            with pytest.raises(UserError, match=r"is not complete; .* --resume goes on"):
                 Segmenter.load(killed.out, "cpu")
             assert not Run(killed.out).is_trained(killed)
     else:
@@ -244,7 +244,7 @@ def test_what_the_data_set_cannot_carry(spectral, changes, message):
 
 def test_more_than_memory_is_refused(spectral, monkeypatch):
     monkeypatch.setattr("nefkern.training.spectral._memory", lambda: 1 << 10)
-    with pytest.raises(UserError, match="needs about .* GiB.*--method neural"):
+    with pytest.raises(UserError, match=r"needs about .* GiB.*--method neural"):
         computed(spectral())
 
 
