@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nefkern.estimators.inputs import Units, device_of, like, valid_rows
 from nefkern.ops import checks, knn
-from nefkern.spectral.embedding import _cross_knn
+from nefkern.spectral.neighbours import knn_blocks
 
 _MODES = ("distance", "connectivity")
 _METRICS = {"euclidean": "euclidean", "minkowski": "euclidean", "cosine": "cosine"}
@@ -99,7 +99,8 @@ class KNeighborsTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         else:
             array = valid_rows(self, X, fitting=False)
             new = self._units.rows(array, self._rows.device)
-            values, indices = _cross_knn(new, self._rows, k, self.effective_metric_)
+            metric = self.effective_metric_
+            values, indices = knn_blocks(new.float(), self._rows, k, metric=metric)
             dtype = array.dtype
         return like(X, self._distances(values), dtype), like(X, indices.long())
 
