@@ -27,6 +27,7 @@ def arguments(device: str) -> dict[str, tuple]:
         "add": (*graph, *graph, 1.0),
         "kappa": (indices, None, indices, 4, 0.3, 0.0),
         "spmm": (*graph, x, True),
+        "sddmm": (*graph[:2], x, x),
         "quadratic_form": (*graph, x, None, True),
         "neuralef_loss": (*graph, x, 0.1, 0.01),
         "linear_attention": (q, q, q, None, "elu", 0.0),
