@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -89,13 +90,13 @@ def _candidates(x: Tensor, ranges: Ranges, others: Ranges, first: int) -> tuple[
 def _lengths(n: int, bounds: Sequence[int], others: Sequence[int]) -> tuple[int, int]:
     """The longest range of candidates, and what BLOCK_ROWS rows from a multiple of it on reach."""
     longest = max((b - a for a, b in itertools.pairwise(others)), default=0)
-    if n == 0:
-        return longest, 0
-    first = torch.arange(0, n, BLOCK_ROWS.value)
-    last = (first + BLOCK_ROWS.value - 1).clamp_max(n - 1)
-    inner, offsets = torch.tensor(bounds[1:]), torch.tensor(others)
-    begin, end = (torch.bucketize(row, inner, right=True) for row in (first, last))
-    return longest, int((offsets[end + 1] - offsets[begin]).max())
+    if len(bounds) == 2:
+        return longest, longest
+    first = np.arange(0, n, BLOCK_ROWS.value)
+    last = np.minimum(first + BLOCK_ROWS.value, n) - 1
+    begin, end = (np.searchsorted(bounds[1:], row, side="right") for row in (first, last))
+    offsets = np.asarray(others)
+    return longest, int((offsets[end + 1] - offsets[begin]).max(initial=0))
 
 
 def _power_of_two(x: Tensor) -> Tensor:

@@ -172,8 +172,9 @@ def test_segments(sizes, others, channels, metric, poisoned_memory):
         assert_best(x, y, 10, metric, bounds_of(sizes).to(dtype), bounds_of(others).to(dtype))
 
 
+@compiled_only
 def test_more_queries_than_are_held_at_a_time():
-    x, y = clustered(several_tiles(8300), 20, seed=1), clustered(60, 20, seed=2)
+    x, y = clustered(8300, 20, seed=1), clustered(60, 20, seed=2)
     assert_best(x, y, 3, "cosine")
 
 
