@@ -14,7 +14,14 @@ from nefkern.ops import knn
 COSINE = {"small": (256, 64, 16), "paper": (14400, 384, 256), "large": (57600, 384, 256)}
 # images, rows an image, neighbours: positions and colours, 5 channels
 PIXELS = {"small": (2, 256, 5), "paper": (16, 900, 10), "large": (64, 900, 10)}
+# queries, rows of the database, channels, neighbours
+DATABASE = {
+    "small": (256, 1000, 64, 16),
+    "paper": (14400, 64000, 384, 64),
+    "large": (57600, 256000, 384, 64),
+}
 DENSE_BYTES = 4 << 30  # opponents that hold N x N stay out above this
+PRODUCT_BYTES = 256 << 20  # of a part of the queries' products with a database
 
 
 def clustered(n: int, channels: int, clusters: int = 60) -> torch.Tensor:
@@ -25,22 +32,23 @@ def clustered(n: int, channels: int, clusters: int = 60) -> torch.Tensor:
     return (centres[which] + torch.randn(n, channels, generator=generator)).to(DEVICE)
 
 
-def assert_right(x, k, metric, segments=None):
+def assert_right(x, k, metric, segments=None, database=None):
     """The k-th value of some rows, and the neighbours' own values, against float64."""
-    values, indices = knn(x, k, metric=metric, segments=segments)
-    n = len(x)
+    values, indices = knn(x, k, metric=metric, segments=segments, database=database)
+    n, rows = len(x), x if database is None else database
     bounds = torch.tensor([0, n]) if segments is None else segments.cpu()
-    points = x.double()
+    points, others = x.double(), rows.double()
     if metric == "cosine":
-        points = torch.nn.functional.normalize(points)
+        points, others = (torch.nn.functional.normalize(each) for each in (points, others))
     for i in range(0, n, max(1, n // 16)):
         s = int((bounds[1:] <= i).sum())
-        begin, end = int(bounds[s]), int(bounds[s + 1])
+        begin, end = (0, len(rows)) if segments is None else (int(bounds[s]), int(bounds[s + 1]))
         if metric == "cosine":
-            scores = points[begin:end] @ points[i]
+            scores = others[begin:end] @ points[i]
         else:
-            scores = -(points[begin:end] - points[i]).norm(dim=1)
-        scores[i - begin] = -math.inf
+            scores = -(others[begin:end] - points[i]).norm(dim=1)
+        if database is None:
+            scores[i - begin] = -math.inf
         best = scores.sort(descending=True).values[:k]
         sign = 1 if metric == "cosine" else -1
         torch.testing.assert_close(sign * values[i].double(), best, atol=2e-6, rtol=2e-6)
@@ -84,6 +92,37 @@ def test_euclidean(race, size):
     race("knn, euclidean", contestants, sizes=sizes, work=work_of(n, channels, k))
 
 
+def test_database(race, size):
+    """Queries in a database: nothing is symmetric, so the bare product is the floor."""
+    n, m, channels, k = DATABASE[size]
+    rows = clustered(n + m, channels)
+    x, y = rows[:n].clone(), rows[n:].clone()
+    assert_right(x, k, "cosine", database=y)
+    unit, others = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
+    step = max(1, min(n, PRODUCT_BYTES // (4 * m)))
+    product = torch.empty(step, m, device=DEVICE)
+
+    def products(then=lambda scores: None):
+        for part in unit.split(step):
+            then(torch.mm(part, others.T, out=product[: len(part)]))
+
+    contestants = {
+        "nefkern": lambda: knn(x, k, database=y),
+        "torch.mm alone": products,
+        "torch.mm + topk": lambda: products(lambda scores: scores.topk(k)),
+        **faiss_flat(x, k, database=y),
+    }
+    if size == "small":
+        contestants["reference"] = on_reference(lambda: knn(x, k, database=y))
+    selected = {"bfloat16": 2.0 * n * m * channels, "float32": 2.0 * n * k * channels}
+    race(
+        "knn in a database",
+        contestants,
+        sizes={"N": n, "M": m, "C": channels, "k": k},
+        work=Work(4.0 * (n + m) * channels + 8.0 * n * k, selected),
+    )
+
+
 def test_pixels(race, size):
     images, patches, k = PIXELS[size]
     x = torch.rand(images * patches, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -99,8 +138,9 @@ def test_pixels(race, size):
     )
 
 
-def faiss_flat(x, k, metric="cosine"):
-    """Search of an exact index that is built beforehand; self included, so k + 1 are searched."""
+def faiss_flat(x, k, metric="cosine", database=None):
+    """Search of an exact index that is built beforehand; of the rows themselves, self included, so
+    k + 1 are searched."""
     try:
         import faiss
     except ImportError:
@@ -109,10 +149,14 @@ def faiss_flat(x, k, metric="cosine"):
     if DEVICE.type != "cpu":
         return {}
     cosine = metric == "cosine"
-    rows = (torch.nn.functional.normalize(x) if cosine else x).numpy()
+    found = k if database is not None else k + 1
+    x, rows = (
+        (torch.nn.functional.normalize(each) if cosine else each).numpy()
+        for each in (x, x if database is None else database)
+    )
     index = (faiss.IndexFlatIP if cosine else faiss.IndexFlatL2)(x.shape[1])
     index.add(rows)
-    return {f"faiss {type(index).__name__}": lambda: index.search(rows, k + 1)}
+    return {f"faiss {type(index).__name__}": lambda: index.search(x, found)}
 
 
 def sklearn_brute(x, k):

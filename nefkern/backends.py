@@ -22,7 +22,7 @@ AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 #: What the extension registers as ``torch.ops.nefkern_native``.
 NATIVE_OPERATORS = (
-    *("knn", "normalized_adjacency", "add", "kappa", "spmm"),
+    *("knn", "normalized_adjacency", "add", "kappa", "spmm", "sddmm"),
     *("linear_attention", "linear_attention_backward"),
 )
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}

@@ -39,9 +39,9 @@ def _photograph(width: int, height: int, seed: int) -> Image.Image:
 @pytest.fixture(autouse=True)
 def one_thread_for_small_models(request):
     """The pipeline's models are so small here that threads cost more than they give, above all on
-    a busy machine. The tests of the operators, in folders of their own, keep them."""
+    a busy machine. The tests of operators and kernels keep them."""
     threads = torch.get_num_threads()
-    if request.path.parent == Path(__file__).parent:
+    if request.path.parent.name not in ("ops", "triton", "cuda", "emulator"):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -230,7 +230,7 @@ def test_protocol_b_sees_images_resized_and_scores_them_at_their_own(
 
 def test_protocol_b_fits_and_scores_at_one_scale(run, folder, pointwise):
     asked = ("--protocol", "sliding", "--resize", "130", "--window", "999", "--methods", "kmeans")
-    evaluate(run, folder, *asked)
+    evaluate(run, folder, *asked, "--fit-images", "plain")
     expected = {
         tuple(shorter_side_to(130, sample.image.shape[1:]))
         for split in ("train", "val")

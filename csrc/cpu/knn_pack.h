@@ -1,11 +1,13 @@
-// The rows of one segment, made ready for the tiles: scaled, put into a scattered order, centred,
-// rounded, packed into panels; with the bound on what the rounding can change.
+// The rows of one segment, or of its candidates in a database, made ready for the tiles: scaled,
+// put into a scattered order, centred, rounded, packed into panels; with the bound on what the
+// rounding can change.
 //
 // Scores. Let y_i be the rows that decide: unit rows (cosine) or the features times a power of two
-// (euclidean). For any vector c, with d_i = y_i - c,
+// (euclidean, inner product; for the latter each side has its own). For any vector c, with d_i =
+// y_i - c,
 //     <y_i, y_j>         = <d_i, d_j> + u_i + u_j,   u_i = <c, y_i> - |c|²/2
 //     -|y_i - y_j|² / 2  = <d_i, d_j> + u_i + u_j,   u_i = -|d_i|²/2
-// so one product of tiles serves both metrics. c is (about) the mean row: it makes the d_i short,
+// so one product of tiles serves all metrics. c is (about) the mean row: it makes the d_i short,
 // and the rounding error is proportional to their lengths.
 //
 // Margin. Only p_i, d_i rounded to bfloat16 (or float32), is multiplied. With the residual
@@ -15,16 +17,18 @@
 // errs by at most g |p_i| |p_j|, g = (C + 4) 2^-24 / (1 - (C + 4) 2^-24), and rounding u_i and u_j
 // and adding them at the end by 4 * 2^-24 (|u_i| + |u_j|). The value that decides is itself
 // computed in float32, as 64 sums of C / 64 products and a tree: with h = (C / 64 + 10) 2^-24, for
-// cosine within h |y_i| |y_j|, for the square root of a sum of squares within a relative h + 4 *
+// products within h |y_i| |y_j|, for the square root of a sum of squares within a relative h + 4 *
 // 2^-24 (see `relative`). Replacing row j's lengths by their maxima gives the margin of row i for
 // all j. Numbers too small for float32's normal range count as lost: C * 2^-120 is far more than
 // they can add up to. A distance is decided on as it is given back, without the scale, where it may
 // be rounded below the normal range: by 2^-150, which moves the score by that, scaled, times the
 // distance.
 //
-// Small distances. The squares of differences below 2^-63 of the largest entry vanish, so where the
-// sum is below kSmallSquare the distance is computed from the rows as they came, in double: no
-// square of a float leaves its range. Above, what vanished changes no digit.
+// Values are functions of the two rows as they came and of nothing else, so that a pair has the
+// same value in any segment and beside any others. Distances come from the unscaled rows in
+// float32, where their square is between kSmallSquare and kLargeSquare: what vanished changes no
+// digit then. Elsewhere they are computed in double, where no square of a float leaves its range.
+// For inner products every row is brought to about 1 by a power of two of its own.
 #pragma once
 
 #include <algorithm>
@@ -73,11 +77,11 @@ inline bool unit_row(const float* x, int64_t channels, int64_t padded, float* y)
   return false;
 }
 
-// The same for a row times `scale`.
-inline bool scaled_row(const float* x, int64_t channels, int64_t padded, float scale, float* y) {
+// The same for a row times `scale`, which may be any power of two.
+inline bool scaled_row(const float* x, int64_t channels, int64_t padded, double scale, float* y) {
   float poison = 0;
   for (int64_t c = 0; c < channels; ++c) {
-    y[c] = x[c] * scale;
+    y[c] = static_cast<float>(x[c] * scale);
     poison += x[c] * 0.0f;
   }
   std::fill(y + channels, y + padded, 0.0f);
@@ -98,28 +102,36 @@ inline float power_of_two_scale(const float* x, int64_t size) {
   return std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -126, 126));
 }
 
-constexpr float kSmallSquare = 0x1p-64f;
+// The power of two in a row's largest entry; 1 for a row of zeros, and of any else than numbers.
+inline double power_of(const float* x, int64_t channels) {
+  float largest = 0;
+  for (int64_t c = 0; c < channels; ++c) largest = std::max(largest, std::abs(x[c]));
+  return largest > 0 && largest <= FLT_MAX ? std::ldexp(1.0, std::ilogb(largest)) : 1.0;
+}
 
-// |x - y|, of two rows as they came that are near for the size of their entries: no difference
-// overflows. Symmetric in x and y.
-__attribute__((noinline)) inline float small_distance(const float* x, const float* y,
-                                                      int64_t channels) {
+constexpr float kSmallSquare = 0x1p-64f, kLargeSquare = 0x1p126f;
+
+// |x - y|, of two rows as they came, in double. Symmetric in x and y.
+__attribute__((noinline)) inline float wide_distance(const float* x, const float* y,
+                                                     int64_t channels) {
   typedef double Doubles __attribute__((vector_size(8 * kLanes)));
   Doubles part[2] = {};
   int64_t c = 0;
-  const auto add = [&](Doubles& to, const Lanes& difference) {
-    const Doubles wide = __builtin_convertvector(difference, Doubles);
-    to += wide * wide;
+  const auto add = [&](Doubles& to, const Lanes& p, const Lanes& q) {
+    const Doubles difference =
+        __builtin_convertvector(p, Doubles) - __builtin_convertvector(q, Doubles);
+    to += difference * difference;
   };
   for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
-    add(part[0], load(x + c) - load(y + c));
-    add(part[1], load(x + c + kLanes) - load(y + c + kLanes));
+    add(part[0], load(x + c), load(y + c));
+    add(part[1], load(x + c + kLanes), load(y + c + kLanes));
   }
   for (; c < channels; c += kLanes) {
-    Lanes rest = {};
-    for (int64_t l = 0; l < std::min<int64_t>(kLanes, channels - c); ++l)
-      rest[l] = x[c + l] - y[c + l];
-    add(part[0], rest);
+    Lanes p = {}, q = {};
+    const int64_t rest = std::min<int64_t>(kLanes, channels - c);
+    std::copy(x + c, x + c + rest, reinterpret_cast<float*>(&p));
+    std::copy(y + c, y + c + rest, reinterpret_cast<float*>(&q));
+    add(part[0], p, q);
   }
   part[0] += part[1];
   double total = 0;
@@ -144,46 +156,66 @@ struct Panels {
         rows(round_up(n, kTileColumns) * padded_channels),
         elements(round_up(n, kTileColumns) * steps),
         offset(round_up(n, kTileColumns)),
+        power(round_up(n, kTileColumns)),
         length(round_up(n, kTileColumns)),
         residual(round_up(n, kTileColumns)),
         index(round_up(n, kTileColumns)),
         centre(padded_channels) {}
 
-  void pack(const float* x, int64_t count, int64_t first_index, int64_t channels, bool euclidean,
-            float scale);
-  float margin(int64_t i) const;
+  // The rows [begin, end) of `x`, centred by themselves or as those `beside` are.
+  void pack(const float* x, int64_t begin, int64_t end, int64_t channels, KnnMetric metric,
+            float scale, const Panels* beside = nullptr);
+  // Of row i's scores with all rows of `other`.
+  float margin(int64_t i, const Panels& other) const;
   // The relative error of a value: h above.
   double value_gamma() const { return (padded_channels / 64.0 + 10) * 0x1p-24; }
   const uint32_t* panel(int64_t position) const {
     return elements.data() + position / kLanes * kLanes * steps;
   }
   const float* row(int64_t position) const { return rows.data() + position * padded_channels; }
+  const float* input(int64_t position) const {  // of no row: any, as nothing reads its values
+    return x + std::max(index[position], 0) * channels;
+  }
 
   int64_t padded_channels, steps;
   int64_t n = 0, padded_n = 0;
-  Array<float> rows;         // y [n, padded_channels], by position
+  const float* x = nullptr;  // the input
+  int64_t channels = 0;
+  Array<float> rows;         // [n, padded_channels], by position: y without the scale of all
   Array<uint32_t> elements;  // p: panels of 16 rows, [steps][16] each
   Array<float> offset;       // u; -inf where there is no (finite) row
+  Array<double> power;       // inner product: what a row was divided by, else 1
   Array<float> length;       // |d|
   Array<float> residual;     // |d - p|
   Array<int32_t> index;      // the row's index in the input
   Array<float> centre;
-  double gamma = 0;
-  double unit = 0;  // of values below float32's normal range, scaled
+  double gamma = 0, centre_length = 0;
+  float scale = 1;  // of all rows
   float max_offset = 0, max_length = 0, max_residual = 0;
-  bool euclidean_ = false;
+  KnnMetric metric = KnnMetric::kCosine;
 
  private:
+  bool take_row(const float* source, float* y, double* its_power) const;
   void find_centre();
   void pack_row(int64_t position);
+  double factor(int64_t position) const { return power[position] * scale; }
 };
+
+// Whether the row is finite.
+inline bool Panels::take_row(const float* source, float* y, double* its_power) const {
+  *its_power = 1;
+  if (metric == KnnMetric::kCosine) return unit_row(source, channels, padded_channels, y);
+  if (metric == KnnMetric::kInnerProduct) *its_power = power_of(source, channels);
+  return scaled_row(source, channels, padded_channels, 1 / *its_power, y);
+}
 
 // Any vector will do: the mean of some thousand rows.
 inline void Panels::find_centre() {
   std::fill(centre.data(), centre.data() + padded_channels, 0.0f);
   const int64_t stride = std::max<int64_t>(1, n / 1024);
   for (int64_t i = 0; i < n; i += stride)
-    for (int64_t c = 0; c < padded_channels; ++c) centre[c] += row(i)[c];
+    for (int64_t c = 0; c < padded_channels; ++c)
+      centre[c] += static_cast<float>(row(i)[c] * factor(i));
   const float share = static_cast<float>(stride) / static_cast<float>(n + stride - 1);
   for (int64_t c = 0; c < padded_channels; ++c) centre[c] *= share;
 }
@@ -202,13 +234,15 @@ inline float from_bf16(uint32_t bits) {
 }
 
 inline void Panels::pack_row(int64_t position) {
-  const float* y = row(position);
+  const float* rows = row(position);
+  const double by = factor(position);
   uint32_t* out = elements.data() + position / kLanes * kLanes * steps + position % kLanes;
   double length2 = 0, residual2 = 0, along = 0, centre2 = 0;
   for (int64_t s = 0; s < steps; ++s) {
     uint32_t element = 0;
     for (int64_t c = s * kDepth; c < (s + 1) * kDepth; ++c) {
-      const double d = double{y[c]} - centre[c];
+      const double y = rows[c] * by;
+      const double d = y - centre[c];
       const float near = static_cast<float>(d);
       float rounded = near;
       if constexpr (kDepth == 2) {
@@ -220,24 +254,27 @@ inline void Panels::pack_row(int64_t position) {
       }
       length2 += d * d;
       residual2 += (d - rounded) * (d - rounded);
-      along += double{y[c]} * centre[c];
+      along += y * centre[c];
       centre2 += double{centre[c]} * centre[c];
     }
     out[s * kLanes] = element;
   }
-  const double u = euclidean_ ? -0.5 * length2 : along - 0.5 * centre2;
+  const double u = metric == KnnMetric::kEuclidean ? -0.5 * length2 : along - 0.5 * centre2;
   constexpr double kUp = 1 + 1e-6;  // covers the rounding of these sums and of the casts
   offset[position] = static_cast<float>(u);
   length[position] = static_cast<float>(std::sqrt(length2) * kUp);
   residual[position] = static_cast<float>(std::sqrt(residual2) * kUp);
 }
 
-inline void Panels::pack(const float* x, int64_t count, int64_t first_index, int64_t channels,
-                         bool euclidean, float scale) {
-  n = count;
+inline void Panels::pack(const float* input_rows, int64_t first, int64_t end_row,
+                         int64_t channel_count, KnnMetric its_metric, float its_scale,
+                         const Panels* beside) {
+  x = input_rows;
+  n = end_row - first;
   padded_n = round_up(n, kTileColumns);
-  euclidean_ = euclidean;
-  unit = euclidean ? 0x1p-149 * scale : 0;
+  channels = channel_count;
+  metric = its_metric;
+  scale = its_scale;
   gamma = (channels + 4.0) * 0x1p-24;
   gamma = gamma < 0.5 ? gamma / (1 - gamma) : 1e30;
   const int64_t step = scatter_step(n);
@@ -246,16 +283,21 @@ inline void Panels::pack(const float* x, int64_t count, int64_t first_index, int
       const int64_t from = p * step % n;
       float* y = rows.data() + p * padded_channels;
       const bool inside = p < n;
-      index[p] = inside ? static_cast<int32_t>(first_index + from) : -1;
-      const float* source = x + from * channels;
-      const bool finite =
-          inside && (euclidean ? scaled_row(source, channels, padded_channels, scale, y)
-                               : unit_row(source, channels, padded_channels, y));
+      index[p] = inside ? static_cast<int32_t>(first + from) : -1;
+      power[p] = 1;
+      const bool finite = inside && take_row(x + (first + from) * channels, y, &power[p]);
       if (!inside) std::fill(y, y + padded_channels, 0.0f);
       offset[p] = finite ? 0 : -kNothing;
     }
   });
-  find_centre();
+  if (beside) {
+    std::copy(beside->centre.data(), beside->centre.data() + padded_channels, centre.data());
+  } else {
+    find_centre();
+  }
+  double centre2 = 0;
+  for (int64_t c = 0; c < padded_channels; ++c) centre2 += double{centre[c]} * centre[c];
+  centre_length = std::sqrt(centre2);
   parallel_for(0, padded_n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const bool there = offset[p] == 0;
@@ -274,15 +316,24 @@ inline void Panels::pack(const float* x, int64_t count, int64_t first_index, int
   }
 }
 
-inline float Panels::margin(int64_t i) const {
+inline float Panels::margin(int64_t i, const Panels& other) const {
   const double packed = double{length[i]} + residual[i];
-  const double max_packed = double{max_length} + max_residual;
-  const double rounding = residual[i] * double{max_length} + packed * max_residual;
-  const double summing = gamma * packed * max_packed +
-                         4 * 0x1p-24 * (double{std::abs(offset[i])} + max_offset) +
-                         (euclidean_ ? 0 : 1.01 * value_gamma());
-  const double lost = padded_channels * 0x1p-120 + unit * (packed + max_packed + unit);
-  return static_cast<float>((rounding + summing + lost) * (1 + 1e-6));
+  const double max_packed = double{other.max_length} + other.max_residual;
+  const double rounding = residual[i] * double{other.max_length} + packed * other.max_residual;
+  const double summing =
+      gamma * packed * max_packed + 4 * 0x1p-24 * (double{std::abs(offset[i])} + other.max_offset);
+  double values = 0, lost = padded_channels * 0x1p-120;
+  if (metric == KnnMetric::kEuclidean) {
+    const double unit = 0x1p-149 * scale;
+    lost += unit * (packed + max_packed + unit);
+  } else {
+    const bool unit_rows = metric == KnnMetric::kCosine;
+    const double lengths =
+        unit_rows ? 1 : (length[i] + centre_length) * (other.max_length + centre_length);
+    values = 1.01 * value_gamma() * lengths;
+    if (!unit_rows) lost += 0x1p-149 * scale * other.scale;
+  }
+  return static_cast<float>((rounding + summing + values + lost) * (1 + 1e-6));
 }
 
 }  // namespace nefkern::cpu::NEFKERN_ISA

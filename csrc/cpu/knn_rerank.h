@@ -18,7 +18,7 @@ class Rerank {
         candidates_(candidates),
         step_(rows_in(kStepBytes)),
         scratch_(candidates.capacity()),
-        begin_(exact.panels.padded_n / step_ + 2),
+        begin_(exact.b.padded_n / step_ + 2),
         next_(rows_in(kBlockBytes)) {}
 
   int64_t block() const { return rows_in(kBlockBytes); }
@@ -31,7 +31,7 @@ class Rerank {
       next_[i - first] = known ? *row.count : 0;
       if (!known) order(row);
     }
-    for (int64_t end = step_; end < exact_.panels.n + step_; end += step_) {
+    for (int64_t end = step_; end < exact_.b.n + step_; end += step_) {
       for (int64_t i = first; i < last; ++i) {
         const Row row = candidates_.row(i);
         int32_t c = next_[i - first];
@@ -51,12 +51,12 @@ class Rerank {
   static constexpr int64_t kBlockBytes = 384 << 10, kStepBytes = 256 << 10;
 
   int64_t rows_in(int64_t bytes) const {
-    return std::max<int64_t>(16, bytes / 4 / exact_.panels.padded_channels);
+    return std::max<int64_t>(16, bytes / 4 / exact_.b.padded_channels);
   }
 
   // Counting sort of a row's positions by their block.
   void order(const Row& row) {
-    const int64_t blocks = exact_.panels.padded_n / step_ + 1;
+    const int64_t blocks = exact_.b.padded_n / step_ + 1;
     const uint32_t step = static_cast<uint32_t>(step_);
     std::fill(begin_.data(), begin_.data() + blocks + 1, 0);
     for (int32_t c = 0; c < *row.count; ++c)

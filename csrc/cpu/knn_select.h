@@ -186,9 +186,16 @@ inline void keep_at_least(const Row& row, float bound) {
   }
 }
 
+// The scores at which values leave the range of float32. Beyond, all tie, whatever their scores.
+struct Range {
+  double lowest = -HUGE_VAL, highest = HUGE_VAL;
+};
+
 // The threshold once k candidates reach `score`.
-inline float threshold_from(float score, float margin, double relative) {
-  const double bound = score - 2.0 * margin - relative * (std::abs(double{score}) + margin);
+inline float threshold_from(float score, float margin, double relative, const Range& range) {
+  double bound = score - 2.0 * margin - relative * (std::abs(double{score}) + margin);
+  if (bound <= range.lowest) return kAnything;
+  bound = std::min(bound, range.highest - margin);
   return std::max(kAnything, std::nextafterf(static_cast<float>(bound), -kNothing));
 }
 
@@ -199,7 +206,7 @@ inline float threshold_from(float score, float margin, double relative) {
 //   float value(int32_t row, int32_t position, float score)   what decides, greater is better
 //   float score(float value)                                  the same as a score
 //   int32_t index(int32_t position)                           breaks ties, lower first
-//   double relative
+//   double relative; Range range
 template <class Exact>
 __attribute__((noinline)) void keep_best(const Row& row, int32_t i, int64_t k, const Exact& exact) {
   struct Entry {
@@ -221,15 +228,16 @@ __attribute__((noinline)) void keep_best(const Row& row, int32_t i, int64_t k, c
     append(row, key_value(entries[c].key), entries[c].position | kValued);
   *row.last = entries[k - 1].key;
   const float kth = exact.score(key_value(*row.last));
-  *row.threshold = std::max(*row.threshold, threshold_from(kth, row.margin, exact.relative));
+  *row.threshold =
+      std::max(*row.threshold, threshold_from(kth, row.margin, exact.relative, exact.range));
 }
 
 // Makes room in a full buffer.
 template <class Exact>
 void compact(const Row& row, int32_t i, int64_t k, int64_t limit, const Exact& exact) {
   if (!row.crowded()) {
-    const float bound =
-        threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative);
+    const float bound = threshold_from(about_kth(row.score, *row.count, k), row.margin,
+                                       exact.relative, exact.range);
     *row.threshold = std::max(*row.threshold, bound);
     keep_at_least(row, *row.threshold);
     if (*row.count <= (k + limit) / 2 + 1) return;
@@ -247,8 +255,8 @@ bool settle(const Row& row, int32_t i, int64_t k, const Exact& exact) {
     return true;
   }
   if (*row.count > k)
-    keep_at_least(row,
-                  threshold_from(about_kth(row.score, *row.count, k), row.margin, exact.relative));
+    keep_at_least(row, threshold_from(about_kth(row.score, *row.count, k), row.margin,
+                                      exact.relative, exact.range));
   return false;
 }
 

@@ -1,4 +1,5 @@
-// Scores of all pairs between two blocks of rows, each computed once and offered to both rows.
+// Scores of all pairs between two blocks of rows, each computed once: of one set, where it is
+// offered to both rows, or of queries and a database.
 #pragma once
 
 #include "cpu/knn_pack.h"
@@ -20,14 +21,14 @@ inline void multiply_add(Lanes& sum, uint32_t a, const uint32_t* b) {
 #endif
 }
 
-// tile[r][v]: scores of rows i + r with the 16 rows from j + 16 v.
-inline void score_tile(const Panels& panels, int64_t i, int64_t j,
+// tile[r][v]: scores of rows i + r of `rows` with the 16 rows from j + 16 v of `columns`.
+inline void score_tile(const Panels& rows, const Panels& columns, int64_t i, int64_t j,
                        Lanes (&tile)[kTileRows][kTileVectors]) {
-  const uint32_t* a = panels.panel(i) + i % kLanes;
-  const uint32_t* b = panels.panel(j);
-  const int64_t panel = panels.steps * kLanes;
+  const uint32_t* a = rows.panel(i) + i % kLanes;
+  const uint32_t* b = columns.panel(j);
+  const int64_t panel = rows.steps * kLanes;
   Lanes sum[kTileRows][kTileVectors] = {};
-  for (int64_t s = 0; s < panels.steps; ++s) {
+  for (int64_t s = 0; s < rows.steps; ++s) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -39,16 +40,25 @@ inline void score_tile(const Panels& panels, int64_t i, int64_t j,
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVectors; ++v)
       tile[r][v] = sum[r][v] +
-                   (broadcast(panels.offset[i + r]) + load(panels.offset.data() + j + kLanes * v));
+                   (broadcast(rows.offset[i + r]) + load(columns.offset.data() + j + kLanes * v));
 }
 
 // The values that decide, from the unrounded rows. One fixed order of summation, symmetric in the
 // two rows: the result doesn't depend on tiles or threads, and copies of a row tie exactly.
 struct ExactRows {
-  const Panels& panels;
-  const KnnArgs& args;
-  float scale;
-  double relative;
+  // `i` is a row of the one, `j` of the other, which may be the same.
+  ExactRows(const Panels& rows, const Panels& others)
+      : a(rows), b(others), metric(rows.metric), scale(double{rows.scale} * others.scale) {
+    if (metric == KnnMetric::kCosine) return;
+    range.lowest = -(1 - 1e-5) * FLT_MAX * scale * (euclidean() ? 0.5 * FLT_MAX : 1);
+    if (euclidean()) {
+      relative = 4 * (a.value_gamma() + 8 * 0x1p-24);
+    } else {
+      range.highest = -range.lowest;
+    }
+  }
+
+  bool euclidean() const { return metric == KnnMetric::kEuclidean; }
 
   float value(int32_t i, int32_t j, float) const {
     float result;
@@ -59,22 +69,31 @@ struct ExactRows {
   // The values of row i with kCount others at once, which share the loads of row i.
   template <int kCount>
   void values(int32_t i, const int32_t* j, float* result) const {
-    args.euclidean ? values_by<true, kCount>(i, j, result) : values_by<false, kCount>(i, j, result);
+    euclidean() ? values_by<true, kCount>(i, j, result) : values_by<false, kCount>(i, j, result);
   }
 
   float score(float value) const {
-    return args.euclidean ? -0.5f * (value * scale) * (value * scale) : value;
+    if (metric == KnnMetric::kCosine) return value;
+    if (euclidean()) return static_cast<float>(-0.5 * scale * value * value);
+    return static_cast<float>(std::min(value, FLT_MAX) * scale);
   }
-  int32_t index(int32_t position) const { return panels.index[position]; }
+  int32_t index(int32_t position) const { return b.index[position]; }
+
+  const Panels& a;
+  const Panels& b;
+  KnnMetric metric;
+  double scale;  // from a squared distance, or an inner product, to a score's
+  double relative = 0;
+  Range range;
 
  private:
   template <bool kEuclidean, int kCount>
   void values_by(int32_t i, const int32_t* j, float* result) const {
-    const float* x = panels.row(i);
+    const float* x = a.row(i);
     const float* y[kCount];
-    for (int n = 0; n < kCount; ++n) y[n] = panels.row(j[n]);
+    for (int n = 0; n < kCount; ++n) y[n] = b.row(j[n]);
     Lanes part[kCount][kParts] = {};
-    for (int64_t c = 0; c < panels.padded_channels; c += kParts * kLanes) {
+    for (int64_t c = 0; c < a.padded_channels; c += kParts * kLanes) {
 #pragma GCC unroll 4
       for (int u = 0; u < kParts; ++u) {
         const Lanes p = load(x + c + u * kLanes);
@@ -87,20 +106,27 @@ struct ExactRows {
     }
     for (int n = 0; n < kCount; ++n) {
       const float total = sum((part[n][0] + part[n][1]) + (part[n][2] + part[n][3]));
-      result[n] = kEuclidean ? -distance(i, j[n], total) : total;
+      result[n] = kEuclidean ? -distance(i, j[n], total) : product(i, j[n], total);
     }
   }
 
   float distance(int32_t i, int32_t j, float square) const {
-    if (square >= kSmallSquare) return std::sqrt(square) * (1 / scale);
-    return small_distance(input(i), input(j), args.channels);
+    if (square >= kSmallSquare && square <= kLargeSquare) return std::sqrt(square);
+    return wide_distance(a.input(i), b.input(j), a.channels);
   }
-  const float* input(int32_t position) const {  // of no row: any, as nothing reads its values
-    return args.features + std::max(panels.index[position], 0) * args.channels;
+  float product(int32_t i, int32_t j, float total) const {
+    return metric == KnnMetric::kCosine ? total
+                                        : static_cast<float>(total * (a.power[i] * b.power[j]));
   }
 
   static constexpr int kParts = 4;
 };
+
+// A block of rows that stays in the second-level cache while columns pass by.
+inline int64_t cached_rows(const Panels& panels) {
+  constexpr int64_t kBytes = 384 << 10;
+  return std::max<int64_t>(kTileRows, kBytes / (4 * panels.steps) / kTileRows * kTileRows);
+}
 
 class Tiles {
  public:
@@ -109,9 +135,7 @@ class Tiles {
 
   // All pairs of rows [a, a_end) with rows [b, b_end): the same range, or two apart with a < b.
   void pairs(int64_t a, int64_t a_end, int64_t b, int64_t b_end) const {
-    // A block of rows stays in the second-level cache while all columns pass by.
-    const int64_t block =
-        std::max<int64_t>(kTileRows, kCacheBytes / (4 * panels_.steps) / kTileRows * kTileRows);
+    const int64_t block = cached_rows(panels_);
     for (int64_t i_block = a; i_block < a_end; i_block += block) {
       const int64_t i_end = std::min(i_block + block, a_end);
       for (int64_t j = b; j < b_end; j += kTileColumns) {
@@ -122,12 +146,11 @@ class Tiles {
   }
 
  private:
-  static constexpr int64_t kCacheBytes = 384 << 10;
   static constexpr int kValues = 4;  // computed at once
 
   void tile(int64_t i, int64_t j) const {
     alignas(64) Lanes score[kTileRows][kTileVectors];
-    score_tile(panels_, i, j, score);
+    score_tile(panels_, panels_, i, j, score);
     const bool crosses = j < i + kTileRows;  // the diagonal
     if (candidates_.any_crowded(i, i + kTileRows) || candidates_.any_crowded(j, j + kTileColumns))
       return offer_by_values(i, j, score, crosses);
@@ -217,6 +240,63 @@ class Tiles {
   const Panels& panels_;
   Candidates& candidates_;
   bool include_self_;
+  const ExactRows& exact_;
+};
+
+// Queries against a database: a score is offered to the query alone.
+class CrossTiles {
+ public:
+  CrossTiles(Candidates& candidates, const ExactRows& exact)
+      : candidates_(candidates), exact_(exact) {}
+
+  // All pairs of queries [begin, end) with the database.
+  void pairs(int64_t begin, int64_t end) const {
+    for (int64_t j = 0; j < exact_.b.padded_n; j += kTileColumns)
+      for (int64_t i = begin; i < end; i += kTileRows) tile(i, j);
+  }
+
+ private:
+  static constexpr int kValues = 4;  // computed at once
+
+  void tile(int64_t i, int64_t j) const {
+    alignas(64) Lanes score[kTileRows][kTileVectors];
+    score_tile(exact_.a, exact_.b, i, j, score);
+    for (int64_t r = 0; r < kTileRows; ++r)
+      for (int64_t v = 0; v < kTileVectors; ++v) {
+        const Lanes threshold = broadcast(candidates_.threshold()[i + r]);
+        if (const uint32_t mask = at_least(score[r][v], threshold))
+          offer(i + r, j + v * kLanes, score[r][v], mask);
+      }
+  }
+
+  __attribute__((noinline)) void offer(int64_t i, int64_t j, const Lanes& score,
+                                       uint32_t mask) const {
+    if (candidates_.crowded(i)) return offer_values(i, j, mask);
+    if (candidates_.append(i, score, static_cast<int32_t>(j), mask)) make_room(i);
+  }
+
+  // A crowded row takes only what comes before its last by value.
+  void offer_values(int64_t i, int64_t j, uint32_t mask) const {
+    int32_t position[kValues];
+    float value[kValues];
+    for (int l = 0; l < kLanes; l += kValues) {
+      const uint32_t here = mask >> l & ((1u << kValues) - 1);
+      if (!here) continue;
+      for (int n = 0; n < kValues; ++n) position[n] = static_cast<int32_t>(j + l + n);
+      exact_.values<kValues>(static_cast<int32_t>(i), position, value);
+      for_each_bit(here, [&](int n) {
+        if (sort_key(value[n], exact_.index(position[n])) >= candidates_.last(i)) return;
+        if (candidates_.append(i, value[n], position[n] | kValued)) make_room(i);
+      });
+    }
+  }
+
+  void make_room(int64_t i) const {
+    compact(candidates_.row(i), static_cast<int32_t>(i), candidates_.k(), candidates_.limit(),
+            exact_);
+  }
+
+  Candidates& candidates_;
   const ExactRows& exact_;
 };
 

@@ -229,11 +229,13 @@ __global__ void __launch_bounds__(kRowThreads) pack_rows(Rows rows, Estimates es
 struct Margin {
   double absolute;
   double relative;
+  double lowest;  // scores from here down are of distances beyond the largest float, which all tie
 
   // The threshold once k candidates reach `score`.
   __device__ float threshold_from(float score) const {
     const double bound =
         score - 2 * absolute - relative * (fabs(static_cast<double>(score)) + absolute);
+    if (bound <= lowest) return kAnything;
     return fmaxf(kAnything, nextafterf(static_cast<float>(bound), -kNothing));
   }
 };
@@ -254,12 +256,14 @@ __device__ Margin margin_of(const Rows& rows, const Estimates& estimates, int64_
   const double summing = gamma * packed * max_packed +
                          4 * kUnit * (fabs(static_cast<double>(estimates.offset[i])) + max_offset) +
                          (kEuclidean ? 0 : 1.01 * value);
-  double lost = static_cast<double>(depth) * 0x1p-120;
+  double lost = static_cast<double>(depth) * 0x1p-120, lowest = -HUGE_VAL;
   if constexpr (kEuclidean) {
     const double smallest = 0x1p-149 * scale_of(rows);  // of values, scaled
     lost += smallest * (packed + max_packed + smallest);
+    const double largest = 0x1.fffffep127 * scale_of(rows);  // the largest float, scaled
+    lowest = -0.5 * (1 - 1e-5) * largest * largest;
   }
-  return {(rounding + summing + lost) * (1 + 1e-6), kEuclidean ? 2.1 * value : 0};
+  return {(rounding + summing + lost) * (1 + 1e-6), kEuclidean ? 2.1 * value : 0, lowest};
 }
 
 // ---- values ----

@@ -67,6 +67,7 @@ class Evaluator:
 
     def _build(self) -> None:
         options = self.options
+        self.asked = asked(options)  # as it was, before it is completed
         self._complete()
         self.methods = of_run(self.methods, self.trained.kind)
         self.refiner = None
@@ -147,7 +148,7 @@ class Evaluator:
         scored = self.score()
         result = {
             "settings": self.settings(),
-            "asked": asked(self.options),
+            "asked": self.asked,
             "num_clusters": self.segmenter.num_clusters,
             "images": len(self._indices(self.dataset)),
             **scored,

@@ -7,14 +7,14 @@ import torch
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph, check_graph
-from nefkern.reference.csr import check_content, raise_invalid_content
+from nefkern.reference.csr import check_content, place_of, raise_invalid_content, row_of_entry
 
 
 def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
     """graph_a + alpha graph_b (eq 4: kappa = feature graph + alpha pixel graph).
 
-    The result stores every place that either graph stores, also where a sum happens to be 0. Not
-    differentiable.
+    The result stores every place that either graph stores, also where a sum happens to be 0.
+    Differentiable in both graphs' values, as often as wanted.
 
     Args:
         graph_a, graph_b: graphs of the same number of nodes on the same device.
@@ -83,3 +83,25 @@ def _triton(*args):
     from nefkern.triton.add import add
 
     return add(*args)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *graphs, ctx.alpha = inputs
+    ctx.save_for_backward(*graphs, *output[:2])
+
+
+def _backward(ctx, _offsets, _columns, grad):
+    """Every entry takes its place's gradient, those of the second graph alpha times."""
+    *graphs, row_offsets, columns = ctx.saved_tensors
+    found = [None] * 7
+    for first, weight in ((0, 1.0), (3, ctx.alpha)):
+        if grad is None or not ctx.needs_input_grad[first + 2]:
+            continue
+        own_offsets, own_columns, values = graphs[first : first + 3]
+        rows = row_of_entry(own_offsets, own_columns.shape[0])
+        place = place_of(row_offsets, columns, rows, own_columns)
+        found[first + 2] = (grad[place] * weight).to(values.dtype)
+    return tuple(found)
+
+
+registry.autograd("add", _backward, _setup_context)

@@ -26,7 +26,8 @@ class CSRGraph:
         row_offsets: int64 [num_nodes + 1]; the entries of row i are ``row_offsets[i]`` up to
             ``row_offsets[i + 1]``.
         columns: int32 [nnz], strictly ascending inside a row.
-        values: float32 or float64 [nnz].
+        values: float32 or float64 [nnz]; they may carry a gradient, which the operators that take
+            a graph pass on. Nothing is kept or computed for it otherwise.
         num_nodes: the number N of rows and columns.
         symmetric: a promise that the matrix equals its transpose, which saves the transposition
             (and, in the objective, the product) in backward passes. :meth:`validate` checks it.
@@ -251,11 +252,9 @@ def _with_symmetry(graph: CSRGraph, symmetric: bool | None) -> CSRGraph:
 
 
 def check_graph(name: str, graph: CSRGraph) -> None:
-    """Raise unless ``graph`` is a CSRGraph of constants."""
+    """Raise unless ``graph`` is a CSRGraph."""
     if not isinstance(graph, CSRGraph):
         raise TypeError(f"{name}: expected a CSRGraph, got {type(graph).__name__}")
-    if graph.values.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: values are not differentiable; expected values.detach()")
 
 
 def check_dense_operand(name: str, x: Tensor, graph: CSRGraph) -> None:

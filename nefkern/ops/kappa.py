@@ -15,7 +15,7 @@ from nefkern.ops.normalized_adjacency import (
     fake_graph,
     triton_accepts,
 )
-from nefkern.reference.normalized_adjacency import check_indices
+from nefkern.reference.normalized_adjacency import check_indices, normalized_adjacency_gradient
 
 
 def kappa(
@@ -33,6 +33,8 @@ def kappa(
     The same as adding two graphs of :func:`nefkern.ops.normalized_adjacency`, of the feature lists
     with (A + A^T) / 2 and of the pixel lists with the logical or, but without writing either out.
 
+    Differentiable in ``weights`` as that is, with all edges held fixed.
+
     Args:
         indices: int32 or int64 [N, k], feature neighbours, -1 to N - 1, as ``knn`` writes them.
         weights: floating point [N, k], their similarities, or None for weight 1.
@@ -46,8 +48,8 @@ def kappa(
         A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or index; a weight that requires a
-            gradient, or (``check_finite``) that isn't finite.
+        TypeError, ValueError: a wrong dtype, shape, device or index; (``check_finite``) a weight
+            that isn't finite.
     """
     num_nodes = check_lists(indices, weights, num_nodes)
     check_lists(pixel_indices, None, num_nodes, name="pixel_indices")
@@ -111,3 +113,19 @@ def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_
 
     check_weights(indices, weights, clamp_min, check_finite)
     return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    indices, weights, _, _, _, ctx.clamp_min, _ = inputs
+    ctx.save_for_backward(indices, weights, *output[:2])
+
+
+def _backward(ctx, _offsets, _columns, grad):
+    """The pixel graph is a constant beside the feature graph, whose places are among kappa's."""
+    if grad is None:
+        return (None,) * 7
+    found = normalized_adjacency_gradient(grad, *ctx.saved_tensors, "mean", ctx.clamp_min)
+    return None, found, None, None, None, None, None
+
+
+registry.autograd("kappa", _backward, _setup_context)

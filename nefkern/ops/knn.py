@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine similarity or Euclidean distance (section 3.3, eqs 2 and 3)."""
+"""k nearest neighbours by cosine, Euclidean distance or inner product (section 3.3, eqs 2, 3)."""
 
 from __future__ import annotations
 
@@ -10,55 +10,71 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import checks, registry
 
-METRICS = ("cosine", "euclidean")
+METRICS = ("cosine", "euclidean", "inner_product")
 
 
 def knn(
     features: Tensor,
     k: int,
     *,
+    database: Tensor | None = None,
     metric: str = "cosine",
     segments: Tensor | None = None,
+    database_segments: Tensor | None = None,
     include_self: bool = False,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest rows for every row, nearest first.
+    """The k nearest rows for every row, nearest first: of the same rows, or of a database.
 
     Exact: no approximate search. Values are right to the rounding of their dtype, and rows whose
     computed values tie are ordered by index, so the result is the same at any number of threads.
-    The N x N matrix is never held: extra memory is O(N k) plus a fixed workspace.
+    The N x N (N x M) matrix is never held: extra memory is O(N k), copies of the rows, and a fixed
+    workspace.
 
     Entries may be of any size, from the smallest positive number of their dtype to the largest, and
     of very different sizes side by side: no square overflows or vanishes on the way. So a cosine
     does not depend on the rows' lengths, a distance is right to its own rounding however small it
     is beside the entries, and a row of no-data values (1e38, say) leaves the others as they are. A
-    distance beyond the largest float is +inf, of a neighbour like any other; such distances tie.
+    distance beyond the largest float is +inf, of a neighbour like any other; such distances tie. So
+    do inner products beyond it, ±inf; one is right to the rounding of |x| |y|.
+
+    On the CPU a value depends on its two rows alone, to the last bit: they have the same in any
+    database, or any part of one, which :mod:`nefkern.spectral.neighbours` builds on. (Elsewhere to
+    rounding: the reference's products round as their shapes have it, a GPU's by the way taken.)
 
     On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
     candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
-    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one.
+    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one. There a database is Triton's, and
+    "inner_product" the reference's, as either is where Triton is missing.
 
     Args:
         features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
         k: neighbours a row, at least 1; it may exceed the number of candidates.
+        database: [M, C], the candidates, of the dtype and on the device of ``features``. Every row
+            of it is one, also where it equals the query. None: the rows of ``features``.
         metric: "cosine": similarity <x, y> / (|x| |y|), highest first, 0 where x or y is zero;
-            "euclidean": distance |x - y|, lowest first.
+            "euclidean": distance |x - y|, lowest first; "inner_product": <x, y>, highest first, in
+            which a row need not be its own nearest.
         segments: [S + 1] int32 or int64 offsets from 0 to N, never falling. Row i of segment s
             (``segments[s] <= i < segments[s + 1]``) finds neighbours in its own segment only: in
             its own image, for instance. None: one segment of all rows.
-        include_self: whether a row is a candidate for itself.
-        check_finite: raise when ``features`` holds NaN or inf. Without it such a row neither has
-            neighbours nor is one.
+        database_segments: [S + 1] offsets from 0 to M: row i of segment s finds neighbours in
+            segment s of the database. Given with ``segments`` and a database, or not at all.
+        include_self: whether a row is a candidate for itself. With a database nothing is a row's
+            self: False.
+        check_finite: raise when ``features`` or ``database`` holds NaN or inf. Without it such a
+            row neither has neighbours nor is one.
 
     Returns:
         values [N, k], float32 (float64 for float64 features), and indices [N, k], int32. A row with
-        fewer than k candidates is filled up with index -1 and value -inf (cosine) or +inf
-        (euclidean); only the index tells that from a distance that is too large.
+        fewer than k candidates is filled up with index -1 and value -inf (cosine, inner product) or
+        +inf (euclidean); only the index tells that from a value that is too large.
 
     Raises:
-        TypeError: ``features``, ``k`` or ``segments`` of the wrong type.
-        ValueError: a wrong shape, ``k`` below 1, an unknown metric, offsets that don't cover the
-            rows, or (``check_finite``) a value that isn't finite.
+        TypeError: an argument of the wrong type, or a database of another dtype.
+        ValueError: a wrong shape or device, ``k`` below 1, an unknown metric, offsets that don't
+            cover the rows or of one side only, ``include_self`` with a database, or
+            (``check_finite``) a value that isn't finite.
         RuntimeError: in ``backward()``, when a gradient through ``values`` is asked for. The
             operator isn't differentiable; use the indices to recompute the values that need it.
     """
@@ -67,14 +83,45 @@ def knn(
     checks.dtype("features", features, checks.FLOATING)
     k = checks.integer("k", k, 1)
     checks.choice("metric", metric, METRICS)
-    if segments is not None:
-        checks.tensor("segments", segments)
-        checks.shape("segments", segments, "S + 1")
-        checks.dtype("segments", segments, checks.INTEGER)
-    return registry.call("knn", features, k, metric, segments, include_self, check_finite)
+    if database is not None:
+        _check_database(database, features, include_self)
+    _check_segments(segments, database, database_segments)
+    return registry.call(
+        "knn", features, k, metric, segments, include_self, check_finite, database,
+        database_segments,
+    )  # fmt: skip
 
 
-def _fake(features, k, metric, segments, include_self, check_finite):
+def _check_database(database: Tensor, features: Tensor, include_self: bool) -> None:
+    checks.tensor("database", database)
+    checks.shape("database", database, "M", features.shape[1])
+    checks.dtype("database", database, (features.dtype,))
+    checks.device("database", database, features, "features")
+    if include_self:
+        raise ValueError(
+            "include_self: expected False with a database, all of whose rows are candidates, got "
+            f"{include_self}"
+        )
+
+
+def _check_segments(
+    segments: Tensor | None, database: Tensor | None, database_segments: Tensor | None
+) -> None:
+    for name, offsets in (("segments", segments), ("database_segments", database_segments)):
+        if offsets is not None:
+            checks.tensor(name, offsets)
+            checks.shape(name, offsets, "S + 1")
+            checks.dtype(name, offsets, checks.INTEGER)
+    if database is None and database_segments is not None:
+        raise ValueError("database_segments: expected None without a database, got offsets")
+    if database is not None and (segments is None) != (database_segments is None):
+        got, missing = "segments", "database_segments"
+        if segments is None:
+            got, missing = missing, got
+        raise ValueError(f"{missing}: expected offsets beside {got}, got None")
+
+
+def _fake(features, k, metric, segments, include_self, check_finite, database, database_segments):
     n = features.shape[0]
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     return features.new_empty((n, k), dtype=dtype), features.new_empty((n, k), dtype=torch.int32)
@@ -82,33 +129,63 @@ def _fake(features, k, metric, segments, include_self, check_finite):
 
 registry.define(
     "knn(Tensor features, SymInt k, str metric, Tensor? segments, bool include_self, "
-    "bool check_finite) -> (Tensor values, Tensor indices)",
+    "bool check_finite, Tensor? database, Tensor? database_segments) "
+    "-> (Tensor values, Tensor indices)",
     fake=_fake,
 )
 
 
-def _check_values(features: Tensor, segments: Tensor | None, check_finite: bool) -> list[int]:
-    """What only the values can tell; returns the segments' offsets."""
-    n = len(features)
+def _check_values(
+    features: Tensor,
+    segments: Tensor | None,
+    check_finite: bool,
+    database: Tensor | None = None,
+    database_segments: Tensor | None = None,
+) -> tuple[list[int], list[int] | None]:
+    """What only the values can tell; returns the segments' offsets, and those of the database."""
+    bounds = _check_rows("features", features, "segments", segments, check_finite)
+    if database is None:
+        return bounds, None
+    other = _check_rows("database", database, "database_segments", database_segments, check_finite)
+    if len(other) != len(bounds):
+        raise ValueError(
+            f"database_segments: expected as many offsets as segments, {len(bounds)}, "
+            f"got {len(other)}"
+        )
+    return bounds, other
+
+
+def _check_rows(
+    name: str, rows: Tensor, segments_name: str, segments: Tensor | None, check_finite: bool
+) -> list[int]:
+    n = len(rows)
     if n >= 2**31:
-        raise ValueError(f"features: expected fewer than 2^31 rows (int32 indices), got {n}")
+        raise ValueError(f"{name}: expected fewer than 2^31 rows (int32 indices), got {n}")
     if check_finite:
-        checks.finite("features", features)
-    return [0, n] if segments is None else checks.offsets("segments", segments, n)
+        checks.finite(name, rows)
+    return [0, n] if segments is None else checks.offsets(segments_name, segments, n)
 
 
 @registry.kernel("knn", "reference")
-def _reference(features, k, metric, segments, include_self, check_finite):
-    bounds = _check_values(features, segments, check_finite)
-    return reference.knn(features, k, metric, bounds, include_self)
+def _reference(
+    features, k, metric, segments, include_self, check_finite, database, database_segments
+):
+    bounds = _check_values(features, segments, check_finite, database, database_segments)
+    return reference.knn(features, k, metric, bounds[0], include_self, database, bounds[1])
 
 
-@registry.kernel("knn", "cpu", accepts=lambda features, *_: features.dtype != torch.float64)
-def _cpu(features, k, metric, segments, include_self, check_finite):
-    bounds = torch.tensor(_check_values(features, segments, check_finite))
+def _in_float32(features, *_) -> bool:
+    return features.dtype != torch.float64
+
+
+@registry.kernel("knn", "cpu", accepts=_in_float32)
+def _cpu(features, k, metric, segments, include_self, check_finite, database, database_segments):
+    bounds = _check_values(features, segments, check_finite, database, database_segments)
+    offsets, other_offsets = (None if each is None else torch.tensor(each) for each in bounds)
     return torch.ops.nefkern_native.knn(
-        features.float(), bounds, k, metric == "euclidean", include_self
-    )
+        features.float(), offsets, k, METRICS.index(metric), include_self,
+        None if database is None else database.float(), other_offsets,
+    )  # fmt: skip
 
 
 #: How the Triton kernels find neighbours, by NEFKERN_KNN_TRITON: "ieee" computes all values in IEEE
@@ -118,14 +195,22 @@ def _cpu(features, k, metric, segments, include_self, check_finite):
 TRITON_METHODS = ("auto", "ieee", "preselect")
 
 
-@registry.kernel("knn", "triton", accepts=lambda features, *_: features.dtype != torch.float64)
-def _triton(features, k, metric, segments, include_self, check_finite):
+def _by_triton(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
+    rows = len(features) + (0 if database is None else len(database))  # counted together
+    return _in_float32(features) and metric != "inner_product" and rows < 2**31
+
+
+@registry.kernel("knn", "triton", accepts=_by_triton)
+def _triton(features, k, metric, segments, include_self, check_finite, database, database_segments):
     from nefkern.triton.knn import knn
 
-    bounds = _check_values(features, segments, check_finite)
+    bounds = _check_values(features, segments, check_finite, database, database_segments)
     method = _method("NEFKERN_KNN_TRITON", TRITON_METHODS)
     preselect = {"auto": None, "ieee": False, "preselect": True}[method]
-    return knn(features, k, metric, segments, bounds, include_self, preselect=preselect)
+    return knn(
+        features, k, metric, segments, bounds[0], include_self, database, database_segments,
+        bounds[1], preselect=preselect,
+    )  # fmt: skip
 
 
 #: How the CUDA kernels find neighbours, by NEFKERN_KNN_CUDA: "baseline" computes all values in
@@ -143,9 +228,13 @@ def _method(variable: str, methods: tuple[str, ...]) -> str:
     return name
 
 
-@registry.kernel("knn", "cuda", accepts=lambda features, *_: features.dtype != torch.float64)
-def _cuda(features, k, metric, segments, include_self, check_finite):
-    bounds = torch.tensor(_check_values(features, segments, check_finite))
+def _by_cuda(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
+    return _in_float32(features) and metric != "inner_product" and database is None
+
+
+@registry.kernel("knn", "cuda", accepts=_by_cuda)
+def _cuda(features, k, metric, segments, include_self, check_finite, *_):
+    bounds = torch.tensor(_check_values(features, segments, check_finite)[0])
     if segments is not None:
         segments = segments.to(features.device, torch.int64).contiguous()
     method = CUDA_METHODS.index(_method("NEFKERN_KNN_CUDA", CUDA_METHODS))

@@ -9,9 +9,10 @@ from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
 from nefkern.ops.quadratic_form import gradient_through_y, rounded, total
+from nefkern.ops.sddmm import values_gradient
 from nefkern.ops.spmm import native_accepts, native_spmm
 from nefkern.reference.csr import check_content
-from nefkern.reference.neuralef_loss import gradient_factor, loss_of_r
+from nefkern.reference.neuralef_loss import gradient_factor, gradient_of_r, loss_of_r
 from nefkern.reference.spmm import accumulation_dtype
 
 
@@ -25,7 +26,8 @@ def neuralef_loss(
         L = -(t/K) sum_j R_jj + (beta t^2/K) sum_{i<j} R^_ij^2 .
 
     kappa is symmetric, so with Y = kappa U kept from the forward pass the gradient is one dense
-    product, dL/dU = g(U) = -(2t/K) Y + (2 beta t^2/K) Y triu(R, 1). L is differentiable in ``psi``.
+    product, dL/dU = g(U) = -(2t/K) Y + (2 beta t^2/K) Y triu(R, 1). L is differentiable in ``psi``,
+    and in the graph's values, where stop_gradient means nothing: dL/dkappa = U (dL/dR) U^T.
 
     Higher derivatives, of a gradient penalty for instance, are those of g as a function of U, Y and
     R included: what finite differences of the gradient converge to. (Autograd on the first formula,
@@ -100,18 +102,25 @@ def _triton(row_offsets, columns, values, psi, beta, t):
 def _setup_context(ctx, inputs, output) -> None:
     *graph, psi, ctx.beta, ctx.t = inputs
     _, r, y = output
-    ctx.save_for_backward(*graph, r, y)
+    ctx.save_for_backward(*graph, psi if ctx.needs_input_grad[2] else None, r, y)
     ctx.dtype = psi.dtype
 
 
 def _backward(ctx, grad: Tensor | None, grad_r: Tensor | None, grad_y: Tensor | None):
     """The closed form g; in a second derivative also the gradients of its factors R and Y."""
-    *graph, r, y = ctx.saved_tensors
-    factor = None if grad is None else gradient_factor(grad, r, ctx.beta, ctx.t)
-    if grad_r is not None:
-        factor = total(factor, grad_r + grad_r.T)
-    d_psi = gradient_through_y(graph, y, factor, grad_y)
-    return None, None, None, rounded(d_psi, ctx.dtype), None, None
+    *graph, psi, r, y = ctx.saved_tensors
+    d_values = d_psi = None
+    if ctx.needs_input_grad[2]:
+        of_r = None if grad is None else gradient_of_r(grad, r, ctx.beta, ctx.t)
+        of_r = total(of_r, grad_r)
+        of_y = total(None if of_r is None else psi.to(y.dtype) @ of_r, grad_y)
+        d_values = values_gradient(*graph[:2], of_y, psi, graph[2].dtype)
+    if ctx.needs_input_grad[3]:
+        factor = None if grad is None else gradient_factor(grad, r, ctx.beta, ctx.t)
+        if grad_r is not None:
+            factor = total(factor, grad_r + grad_r.T)
+        d_psi = gradient_through_y(graph, y, factor, grad_y)
+    return None, None, d_values, rounded(d_psi, ctx.dtype), None, None
 
 
 registry.autograd("neuralef_loss", _backward, _setup_context)

@@ -8,7 +8,7 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import _MAX_NODES, CSRGraph
-from nefkern.reference.normalized_adjacency import check_indices
+from nefkern.reference.normalized_adjacency import check_indices, normalized_adjacency_gradient
 
 _SYMMETRIZE = ("mean", "union")
 
@@ -35,9 +35,14 @@ def normalized_adjacency(
     of very different sizes side by side: the result is right to rounding, as if A and D were
     computed in exact arithmetic, and multiplying all weights by a number does not change it.
 
+    The graph's values carry the gradient of ``weights``, as often as wanted, with the edges held
+    fixed: in closed form, in float64 and O(N k) memory. Where weights compete (duplicates, the two
+    directions of a union), it goes to the largest, evenly among equals. Weights that were clamped
+    and edges that were dropped have gradient 0.
+
     Args:
         indices: int32 or int64 [N, k]; values -1 to N - 1.
-        weights: floating point [N, k], or None for weight 1. Not differentiable.
+        weights: floating point [N, k], or None for weight 1. Differentiable, see below.
         num_nodes: N.
         symmetrize: "mean" for (A + A^T) / 2, "union" for max(A, A^T), which is the logical or of
             lists without weights.
@@ -50,8 +55,8 @@ def normalized_adjacency(
         A symmetric graph; ``values`` is float64 for float64 weights and float32 otherwise.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device, option or index; a weight that requires
-            a gradient, or (``check_finite``) that isn't finite.
+        TypeError, ValueError: a wrong dtype, shape, device, option or index; (``check_finite``) a
+            weight that isn't finite.
     """
     num_nodes = check_lists(indices, weights, num_nodes)
     clamp_min = check_clamp(clamp_min)
@@ -92,8 +97,6 @@ def check_lists(
         )
     if weights.device != indices.device:
         raise ValueError(f"weights: expected device {indices.device}, got {weights.device}")
-    if weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weights: not differentiable; expected weights.detach()")
     return num_nodes
 
 
@@ -171,3 +174,18 @@ def _triton(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
 
     check_weights(indices, weights, clamp_min, check_finite)
     return normalized_adjacency(indices, weights, num_nodes, symmetrize, clamp_min)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    indices, weights, _, ctx.symmetrize, ctx.clamp_min, _ = inputs
+    ctx.save_for_backward(indices, weights, *output[:2])
+
+
+def _backward(ctx, _offsets, _columns, grad):
+    if grad is None:
+        return (None,) * 6
+    found = normalized_adjacency_gradient(grad, *ctx.saved_tensors, ctx.symmetrize, ctx.clamp_min)
+    return None, found, None, None, None, None
+
+
+registry.autograd("normalized_adjacency", _backward, _setup_context)

@@ -8,13 +8,15 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import registry
 from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
+from nefkern.ops.sddmm import values_gradient
 from nefkern.ops.spmm import native_accepts, native_spmm, transposed_spmm
 from nefkern.reference.csr import check_content
 from nefkern.reference.spmm import accumulation_dtype
 
 
 def quadratic_form(psi: Tensor, graph: CSRGraph, phi: Tensor | None = None) -> Tensor:
-    """psi^T kappa phi, R of eq 6 for phi = psi; differentiable in both, as often as wanted.
+    """psi^T kappa phi, R of eq 6 for phi = psi; differentiable in both and in the graph's values,
+    as often as wanted.
 
     Args:
         psi: [N, K], float32, float64, float16 or bfloat16: one column a function, one row a node.
@@ -78,30 +80,38 @@ def _setup_context(ctx, inputs, output) -> None:
     *graph, psi, phi, ctx.symmetric = inputs
     ctx.one_operand, ctx.dtype = phi is None, psi.dtype
     # With one operand and a symmetric graph kappa^T psi is Y, and psi can go.
-    kept = None if phi is None and ctx.symmetric else psi
-    ctx.save_for_backward(*graph, kept, output[1])
+    short = phi is None and ctx.symmetric and not ctx.needs_input_grad[2]
+    kept = (None if short else psi, phi if ctx.needs_input_grad[2] else None, output[1])
+    ctx.save_for_backward(*graph, *kept)
 
 
 def _backward(ctx, grad: Tensor | None, grad_y: Tensor | None):
     """d psi = Y G^T and d phi = kappa^T (psi G + H), with Y = kappa phi, G and H the gradients of R
     and Y.
 
-    The second result Y takes part, although no user sees it: a second derivative goes through it.
+    kappa itself is seen through Y only: d kappa_ij = (psi G + H)_i · phi_j. The second result Y
+    takes part, although no user sees it: a second derivative goes through it.
     """
-    *graph, psi, y = ctx.saved_tensors
+    *graph, psi, phi, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    d_psi = d_phi = None
-    if psi is None:
-        d_psi = gradient_through_y(graph, y, None if grad is None else grad + grad.T, grad_y)
-        return None, None, None, rounded(d_psi, ctx.dtype), None, None
+    d_values = d_psi = d_phi = of_y = None
+    one_product = ctx.one_operand and ctx.symmetric  # kappa^T psi G = Y G
+    if needs[2] or needs[4] or (needs[3] and ctx.one_operand and not one_product):
+        of_y = total(None if grad is None else psi.to(y.dtype) @ grad, grad_y)
+    if needs[2]:
+        phi = psi if ctx.one_operand else phi
+        d_values = values_gradient(*graph[:2], of_y, phi, graph[2].dtype)
+    if one_product:
+        if needs[3]:
+            d_psi = gradient_through_y(graph, y, None if grad is None else grad + grad.T, grad_y)
+        return None, None, d_values, rounded(d_psi, ctx.dtype), None, None
     if needs[3] and grad is not None:
         d_psi = y @ grad.T
-    if needs[4] or (ctx.one_operand and needs[3]):
-        of_y = total(None if grad is None else psi.to(y.dtype) @ grad, grad_y)
-        d_phi = None if of_y is None else transposed_spmm(*graph, of_y, ctx.symmetric)
+    if (needs[4] or (ctx.one_operand and needs[3])) and of_y is not None:
+        d_phi = transposed_spmm(*graph, of_y, ctx.symmetric)
     if ctx.one_operand:
-        d_psi, d_phi = total(d_psi, d_phi), None
-    return None, None, None, rounded(d_psi, ctx.dtype), rounded(d_phi, ctx.dtype), None
+        d_psi, d_phi = (total(d_psi, d_phi) if needs[3] else None), None
+    return None, None, d_values, rounded(d_psi, ctx.dtype), rounded(d_phi, ctx.dtype), None
 
 
 def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -8,11 +8,12 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import registry
 from nefkern.ops.csr import CSRGraph, check_dense_operand, check_graph
+from nefkern.ops.sddmm import values_gradient
 from nefkern.reference.csr import check_content, raise_invalid_content, transpose
 
 
 def spmm(graph: CSRGraph, x: Tensor) -> Tensor:
-    """kappa x, differentiable in ``x`` as often as wanted (not in the graph's values).
+    """kappa x, differentiable in ``x`` and the graph's values, as often as wanted.
 
     Args:
         graph: N nodes.
@@ -84,15 +85,19 @@ def _triton(row_offsets, columns, values, x, symmetric):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    row_offsets, columns, values, _, symmetric = inputs
-    ctx.save_for_backward(row_offsets, columns, values)
-    ctx.symmetric = symmetric
+    *graph, x, ctx.symmetric = inputs
+    ctx.save_for_backward(*graph, x if ctx.needs_input_grad[2] else None)
 
 
 def _backward(ctx, grad: Tensor | None):
-    if grad is None:
-        return (None,) * 5
-    return None, None, None, transposed_spmm(*ctx.saved_tensors, grad, ctx.symmetric), None
+    """With G the gradient of y = kappa x: dx = kappa^T G, and d kappa_ij = G_i · x_j."""
+    row_offsets, columns, values, x = ctx.saved_tensors
+    d_values = d_x = None
+    if grad is not None and ctx.needs_input_grad[2]:
+        d_values = values_gradient(row_offsets, columns, grad, x, values.dtype)
+    if grad is not None and ctx.needs_input_grad[3]:
+        d_x = transposed_spmm(row_offsets, columns, values, grad, ctx.symmetric)
+    return None, None, d_values, d_x, None
 
 
 def transposed_spmm(

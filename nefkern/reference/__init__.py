@@ -8,6 +8,7 @@ from nefkern.reference.knn import knn
 from nefkern.reference.neuralef_loss import neuralef_loss
 from nefkern.reference.normalized_adjacency import normalized_adjacency
 from nefkern.reference.quadratic_form import quadratic_form
+from nefkern.reference.sddmm import sddmm
 from nefkern.reference.spmm import spmm
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "neuralef_loss",
     "normalized_adjacency",
     "quadratic_form",
+    "sddmm",
     "spmm",
 ]

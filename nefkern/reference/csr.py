@@ -34,6 +34,20 @@ def compress(rows: Tensor, num_nodes: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(num_nodes + 1, device=rows.device))
 
 
+def place_of(row_offsets: Tensor, columns: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
+    """Where the entries (``rows``, ``wanted``) are stored, int64; of those that are not, any."""
+    num_nodes = row_offsets.shape[0] - 1
+    stored = row_of_entry(row_offsets, columns.shape[0]) * num_nodes + columns
+    return torch.searchsorted(stored, rows * num_nodes + wanted)
+
+
+def mirrored_places(columns: Tensor) -> Tensor:
+    """For each stored entry (i, j) of a matrix of symmetric structure, where (j, i) is stored.
+
+    Sorted by column, the entries stand in the order of the transposed matrix, which is the same."""
+    return torch.sort(columns, stable=True).indices
+
+
 def transpose(row_offsets: Tensor, columns: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """The transposed square matrix; a stable sort by column keeps its columns ascending."""
     rows = row_of_entry(row_offsets, columns.shape[0])

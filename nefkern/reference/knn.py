@@ -18,43 +18,57 @@ def knn(
     metric: str = "cosine",
     segments: Sequence[int] | None = None,
     include_self: bool = False,
+    database: Tensor | None = None,
+    database_segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best rows for every row, best first; see :func:`nefkern.ops.knn` for the contract.
 
     Args:
         features: [N, C], float16, bfloat16, float32 or float64.
         segments: S + 1 offsets; row i's candidates are the rows of its own segment.
+        database: [M, C], the candidates; None: ``features`` themselves.
+        database_segments: S + 1 offsets; segment s of ``features`` has the candidates of segment s.
 
     Returns:
         values [N, k] in float32 (float64 for float64 features) and indices [N, k] int32.
     """
-    points = features if features.dtype == torch.float64 else features.float()
-    finite = points.isfinite().all(dim=1)
-    if metric == "cosine":
-        points = unit_rows(points)
-    n = len(points)
+    own = database is None
+    points, finite = _points(features, metric)
+    others, there = (points, finite) if own else _points(database, metric)
+    n, drop = len(points), own and not include_self
     values = points.new_full((n, k), -math.inf)
     indices = points.new_full((n, k), -1, dtype=torch.int32)
     bounds = [0, n] if segments is None else list(segments)
-    for begin, end in itertools.pairwise(bounds):
-        rows = finite[begin:end].nonzero()[:, 0] + begin  # each other's candidates
-        count = len(rows) - (not include_self)
+    other_bounds = [0, len(others)] if database_segments is None else list(database_segments)
+    ranges = itertools.pairwise(bounds), itertools.pairwise(bounds if own else other_bounds)
+    for (begin, end), (first, last) in zip(*ranges, strict=True):
+        rows = finite[begin:end].nonzero()[:, 0] + begin
+        columns = there[first:last].nonzero()[:, 0] + first  # the candidates of all of them
+        count = len(columns) - drop
         if count <= 0:
             continue
-        candidates = points[rows]
-        step = max(1, _BLOCK // len(rows))
-        for first in range(0, len(rows), step):
-            block = slice(first, first + step)
-            scores = _scores(candidates[block], candidates, metric)
+        candidates = others[columns]
+        step = max(1, _BLOCK // len(columns))
+        for at in range(0, len(rows), step):
+            block = rows[at : at + step]
+            scores = _scores(points[block], candidates, metric)
             which = torch.arange(count, device=rows.device).expand(len(scores), -1)
-            if not include_self:  # from the row itself on, column c stands for candidate c + 1
-                own = torch.arange(len(rows), device=rows.device)[block, None]
-                which = which + (which >= own)
+            if drop:  # from the row itself on, column c stands for candidate c + 1
+                which = which + (
+                    which >= torch.arange(at, at + len(block), device=rows.device)[:, None]
+                )
                 scores = scores.gather(1, which)
             best, where = _best(scores, min(k, count))
-            values[rows[block], : best.shape[1]] = best
-            indices[rows[block], : best.shape[1]] = rows[which.gather(1, where)].int()
-    return values if metric == "cosine" else values.neg_(), indices
+            values[block, : best.shape[1]] = best
+            indices[block, : best.shape[1]] = columns[which.gather(1, where)].int()
+    return values.neg_() if metric == "euclidean" else values, indices
+
+
+def _points(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """The rows as they are compared, and which of them are finite."""
+    points = x if x.dtype == torch.float64 else x.float()
+    finite = points.isfinite().all(dim=1)
+    return (unit_rows(points) if metric == "cosine" else points), finite
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -71,7 +85,37 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def _scores(rows: Tensor, candidates: Tensor, metric: str) -> Tensor:
     """[n, C] against [m, C]: [n, m] scores, greater is better."""
-    return rows @ candidates.T if metric == "cosine" else _distances(rows, candidates).neg_()
+    if metric == "cosine":
+        return rows @ candidates.T
+    if metric == "inner_product":
+        return _products(rows, candidates)
+    return _distances(rows, candidates).neg_()
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_j>, [n, C] against [m, C]: inf beyond the largest float, NaN never.
+
+    In float64, where no product of two float32 overflows or vanishes. Those of float64 may; so each
+    row's largest entry is first brought to about 1, and the product to its size at the end.
+    """
+    if x.numel() == 0 or y.numel() == 0 or x.dtype != torch.float64:
+        return (x.double() @ y.double().T).to(x.dtype)
+    (x, p), (y, q) = _mantissas(x), _mantissas(y)
+    return _times_power(x @ y.T, p + q.T)
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent, in two steps: 2^2046 is no float, though what it makes of x may be."""
+    half = exponent // 2
+    for step in (half, exponent - half):
+        x = x * torch.ldexp(torch.ones_like(step, dtype=x.dtype), step)
+    return x
+
+
+def _mantissas(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with their largest entry in [1/2, 1), and the exponents [n, 1] that were taken out."""
+    exponent = x.abs().amax(dim=1, keepdim=True).frexp().exponent
+    return _times_power(x, -exponent), exponent
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

@@ -35,6 +35,14 @@ def gradient_factor(grad: Tensor, r: Tensor, beta: float, t: float) -> Tensor:
     return grad * factor
 
 
+def gradient_of_r(grad: Tensor, r: Tensor, beta: float, t: float) -> Tensor:
+    """grad * dL/dR [K, K] = grad * (-(t/K) I + (2 beta t^2/K) triu(R, 1)), both of R's factors
+    free: what reaches kappa, to which stop_gradient means nothing."""
+    k = r.shape[0]
+    identity = torch.eye(k, dtype=r.dtype, device=r.device)
+    return grad * ((2 * beta * t * t / k) * r.triu(1) - (t / k) * identity)
+
+
 def neuralef_loss_backward(grad: Tensor, y: Tensor, r: Tensor, beta: float, t: float) -> Tensor:
     """grad * dL/dpsi [N, K] = Y F; differentiable, but Y and R are constants to it."""
     return y @ gradient_factor(grad, r, beta, t).to(y.dtype)

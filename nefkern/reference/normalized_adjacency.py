@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nefkern.reference.csr import compress, merge_entries
+from nefkern.reference.csr import compress, merge_entries, mirrored_places, place_of
 
 _SMALLEST = 2.0**-1074  # of float64's positive numbers
 
@@ -69,6 +69,76 @@ def _edges(indices: Tensor, weights: Tensor | None, clamp_min: float) -> tuple[T
     clamped = weights.reshape(-1).to(dtype).clamp(min=clamp_min).double()
     kept = (columns >= 0) & ~(clamped <= 0)  # "not <=" rather than ">": a NaN stays visible
     return rows[kept], columns[kept], clamped[kept]
+
+
+def normalized_adjacency_gradient(
+    grad: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    symmetrize: str,
+    clamp_min: float | Tensor,
+) -> Tensor:
+    """dL/dweights [N, k] from ``grad`` = dL/dvalues [nnz], the structure held fixed.
+
+    A listed edge e = (i, j) of weight w_e goes into a_ij and a_ji with the share c_e of
+    :func:`_shares`. With H the symmetric part of the gradient, s = d^(-1/2) and
+    r_i = sum_l kappa_il H_il, differentiating kappa_ij = a_ij s_i s_j gives
+
+        dL/dw_e = c_e (2 H_ij s_i s_j - r_i / d_i - r_j / d_j) .
+
+    All of it is a sum over listed edges, so the memory is O(N k); the stored places may be more
+    than A's (those of the pixel graph). By differentiable operations: in ``grad`` and ``weights``.
+    """
+    n, k = indices.shape
+    rows = torch.arange(n, device=indices.device).repeat_interleave(k)
+    ends = indices.reshape(-1).long()
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    given = weights.reshape(-1).to(dtype)
+    passed = given >= clamp_min
+    clamped = torch.where(passed, given, torch.as_tensor(clamp_min, dtype=dtype)).double()
+    kept = (ends >= 0) & (clamped > 0)
+    ends, w = torch.where(kept, ends, rows), torch.where(kept, clamped, 0.0)
+    # One place more than there are, for edges that are not stored.
+    spare = columns.shape[0]
+    there = torch.where(kept, place_of(row_offsets, columns, rows, ends), spare)
+    mirror = torch.cat([mirrored_places(columns), rows.new_zeros(1)])
+    back = torch.where(kept, mirror[there], spare)
+    share = _shares(w.detach(), kept, there, back, spare + 1, symmetrize)
+
+    def node_sums(edges: Tensor) -> Tensor:
+        return edges.new_zeros(n).index_add(0, rows, edges).index_add(0, ends, edges)
+
+    padded = torch.cat([grad.double(), grad.new_zeros(1, dtype=torch.float64)])
+    h = (padded[there] + padded[back]) / 2
+    degree = node_sums(share * w)
+    degree = torch.where(degree > 0, degree, 1.0)
+    scale = degree.rsqrt()
+    slope = h * scale[rows] * scale[ends]
+    pull = node_sums(share * w * slope) / degree
+    found = share * (2 * slope - pull[rows] - pull[ends])
+    return torch.where(passed & kept, found, 0.0).to(weights.dtype).view(n, k)
+
+
+def _shares(
+    w: Tensor, kept: Tensor, there: Tensor, back: Tensor, places: int, symmetrize: str
+) -> Tensor:
+    """c_e: what of an edge's weight goes into its place and into the transposed one.
+
+    Of edges that compete for a place, those of the largest weight share it evenly: a list's
+    duplicates for half of it (the mean), or both directions for all of it (the union). A self loop
+    is its own transposed, and has its place by two halves.
+    """
+    union = symmetrize == "union"
+    largest = w.new_zeros(places).scatter_reduce(0, there, w, "amax")
+    if union:
+        largest = largest.scatter_reduce(0, back, w, "amax")
+    wins = (kept & (w == largest[there])).to(w.dtype)
+    winners = w.new_zeros(places).index_add(0, there, wins)
+    if union:
+        return wins / winners.index_add(0, back, wins)[there].clamp_min(1)
+    return wins / winners[there].clamp_min(1) / 2
 
 
 def check_indices(indices: Tensor, num_nodes: int, *, name: str = "indices") -> None:

@@ -57,6 +57,10 @@ def leading_eigenpairs(
     ``[N, 4m/3]``. By LAPACK on the processor, in float64 and exact, for graphs of up to 512 nodes
     or where more than a quarter of the spectrum is asked for.
 
+    Where the graph's values require a gradient, the pairs are constants all the same: U's Rayleigh
+    quotients, ``quadratic_form(U, graph).diagonal()``, are the eigenvalues with their gradient,
+    since dλ = uᵀ dκ u for a simple one.
+
     Eigenvectors of (nearly) equal eigenvalues are any basis of their eigenspace: compare spans.
     Their signs make the entry of largest magnitude positive.
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nefkern.spectral.eigenpairs import EigenPairs, leading_eigenpairs
 from nefkern.ops import CSRGraph, add, checks, knn, normalized_adjacency
 from nefkern.reference.csr import row_of_entry
-from nefkern.reference.knn import unit_rows
+from nefkern.spectral.eigenpairs import EigenPairs, leading_eigenpairs
+from nefkern.spectral.neighbours import knn_blocks
 from nefkern.spectral.nystrom import cross_weights, extend
 from nefkern.spectral.nystrom import degrees as degrees_of
 
@@ -28,7 +28,6 @@ AFFINITIES = {"cosine": "cosine", "connectivity": "euclidean", "gaussian": "eucl
 ROW_DTYPES = (torch.float32, torch.float16)
 #: A pair with an eigenvalue below α times this is not extended: (λ − αP)^(-1) would amplify noise.
 _LEAST_RATIO = 1.01
-_NEW_BLOCK, _OLD_BLOCK = 1024, 16384  # rows whose scores are held at once
 _GATHERED = 1 << 24  # numbers gathered at once
 
 
@@ -129,7 +128,8 @@ class Embedding:
         checks.dtype("new", new, checks.FLOATING)
         checks.device("new", new, self.rows, "rows")
         checks.finite("new", new)
-        values, indices = _cross_knn(new, self.rows, self.k, AFFINITIES[self.affinity])
+        k, metric = min(self.k, len(self.rows)), AFFINITIES[self.affinity]
+        values, indices = knn_blocks(new.float(), self.rows, k, metric=metric)
         widths = _widths(values) if self.affinity == "gaussian" else None
         similarities = _similarities(self.affinity, values, indices, widths, self.widths)
         return NeighbourLists(indices, similarities, widths)
@@ -266,10 +266,14 @@ def embed(
     if keep not in ROW_DTYPES:
         raise ValueError(f"keep: expected float32 or float16, got {keep}")
     lists = neighbour_lists(rows, k, affinity)
+    kept = rows.to(keep)
+    if not bool(kept.isfinite().all()):
+        raise ValueError(
+            f"keep: expected rows within {torch.finfo(keep).max:g}, what {keep} holds, "
+            f"got {rows.abs().max().item():g}"
+        )
     found = embed_lists(lists, count, second=second, alpha=alpha, tol=tol, seed=seed)
-    return dataclasses.replace(
-        found, rows=rows.to(keep), widths=lists.widths, k=int(k), affinity=affinity
-    )
+    return dataclasses.replace(found, rows=kept, widths=lists.widths, k=int(k), affinity=affinity)
 
 
 @torch.no_grad()
@@ -348,59 +352,3 @@ def _scaled(vectors: Tensor, degrees: Tensor) -> Tensor:
 
 def _inverse_root(degrees: Tensor) -> Tensor:
     return torch.where(degrees > 0, degrees, 1).rsqrt().masked_fill(degrees <= 0, 0)
-
-
-def _cross_knn(new: Tensor, rows: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The k nearest old rows of each new one, nearest first, ties to the lower index.
-
-    More candidates than needed come from products in float32, and values in float64 decide: a row's
-    neighbours do not depend on what else is in its block.
-    """
-    new = new.float()
-    k = min(k, len(rows))
-    shift = rows.float().mean(0) if metric == "euclidean" and len(rows) else 0
-    found = []
-    for block in new.split(_NEW_BLOCK):
-        best = _candidates(block, rows, min(2 * k + 8, len(rows)), metric, shift)
-        found.append(_exact(block, rows, best.sort(1).values, metric, k))
-    if not found:
-        return new.new_empty(0, k), torch.empty(0, k, dtype=torch.int32, device=new.device)
-    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return values, indices.int()
-
-
-def _candidates(block: Tensor, rows: Tensor, k: int, metric: str, shift: Tensor | float) -> Tensor:
-    """Indices ``[n, k]`` of the highest scores, over blocks of old rows."""
-    left = unit_rows(block) if metric == "cosine" else block - shift
-    scores = left.new_empty(len(left), 0)
-    indices = torch.empty(len(left), 0, dtype=torch.int64, device=left.device)
-    for first in range(0, len(rows), _OLD_BLOCK):
-        right = rows[first : first + _OLD_BLOCK].float()
-        if metric == "cosine":
-            score = left @ unit_rows(right).T
-        else:
-            right = right - shift
-            score = torch.addmm(right.square().sum(1), left, right.T, beta=-0.5)
-        score, place = score.topk(min(k, len(right)), dim=1)
-        scores = torch.cat([scores, score], 1)
-        indices = torch.cat([indices, place + first], 1)
-        scores, place = scores.topk(min(k, scores.shape[1]), dim=1)
-        indices = indices.gather(1, place)
-    return indices
-
-
-def _exact(
-    block: Tensor, rows: Tensor, indices: Tensor, metric: str, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k best of ascending candidates by float64 values, which are returned in float32."""
-    values = []
-    step = max(1, _GATHERED // max(1, indices.shape[1] * block.shape[1]))
-    for x, near in zip(block.split(step), indices.split(step), strict=True):
-        x, y = x.double()[:, None], rows[near].double()
-        if metric == "cosine":
-            x, y = (unit_rows(one.flatten(0, 1)).view_as(one) for one in (x, y))
-            values.append((x * y).sum(2))
-        else:
-            values.append((x - y).square().sum(2).sqrt())
-    order = torch.cat(values).sort(dim=1, descending=metric == "cosine", stable=True)
-    return order.values[:, :k].float(), indices.gather(1, order.indices[:, :k])

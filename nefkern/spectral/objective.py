@@ -136,8 +136,14 @@ def objective(
             what :meth:`Tensor.backward` leaves in each.
 
     Raises:
-        NotImplementedError: in ``backward(create_graph=True)`` of a shared loss.
+        NotImplementedError: in ``backward(create_graph=True)`` of a shared loss; a shared κ whose
+            values require a gradient.
     """
+    if shared and graph.values.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "objective: no gradient reaches the values of a graph that processes share "
+            "(shared=True); expected values.detach()"
+        )
     normalized, norms = l2_batch_norm(psi, minimum, shared=shared)
     if shared:
         loss, r = _SharedLoss.apply(normalized, graph, beta, t)

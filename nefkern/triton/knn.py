@@ -19,6 +19,7 @@ waits for the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,7 @@ from nefkern.triton.knn_estimates import (
     tuned_score,
 )
 from nefkern.triton.knn_keys import FLAT, unpack_kernel
-from nefkern.triton.knn_rows import DEPTH, Rows, rows_of
+from nefkern.triton.knn_rows import DEPTH, Ranges, Rows, rows_of
 from nefkern.triton.knn_scores import BLOCK_ROWS, STRIP, grid_of, strips_of
 from nefkern.triton.knn_select import SELECT, select_exact_kernel, select_kernel
 from nefkern.triton.knn_values import CHUNK, EXACT, RERANK, exact_kernel, rerank_kernel
@@ -65,6 +66,9 @@ def knn(
     segments: Tensor | None,
     bounds: Sequence[int],
     include_self: bool,
+    database: Tensor | None = None,
+    database_segments: Tensor | None = None,
+    database_bounds: Sequence[int] | None = None,
     *,
     preselect: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -73,6 +77,7 @@ def knn(
     Args:
         features: [N, C] float16, bfloat16 or float32.
         bounds: ``segments`` on the host, checked; [0, N] for None.
+        database: [M, C] likewise, with N + M < 2^31, and offsets as many; None: ``features``.
         preselect: whether tensor cores choose the candidates whose values are then computed, or
             all values are computed in float32. None: as :func:`preselects` says. The accuracy is
             the same.
@@ -83,11 +88,18 @@ def knn(
     if n == 0:
         return values, indices
     with device_of(features):
-        data = rows_of(features.float(), metric == "euclidean", segments, bounds)
+        other = None if database is None else database.float()
+        data = rows_of(
+            features.float(), metric == "euclidean", Ranges(bounds, segments), other,
+            Ranges(database_bounds or (), database_segments),
+        )  # fmt: skip
+        if data.longest == 0:
+            return values.fill_(math.inf if data.euclidean else -math.inf), indices.fill_(-1)
         if preselect is None:
             preselect = preselects(channels, k, data.longest)
         packed = pack(data, channels) if preselect else None
-        _blocks(data, packed, k, include_self, values, indices)
+        # A query is no row of its database.
+        _blocks(data, packed, k, include_self or database is not None, values, indices)
     return values, indices
 
 
@@ -107,9 +119,9 @@ def _blocks(
     data: Rows, packed: Packed | None, k: int, include_self: bool, values: Tensor, indices: Tensor
 ) -> None:
     """The five steps for every block of rows."""
-    n, longest = len(data.rows), data.longest
+    n, longest = data.queries, data.longest
     capacity, places = _capacity(k, longest, packed is not None), min(k, longest)
-    strips = strips_of(n, longest)
+    strips = strips_of(data.reach)
     step = _block_rows(n, strips, capacity)
     new = data.rows.new_empty
     scores, keys = new((step, strips * STRIP.value)), new((step, capacity), dtype=torch.int64)
@@ -122,9 +134,9 @@ def _blocks(
             _preselect(data, packed, first, last, places, include_self, scores, counts, positions,
                        keys)  # fmt: skip
         exact_kernel[grid_of(last - first, strips, EXACT)](
-            data.planes, data.features, data.unscale, data.present, data.begins, data.ends, counts,
-            scores, first, last, n, len(data.planes), strips, capacity, data.euclidean,
-            include_self, CHUNK, **EXACT,
+            data.planes, data.features, data.present, data.begins, data.ends, counts, scores, first,
+            last, len(data.rows), len(data.planes), strips, capacity, data.euclidean, include_self,
+            CHUNK, **EXACT,
         )  # fmt: skip
         select_exact_kernel[(rows,)](
             scores, data.begins, data.ends, counts, keys, first, last, strips, places, capacity,
@@ -133,8 +145,9 @@ def _blocks(
         ordered = keys[: last - first].sort(dim=1).values
         size = (last - first) * k
         unpack_kernel[(triton.cdiv(size, FLAT["BN"]),)](
-            ordered, values[first:], indices[first:], size, k, capacity, data.euclidean, **FLAT
-        )
+            ordered, values[first:], indices[first:], size, k, capacity, data.first_candidate,
+            data.euclidean, **FLAT,
+        )  # fmt: skip
 
 
 def _preselect(
@@ -149,12 +162,12 @@ def _preselect(
         INCLUDE_SELF=include_self,
     )  # fmt: skip
     select_kernel[(triton.cdiv(rows, SELECT["BR"]),)](
-        scores, data.begins, data.ends, packed.margins, counts, positions, first, last, strips,
-        places, places // 16, capacity, packed.relative, **SELECT,
+        scores, data.begins, data.ends, packed.margins, packed.lowest, counts, positions, first,
+        last, strips, places, places // 16, capacity, packed.relative, **SELECT,
     )  # fmt: skip
     rerank_kernel[(triton.cdiv(rows, RERANK["BR"]),)](
-        data.rows, data.features, data.unscale, counts, positions, keys, first, last, steps,
-        len(data.planes), capacity, data.euclidean, **RERANK,
+        data.rows, data.features, counts, positions, keys, first, last, steps, len(data.planes),
+        capacity, data.euclidean, **RERANK,
     )  # fmt: skip
 
 
@@ -183,7 +196,7 @@ def _ship(kernel, variant: str, its: dict, stages: int = 3) -> Shipped:
     kinds = {"packed": "*fp16", "present": "*i1", "keys": "*i64", "relative": "fp32"}
     kinds |= dict.fromkeys(("begins", "ends", "counts", "positions", "indices"), "*i32")
     kinds |= dict.fromkeys(
-        ("rows", "planes", "features", "centre", "scores", "margins", "unscale"), "*fp32"
+        ("rows", "planes", "features", "scale", "centre", "scores", "margins", "lowest"), "*fp32"
     )
     kinds |= dict.fromkeys(("offsets", "lengths", "residuals", "values"), "*fp32")
     names = kernel.arg_names

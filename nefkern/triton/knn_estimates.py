@@ -29,6 +29,7 @@ of a squared distance adds 2h (|s| + m).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ SCORE_CONFIGS = [
 
 @triton.jit
 def pack_kernel(
-    rows, centre, present, packed, offsets, lengths, residuals, n, depth,
+    rows, scale, centre, present, packed, offsets, lengths, residuals, n, depth,
     EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """p = d rounded to float16, with u, |d| and |d - p|: sums in float64."""
@@ -62,6 +63,7 @@ def pack_kernel(
     for first in range(0, depth, BC):
         c = first + tl.arange(0, BC)
         y = tl.load(rows + at + c[None, :], mask=(i < n)[:, None], other=0.0).to(tl.float64)
+        y *= tl.load(scale)
         m = tl.load(centre + c).to(tl.float64)[None, :]
         d = y - m
         p = d.to(tl.float32).to(tl.float16)
@@ -118,6 +120,7 @@ class Packed:
     offsets: Tensor  # [N]: u
     margins: Tensor  # [N]: m
     relative: float  # what comes to it in proportion to a score
+    lowest: Tensor  # [1]: scores below it are of distances beyond float32, which all tie
 
 
 def pack(data: Rows, channels: int) -> Packed:
@@ -126,14 +129,17 @@ def pack(data: Rows, channels: int) -> Packed:
     n, depth = rows.shape
     packed = torch.empty_like(rows, dtype=torch.float16)
     offsets, lengths, residuals = (rows.new_empty(n) for _ in range(3))
+    centre = (rows.mean(0, dtype=torch.float64) * data.scale).float()
     pack_kernel[(triton.cdiv(n, PACK["BR"]),)](
-        rows, rows.mean(0), data.present, packed, offsets, lengths, residuals, n, depth,
+        rows, data.scale, centre, data.present, packed, offsets, lengths, residuals, n, depth,
         EUCLIDEAN=data.euclidean, **PACK,
     )  # fmt: skip
-    margins = _margins(offsets, lengths, residuals, data.unscale, channels, depth, data.euclidean)
+    margins = _margins(offsets, lengths, residuals, data.scale, channels, depth, data.euclidean)
     # A few roundings of the bound itself, and the values' relative error.
     relative = 8 * UNIT + (2 * _summing(depth) if data.euclidean else 0)
-    return Packed(packed, offsets, margins, relative)
+    edge = data.scale.double() * torch.finfo(torch.float32).max
+    lowest = edge.square() * (-0.5 * (1 - 1e-5) if data.euclidean else -math.inf)
+    return Packed(packed, offsets, margins, relative, lowest.float())
 
 
 def _summing(depth: int) -> float:
@@ -146,7 +152,7 @@ def _summing(depth: int) -> float:
 
 
 def _margins(
-    offsets: Tensor, lengths: Tensor, residuals: Tensor, unscale: Tensor, channels: int,
+    offsets: Tensor, lengths: Tensor, residuals: Tensor, scale: Tensor, channels: int,
     depth: int, euclidean: bool,
 ) -> Tensor:  # fmt: skip
     """[N]: m, as derived at the top of this module."""
@@ -158,8 +164,8 @@ def _margins(
     gamma = gamma / (1 - gamma) if gamma < 0.5 else 1e30
     summing = gamma * packed * packed.amax() + 4 * UNIT * (offset + offset.amax())
     values = 0 if euclidean else 1.01 * _summing(depth)
-    # Numbers below float32's normal range; and distances there, which are rounded as they are given
-    # back, without the scale: by 2^-150, which moves the score by that, scaled, times the distance.
-    smallest = 2.0**-149 / unscale.double() if euclidean else 0
+    # Numbers below float32's normal range; and distances there, which are rounded without the
+    # scale: by 2^-150, which moves the score by that, scaled, times the distance.
+    smallest = 2.0**-149 * scale.double() if euclidean else 0
     lost = depth * 2.0**-120 + smallest * (packed + packed.amax() + smallest)
     return ((rounding + summing + values + lost) * (1 + 1e-5)).float()

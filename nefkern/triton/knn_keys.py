@@ -49,8 +49,9 @@ def fill_up(out, count, capacity, BN: tl.constexpr):
 
 @triton.jit
 def unpack_kernel(
-    keys, values, indices, size, k, capacity, EUCLIDEAN: tl.constexpr, BN: tl.constexpr
-):
+    keys, values, indices, size, k, capacity, first_candidate, EUCLIDEAN: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     """Values and indices of a block, [rows, k] with ``size`` entries, from its sorted keys."""
     e = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     slot = e % k
@@ -62,4 +63,5 @@ def unpack_kernel(
     if EUCLIDEAN:
         value = tl.where(value == 0, 0.0, -value)
     tl.store(values + e, value, mask=e < size)
-    tl.store(indices + e, tl.where(found, key.to(tl.int32), -1), mask=e < size)
+    index = key.to(tl.int32) - first_candidate
+    tl.store(indices + e, tl.where(found, index, -1), mask=e < size)

@@ -6,49 +6,97 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from nefkern.reference.knn import unit_rows
+from nefkern.triton.knn_scores import BLOCK_ROWS
 
 DEPTH = 64  # rows are padded to a multiple of this many channels
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows, their segments, and how to undo their scale."""
+    """All rows, which of them are queries and candidates, and the scale of their estimates.
+
+    With a database its rows follow the queries'; without, every row is both.
+    """
 
     rows: Tensor  # [N, depth], padded with zeros
     planes: Tensor  # [C, N]
     features: Tensor  # [N, C]: as they came
     present: Tensor  # [N] bool: finite
-    unscale: Tensor  # [1]: a euclidean value is this times the rows' distance
-    begins: Tensor  # [N] int32: every row's segment
+    scale: Tensor  # [1]: a power of two that brings the rows to about 1
+    queries: int
+    begins: Tensor  # [queries] int32: the candidates of each
     ends: Tensor
-    longest: int  # of the segments
+    longest: int  # of their ranges
+    reach: int  # candidates, at most, of BLOCK_ROWS queries: from the first one's to the last one's
     euclidean: bool
 
+    @property
+    def first_candidate(self) -> int:
+        """The row whose index is 0 to the caller."""
+        return self.queries if self.queries < len(self.rows) else 0
 
-def rows_of(x: Tensor, euclidean: bool, segments: Tensor | None, bounds: Sequence[int]) -> Rows:
-    """Of features [N, C] float32: unit rows (cosine), or the features times a power of two."""
-    n, channels = x.shape
+
+@dataclass(frozen=True)
+class Ranges:
+    """Offsets of segments, checked, on the host and as they came (None: all in one)."""
+
+    bounds: Sequence[int]
+    segments: Tensor | None = None
+
+
+def rows_of(
+    x: Tensor,
+    euclidean: bool,
+    ranges: Ranges,
+    database: Tensor | None = None,
+    database_ranges: Ranges | None = None,
+) -> Rows:
+    """Of features [N, C] float32, and a database [M, C]: unit rows (cosine), or as they are."""
+    queries, channels = x.shape
+    own = database is None
+    begins, ends = _candidates(x, ranges, ranges if own else database_ranges, 0 if own else queries)
+    longest, reach = _lengths(queries, ranges.bounds, (ranges if own else database_ranges).bounds)
+    x = x.contiguous() if own else torch.cat([x, database])
     scale = _power_of_two(x) if euclidean else x.new_ones(1)
-    y = x * scale if euclidean else unit_rows(x)
+    y = x if euclidean else unit_rows(x)
     present = y.isfinite().all(1)
     y = y.masked_fill(~present[:, None], 0)
-    rows = x.new_zeros((n, max(1, triton.cdiv(channels, DEPTH)) * DEPTH))
+    rows = x.new_zeros((len(x), max(1, triton.cdiv(channels, DEPTH)) * DEPTH))
     rows[:, :channels] = y
-    if segments is None:
-        begins, ends = x.new_zeros(n, dtype=torch.int32), x.new_full((n,), n, dtype=torch.int32)
-    else:
-        offsets = segments.to(x.device, torch.int32)
-        which = torch.bucketize(torch.arange(n, device=x.device), offsets[1:], right=True)
-        begins, ends = offsets[which], offsets[which + 1]
-    longest = max(b - a for a, b in itertools.pairwise(bounds))
     planes = y.T.contiguous()
-    features = x.contiguous()
-    return Rows(rows, planes, features, present, 1 / scale, begins, ends, longest, euclidean)
+    return Rows(
+        rows, planes, x, present, scale, queries, begins, ends, longest, reach, euclidean
+    )  # fmt: skip
+
+
+def _candidates(x: Tensor, ranges: Ranges, others: Ranges, first: int) -> tuple[Tensor, Tensor]:
+    """[N] int32 twice: where every row's candidates begin and end, counted from row ``first``."""
+    n = len(x)
+    if others.segments is None:
+        end = first + others.bounds[-1]
+        return (x.new_full((n,), at, dtype=torch.int32) for at in (first, end))
+    inner = ranges.segments.to(x.device, torch.int32)[1:]
+    which = torch.bucketize(torch.arange(n, device=x.device), inner, right=True)
+    offsets = others.segments.to(x.device, torch.int32) + first
+    return offsets[which], offsets[which + 1]
+
+
+def _lengths(n: int, bounds: Sequence[int], others: Sequence[int]) -> tuple[int, int]:
+    """The longest range of candidates, and what BLOCK_ROWS rows from a multiple of it on reach."""
+    longest = max((b - a for a, b in itertools.pairwise(others)), default=0)
+    if len(bounds) == 2:
+        return longest, longest
+    first = np.arange(0, n, BLOCK_ROWS.value)
+    last = np.minimum(first + BLOCK_ROWS.value, n) - 1
+    begin, end = (np.searchsorted(bounds[1:], row, side="right") for row in (first, last))
+    offsets = np.asarray(others)
+    return longest, int((offsets[end + 1] - offsets[begin]).max(initial=0))
 
 
 def _power_of_two(x: Tensor) -> Tensor:

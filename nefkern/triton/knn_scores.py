@@ -54,9 +54,9 @@ def row_scores(row, first, length, BN: tl.constexpr):
     return tl.load(row[:, None] + column[None, :], mask=there, other=float("nan")), column
 
 
-def strips_of(n: int, longest: int) -> int:
-    """Of scores a row. The columns of 128 rows reach into the segments on both of their sides."""
-    return triton.cdiv(min(n, BLOCK_ROWS.value + 2 * longest), STRIP.value)
+def strips_of(reach: int) -> int:
+    """Of scores a row, for columns from the first to the last candidate of BLOCK_ROWS rows."""
+    return triton.cdiv(reach, STRIP.value)
 
 
 def grid_of(rows: int, strips: int, tile: dict[str, int]) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def _about_kth(row, length, longest, k, slack, BR: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def select_kernel(
-    scores, begins, ends, margins, counts, positions, first_row, last_row, strips, k, slack,
+    scores, begins, ends, margins, lowest, counts, positions, first_row, last_row, strips, k, slack,
     capacity, relative, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Positions of the candidates that may be among the k best, and how many they are."""
@@ -75,6 +75,7 @@ def select_kernel(
     kth, _, _ = _about_kth(row, length, longest, k, slack, BR, BN)
     margin = tl.load(margins + i, mask=there, other=0.0)
     bound = kth - (2 * margin + relative * (tl.abs(kth) + margin))
+    bound = tl.where(bound <= tl.load(lowest), float("-inf"), bound)
     count = tl.zeros([BR], tl.int32)
     out = positions + local.to(tl.int64)[:, None] * capacity
     for first in range(0, longest, BN):

@@ -10,9 +10,9 @@ from nefkern.triton.knn_keys import fill_up, key_of
 from nefkern.triton.knn_rows import DEPTH
 from nefkern.triton.knn_scores import base_of, put_scores
 
-# Of distances below it, scaled, the squares of small differences may have vanished: those below
-# 2^-63 of the largest entry. Above it, what vanished changes no digit.
-SMALL_SQUARE = tl.constexpr(2.0**-64)
+# Distances come from the rows as they are where their squares are in this range: then what vanished
+# of small differences' squares changes no digit.
+SMALL_SQUARE, LARGE_SQUARE = tl.constexpr(2.0**-64), tl.constexpr(2.0**126)
 CHUNK = 32  # channels summed before they are added to the total
 # The interpreter takes as long for a large tile as for a small one.
 if interpreting():
@@ -23,30 +23,27 @@ else:
 
 
 @triton.jit
-def _distance(square, unscale):
-    """A distance from the sum of scaled squares, inf beyond the largest float; and whether it is so
-    small that squares may have vanished, which ``_small_distance`` tells better."""
-    return tl.sqrt_rn(square) * tl.load(unscale), square < SMALL_SQUARE
+def _distance(square):
+    """A distance from the sum of squares; and whether ``_wide_distance`` tells it better."""
+    return tl.sqrt_rn(square), ~((square >= SMALL_SQUARE) & (square <= LARGE_SQUARE))
 
 
 @triton.jit
-def _small_distance(x, y, there, channels):
-    """|x - y| of pairs of rows, as they came, that are near for the size of their entries.
-
-    In float64 no square leaves its range, and no difference overflows. Pointers to their rows.
-    """
+def _wide_distance(x, y, there, channels):
+    """|x - y| of pairs of rows, in float64, where no square leaves its range; inf beyond float32's.
+    Pointers to their rows."""
     total = tl.zeros(there.shape, tl.float64)
     for c in range(0, channels):
         p, q = tl.load(x + c, mask=there, other=0.0), tl.load(y + c, mask=there, other=0.0)
-        difference = (p - q).to(tl.float64)
+        difference = p.to(tl.float64) - q.to(tl.float64)
         total += difference * difference
     return tl.sqrt(total).to(tl.float32)
 
 
 @triton.jit
 def rerank_kernel(
-    rows, features, unscale, counts, positions, keys, first_row, last_row, steps, channels,
-    capacity, EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    rows, features, counts, positions, keys, first_row, last_row, steps, channels, capacity,
+    EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Keys of the candidates of each row, from their values in float32."""
     local = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -72,12 +69,12 @@ def rerank_kernel(
                 total += p * q
         value = tl.sum(total, 2)
         if EUCLIDEAN:
-            value, small = _distance(value, unscale)
-            small = small & there
-            if tl.max(small.to(tl.int32)) > 0:
+            value, wide = _distance(value)
+            wide = wide & there
+            if tl.max(wide.to(tl.int32)) > 0:
                 p = features + i.to(tl.int64)[:, None] * channels + tl.zeros_like(j)
                 q = features + j.to(tl.int64) * channels
-                value = tl.where(small, _small_distance(p, q, small, channels), value)
+                value = tl.where(wide, _wide_distance(p, q, wide, channels), value)
             value = -value
         tl.store(keys + line + slot, key_of(value, j), mask=there)
     fill_up(keys + line, count, tl.where(i < last_row, capacity, 0), BN)
@@ -85,8 +82,8 @@ def rerank_kernel(
 
 @triton.jit
 def exact_kernel(
-    planes, features, unscale, present, begins, ends, counts, scores, first_row, last_row, n,
-    channels, strips, capacity, EUCLIDEAN: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    planes, features, present, begins, ends, counts, scores, first_row, last_row, n, channels,
+    strips, capacity, EUCLIDEAN: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of float32 scores, for the rows with more than ``capacity`` candidates.
@@ -117,12 +114,12 @@ def exact_kernel(
             total += part
         pair = there[:, None] & beside[None, :]
         if EUCLIDEAN:
-            total, small = _distance(total, unscale)
-            small = small & pair
-            if tl.max(small.to(tl.int32)) > 0:
+            total, wide = _distance(total)
+            wide = wide & pair
+            if tl.max(wide.to(tl.int32)) > 0:
                 p = tl.broadcast_to(features + i.to(tl.int64)[:, None] * channels, BM, BN)
                 q = tl.broadcast_to(features + j.to(tl.int64)[None, :] * channels, BM, BN)
-                total = tl.where(small, _small_distance(p, q, small, channels), total)
+                total = tl.where(wide, _wide_distance(p, q, wide, channels), total)
             total = -total
         total = tl.where(pair, total, float("nan"))
         put_scores(scores, total, first_row, row, first, base, strips, INCLUDE_SELF)

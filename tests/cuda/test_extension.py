@@ -58,7 +58,7 @@ def test_cuda_kernels_are_the_first_choice_on_a_gpu(monkeypatch, name):
         indices = torch.empty(4, 2, dtype=torch.int32, device="cuda")
         graph = (offsets, columns, values)
         arguments = {
-            "knn": (x, 2, "cosine", None, False, False),
+            "knn": (x, 2, "cosine", None, False, False, None, None),
             "normalized_adjacency": (indices, None, 4, "mean", 0.0),
             "add": (*graph, *graph, 1.0),
             "spmm": (*graph, x, True),

@@ -238,6 +238,17 @@ def test_a_far_row_does_not_blur_the_others(knn, channels, method):
 
 
 @WAYS
+def test_distances_beyond_the_largest_float_tie_whatever_they_are(knn, channels, method):
+    largest = np.finfo(np.float32).max
+    x = np.zeros((140, channels), dtype=np.float32)
+    x[1:, 0] = largest * np.linspace(1, 0.1, 139, dtype=np.float32)
+    x[0, 0] = -largest
+    values, indices, _ = knn(x, 3, "euclidean", method=method)
+    assert values[0].tolist() == [np.inf] * 3
+    assert indices[0].tolist() == [1, 2, 3]
+
+
+@WAYS
 def test_rows_of_all_magnitudes(knn, channels, method):
     random = np.random.default_rng(1)
     size = np.exp2(random.permutation(np.linspace(-148, 127.9, 50)))

@@ -22,9 +22,14 @@ INTEGERS = {
     "normalized_adjacency num_nodes": lambda n: ops.normalized_adjacency(
         INDICES, num_nodes=n
     ).tensors(),
+    "feature_kappa k": lambda n: ops.feature_kappa(PSI, n).tensors(),
     "kappa num_nodes": lambda n: ops.kappa(INDICES, None, INDICES, num_nodes=n).tensors(),
 }
 FLOATS = {
+    "feature_kappa alpha": lambda x: ops.feature_kappa(
+        PSI, 2, pixel_indices=INDICES, alpha=x
+    ).tensors(),
+    "feature_kappa clamp_min": lambda x: ops.feature_kappa(PSI, 2, clamp_min=x).tensors(),
     "add alpha": lambda x: ops.add(GRAPH, GRAPH, x).tensors(),
     "kappa alpha": lambda x: ops.kappa(INDICES, WEIGHTS, INDICES, num_nodes=6, alpha=x).tensors(),
     "kappa clamp_min": lambda x: ops.kappa(

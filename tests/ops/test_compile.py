@@ -27,6 +27,12 @@ def rows(n, columns=5):
     return x.requires_grad_()
 
 
+def learned_lists(n):
+    """The weights require a gradient."""
+    indices, weights, pixels = lists(n)
+    return indices, weights.requires_grad_(), pixels
+
+
 def chain(features, psi, a, b, c):
     """README's own: neighbours, graph, objective."""
     values, indices = ops.knn(features, 3)
@@ -52,6 +58,19 @@ def attention(feature_map):
 #: name: the call, of tensors and three numbers, and its tensors at size n
 CALLS = {
     "knn": (lambda x, a, b, c: ops.knn(x, 3), lambda n: (rows(n).detach(),)),
+    "knn in a database": (
+        lambda x, y, a, b, c: ops.knn(x, 3, database=y, metric="inner_product"),
+        lambda n: (rows(n).detach(), rows(3 * n + 1).detach()),
+    ),
+    "knn in segments of a database": (
+        lambda x, y, s, t, a, b, c: ops.knn(x, 3, database=y, segments=s, database_segments=t),
+        lambda n: (
+            rows(n).detach(),
+            rows(2 * n).detach(),
+            torch.tensor([0, 5, n]),
+            torch.tensor([0, 9, 2 * n]),
+        ),
+    ),
     "normalized_adjacency": (
         lambda i, w, p, a, b, c: ops.normalized_adjacency(
             i, w, num_nodes=i.shape[0], clamp_min=a
@@ -64,6 +83,18 @@ CALLS = {
         ).tensors(),
         lists,
     ),
+    "kappa of learned weights": (
+        lambda i, w, p, a, b, c: ops.kappa(
+            i, w, p, num_nodes=i.shape[0], alpha=a, clamp_min=b
+        ).values.square(),
+        learned_lists,
+    ),
+    "union of learned weights": (
+        lambda i, w, p, a, b, c: ops.normalized_adjacency(
+            i, w, num_nodes=i.shape[0], clamp_min=a, symmetrize="union"
+        ).values.square(),
+        learned_lists,
+    ),
     "add": (
         lambda g, h, a, b, c: ops.add(g, h, a).tensors(),
         lambda n: (random_graph(n, 3, seed=n), random_graph(n, 4, seed=n + 1)),
@@ -72,6 +103,17 @@ CALLS = {
     "quadratic_form": (
         lambda g, x, y, a, b, c: ops.quadratic_form(x, g) @ ops.quadratic_form(x, g, y),
         lambda n: (random_graph(n, 3), rows(n), rows(n, 2)),
+    ),
+    "sddmm": (
+        lambda g, x, y, a, b, c: ops.sddmm(g, x, y),
+        lambda n: (random_graph(n, 3), rows(n), rows(n + 1)[1:]),
+    ),
+    "feature_kappa": (
+        lambda f, x, p, a, b, c: ops.spmm(
+            ops.add(ops.feature_kappa(f, 3, pixel_indices=p, alpha=a), ops.feature_kappa(f, 2), b),
+            x,
+        ).square(),
+        lambda n: (rows(n), rows(n, 4), lists(n)[2]),
     ),
     "neuralef_loss": (
         lambda g, x, a, b, c: ops.neuralef_loss(x, g, beta=a, t=b),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nefkern import backends
-from nefkern.ops import add, kappa, neuralef_loss, normalized_adjacency, spmm
+from nefkern.ops import add, kappa, neuralef_loss, normalized_adjacency, sddmm, spmm
 from tests.ops.graph_common import (
     assert_half_close,
     dense_adjacency,
@@ -46,6 +46,8 @@ def check_kernels() -> None:
         torch.testing.assert_close(
             spmm(graph, x).double(), graph.to_dense().double() @ x.double(), rtol=1e-5, atol=1e-5
         )
+        values = (x.double() @ x.double().T)[graph.to_dense() != 0]
+        torch.testing.assert_close(sddmm(graph, x, x).double(), values, rtol=1e-5, atol=1e-5)
         half = x.bfloat16()
         exact = graph.to_dense().double() @ half.double()
         assert_half_close(spmm(graph, half), exact, torch.bfloat16)

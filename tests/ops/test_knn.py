@@ -353,6 +353,17 @@ def test_distances_beyond_the_largest_float(channels):
     assert (indices[3] == -1).all()
 
 
+@pytest.mark.parametrize("channels", [3, 40])
+def test_distances_beyond_the_largest_float_tie_whatever_they_are(channels):
+    """The nearer of two that are infinite does not come first: nobody can tell by the values."""
+    x = torch.zeros(several_tiles(400), channels)
+    x[1:, 0] = LARGEST * torch.linspace(1, 0.1, len(x) - 1)
+    x[0, 0] = -LARGEST
+    values, indices = knn(x, 3, metric="euclidean")
+    assert values[0].tolist() == [math.inf] * 3
+    assert indices[0].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("channels", [2, 20])
 def test_many_rows_without_data(channels):
     """Half of the rows are one far value; more ties than a buffer holds on either side."""
@@ -607,14 +618,14 @@ def test_margin_holds(metric, scale):
     """
     kernels = pytest.importorskip("nefkern.triton.knn")
     x = (scale * (3 + clustered(150, 90, seed=15))).to(backend_device())
-    data = kernels.rows_of(x, metric == "euclidean", None, [0, 150])
+    data = kernels.rows_of(x, metric == "euclidean", kernels.Ranges([0, 150]))
     packed = kernels.pack(data, 90)
     scores = data.rows.new_empty(256, 256)
     kernels.tuned_score[lambda tile: kernels.grid_of(150, 1, tile)](
         packed.rows, packed.offsets, data.begins, data.ends, scores, 0, 150, 150, 2, 1,
         INCLUDE_SELF=True,
     )  # fmt: skip
-    y = data.rows.double()
+    y = data.rows.double() * data.scale
     truth = y @ y.T if metric == "cosine" else -0.5 * (y[:, None] - y[None]).square().sum(2)
     error = (scores[:150, :150].double() - truth).abs().amax(1)
     assert (error <= packed.margins).all()
@@ -657,6 +668,7 @@ def test_instruction_sets(level, backend):
     """Every compiled level this processor has, through the tests above that tell most."""
     if backend != "cpu":
         pytest.skip("only the compiled kernels have levels")
+    database = Path(__file__).with_name("test_knn_database.py")
     script = f"""
 import pytest, sys
 from nefkern import backends
@@ -664,7 +676,7 @@ if backends.native_module().build_info()["isa"] != "{level}":
     sys.exit(77)
 tests = "shapes or ties or segments or scales or not_finite or far or identical or magnitudes"
 sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", "-k", f"cpu and ({{tests}})",
-                      r"{Path(__file__)}"]))
+                      r"{Path(__file__)}", r"{database}"]))
 """
     done = run_script(script, NEFKERN_ISA=level)
     if done.returncode == 77:
@@ -690,7 +702,7 @@ def run_script(script, **environment):
 def test_opcheck(segments):
     x = clustered(50, 8).to(backend_device())
     segments = None if segments is None else segments.to(backend_device())
-    arguments = (x, 5, "cosine", segments, False, False)
+    arguments = (x, 5, "cosine", segments, False, False, None, None)
     torch.library.opcheck(torch.ops.nefkern.knn.default, arguments)
 
 
@@ -729,7 +741,7 @@ X = torch.zeros(6, 3)
         ((X.int(), 2), {}, TypeError, "features: expected one of float16, .*, got int32"),
         ((X, 0), {}, ValueError, "k: expected at least 1, got 0"),
         ((X, 2.0), {}, TypeError, "k: expected an int, got float"),
-        ((X, 2), {"metric": "dot"}, ValueError, "metric: expected 'cosine' or 'euclidean', got"),
+        ((X, 2), {"metric": "dot"}, ValueError, "metric: expected 'cosine' or .*, got 'dot'"),
         ((X, 2), {"segments": [0, 6]}, TypeError, "segments: expected a torch.Tensor, got list"),
         ((X, 2), {"segments": X[0]}, TypeError, "segments: expected one of int32.*got float32"),
         ((X, 2), {"segments": (0, 5)}, ValueError, "segments: .* from 0 to 6, got 0 to 5"),

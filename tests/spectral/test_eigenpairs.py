@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nefkern.ops import CSRGraph, knn, normalized_adjacency
+from nefkern.ops import CSRGraph, feature_kappa, knn, normalized_adjacency, quadratic_form
 from nefkern.spectral import chebyshev
 from nefkern.spectral.eigenpairs import leading_eigenpairs, span_fit
 
@@ -218,6 +218,21 @@ def test_largest_entries_are_positive():
     for tol in (0, 1e-3):
         vectors = leading_eigenpairs(clustered_graph(n=600), 9, tol=tol).vectors
         assert bool((vectors.amax(0) >= -vectors.amin(0)).all())
+
+
+@pytest.mark.parametrize("n", [60, 600])  # by LAPACK, by filters
+def test_gradients_of_eigenvalues_by_the_rayleigh_quotient(n):
+    features = torch.randn(n, 3, generator=torch.Generator().manual_seed(0)).double()
+    graph = feature_kappa(features.requires_grad_(), 8)
+    pairs = leading_eigenpairs(graph, 4, tol=1e-9)
+    assert not pairs.vectors.requires_grad
+    found = quadratic_form(pairs.vectors, graph).diagonal()
+    exact = torch.linalg.eigvalsh(graph.to_dense()).flip(0)[:4]
+    weight = torch.tensor([1.0, -2.0, 3.0, 0.5]).double()
+    assert_close(found, exact)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), features, retain_graph=True)
+    (wanted,) = torch.autograd.grad((exact * weight).sum(), features)
+    assert (gradient - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("n", [40, 100_000])

@@ -15,7 +15,6 @@ from nefkern.spectral.embedding import (
     AFFINITIES,
     Embedding,
     NeighbourLists,
-    _cross_knn,
     embed,
     embed_adjacency,
     embed_lists,
@@ -149,39 +148,6 @@ def test_vectors_that_have_no_continuation_are_zero():
     assert new[0, 1] == 0
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_cross_neighbours_are_exact_whatever_else_is_asked(metric, monkeypatch):
-    """Small clusters far from the origin, where products in float32 cancel; blocks of all sizes."""
-    generator = torch.Generator().manual_seed(0)
-    rows = 1e-3 * torch.randn(700, 6, generator=generator) * torch.arange(1, 701)[:, None]
-    rows += 100 * (metric == "euclidean")
-    new = rows[::7] + 1e-4
-    values, indices = _cross_knn(new, rows, 9, metric)
-    if metric == "cosine":
-        exact = torch.cosine_similarity(new.double()[:, None], rows.double()[None], dim=2)
-        best = exact.topk(9, dim=1)
-    else:
-        exact = torch.cdist(
-            new.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        best = exact.topk(9, dim=1, largest=False)
-    assert_close(values.double(), best.values, atol=1e-6, rtol=1e-6)
-    assert_close(exact.gather(1, indices.long()), best.values, atol=1e-9, rtol=0)
-    monkeypatch.setattr("nefkern.spectral.embedding._OLD_BLOCK", 64)
-    monkeypatch.setattr("nefkern.spectral.embedding._NEW_BLOCK", 13)
-    again = _cross_knn(new, rows, 9, metric)
-    assert torch.equal(again[0], values)
-    assert torch.equal(again[1], indices)
-
-
-def test_cross_neighbours_tie_to_the_lower_index_and_may_be_all():
-    rows = torch.tensor([[1.0], [0.0], [1.0]])
-    values, indices = _cross_knn(torch.tensor([[1.0]]), rows, 5, "euclidean")
-    assert indices.tolist() == [[0, 2, 1]]
-    assert values.tolist() == [[0, 0, 1]]
-    assert _cross_knn(torch.ones(0, 1), rows, 2, "cosine")[1].shape == (0, 2)
-
-
 def test_same_rows_are_recognised():
     rows = points(60)
     found = embed(rows, 2, k=5)
@@ -215,6 +181,8 @@ def test_mistakes_are_named():
         embed(rows * math.nan, 2, k=4)
     with pytest.raises(ValueError, match="keep: expected float32 or float16"):
         embed(rows, 2, k=4, keep=torch.float64)
+    with pytest.raises(ValueError, match=r"keep: expected rows within 65504.*got 1e\+06"):
+        embed(torch.full((5, 2), 1e6), 2, k=4, keep=torch.float16)
     with pytest.raises(ValueError, match=r"new: expected shape \[n, 12\], got \[3, 5\]"):
         found.extend(torch.ones(3, 5))
     with pytest.raises(ValueError, match="new: expected finite values"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -141,6 +143,21 @@ def test_second_derivatives_are_right_or_refused():
     shared = objective(psi, graph, beta=beta, t=t, shared=True).loss
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         torch.autograd.grad(shared, psi, create_graph=True)
+
+
+def test_gradients_of_the_graph_pass_or_are_refused():
+    kernel, psi = symmetric(20, 0).requires_grad_(), torch.randn(20, 3, dtype=torch.float64)
+    rows, columns = (kernel + kernel.T).detach().nonzero(as_tuple=True)
+    graph = CSRGraph.from_torch((kernel + kernel.T).detach(), symmetric=True)
+    graph = dataclasses.replace(graph, values=(kernel + kernel.T)[rows, columns])
+    u = l2_batch_norm(psi)[0]
+    (found,) = torch.autograd.grad(objective(psi, graph, beta=5.0, t=0.7).loss, kernel)
+    r = u.T @ (kernel + kernel.T) @ u
+    dense = -(0.7 / 3) * r.trace() + (5.0 * 0.7**2 / 3) * r.triu(1).square().sum()
+    stored = (kernel + kernel.T) != 0  # the structure is held fixed
+    torch.testing.assert_close(found, torch.autograd.grad(dense, kernel)[0] * stored)
+    with pytest.raises(NotImplementedError, match=r"no gradient reaches the values.*detach"):
+        objective(psi, graph, beta=5.0, shared=True)
 
 
 def test_gradient_descent_finds_the_leading_eigenspace():

@@ -22,11 +22,12 @@ def arguments(device: str) -> dict[str, tuple]:
     x, q = torch.empty(4, 6, device=device), torch.empty(1, 2, 4, 6, device=device)
     state, stats = q.new_empty(1, 2, 6, 6), q.new_empty(1, 2, 2, 6)
     return {
-        "knn": (x, 2, "cosine", None, False, False),
+        "knn": (x, 2, "cosine", None, False, False, None, None),
         "normalized_adjacency": (indices, None, 4, "mean", 0.0),
         "add": (*graph, *graph, 1.0),
         "kappa": (indices, None, indices, 4, 0.3, 0.0),
         "spmm": (*graph, x, True),
+        "sddmm": (*graph[:2], x, x),
         "quadratic_form": (*graph, x, None, True),
         "neuralef_loss": (*graph, x, 0.1, 0.01),
         "linear_attention": (q, q, q, None, "elu", 0.0),

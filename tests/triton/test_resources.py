@@ -29,7 +29,7 @@ def found() -> list[Resources]:
 def test_every_module_ships(found):
     assert {r.arch for r in found} == set(ARCHITECTURES)
     assert len({(r.name, r.arch) for r in found}) == len(found), "two kernels of one name"
-    operators = {"knn", "normalized_adjacency", "add", "spmm", "linear_attention"}
+    operators = {"knn", "normalized_adjacency", "add", "spmm", "sddmm", "linear_attention"}
     assert {r.name.split()[0] for r in found} == operators
 
 

@@ -1,0 +1,331 @@
+"""Gradients that reach a graph's values, the weights they come from, and the features behind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from nefkern import backend, ops
+from nefkern.ops import feature_kappa, neighbour_similarities
+from tests.ops.graph_common import backends_of, moved, random_graph, random_lists
+
+N = 8
+LISTS, PIXELS = random_lists(N, 4, dtype=torch.float64)[0], random_lists(N, 2, seed=5)[0]
+
+
+def leaf(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def weighted(seed=0):
+    """Weights whose edges stay when they change a little: some negative, none 0, no ties."""
+    return leaf(N, 4, seed=seed)
+
+
+def adjacency(weights, symmetrize="mean", clamp_min=0.0):
+    return ops.normalized_adjacency(
+        LISTS, weights, num_nodes=N, symmetrize=symmetrize, clamp_min=clamp_min
+    )
+
+
+def with_values(graph, values):
+    return dataclasses.replace(graph, values=values)
+
+
+#: name: a function of one matrix M [N, N] whose places in a symmetric graph hold M + M^T, and of ψ
+CALLS = {
+    "spmm": lambda g, x: ops.spmm(g, x),
+    "quadratic_form": lambda g, x: ops.quadratic_form(x, g),
+    "quadratic_form of two": lambda g, x: ops.quadratic_form(x, g, x.tanh()),
+    "neuralef_loss": lambda g, x: ops.neuralef_loss(x, g, 5.0, 0.7)[0],
+    "add": lambda g, x: ops.add(g, random_graph(N, 3, seed=9, dtype=torch.float64), 0.4).values,
+    "added": lambda g, x: ops.add(random_graph(N, 3, seed=9, dtype=torch.float64), g, 0.4).values,
+}
+
+
+def symmetric_case(call):
+    graph = random_graph(N, 4, dtype=torch.float64)
+    rows = torch.arange(N).repeat_interleave(graph.row_offsets.diff())
+
+    def function(m, x):
+        return call(with_values(graph, (m + m.T)[rows, graph.columns.long()]), x)
+
+    return function
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_of_the_values_of_a_symmetric_graph(name):
+    function, x = symmetric_case(CALLS[name]), leaf(N, 3, seed=1)
+    # In ψ the objective holds a factor constant: its gradient is not that of its value.
+    fixed = x.detach() if name == "neuralef_loss" else x
+    assert gradcheck(function, (leaf(N, N), fixed), fast_mode=True)
+    assert gradgradcheck(function, (leaf(N, N), fixed), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["spmm", "quadratic_form", "quadratic_form of two", "add"])
+def test_of_the_values_of_a_directed_graph(name):
+    graph = random_graph(N, 4, symmetric=False, dtype=torch.float64)
+    inputs = graph.values.clone().requires_grad_(), leaf(N, 3, seed=1)
+    function = lambda values, x: CALLS[name](with_values(graph, values), x)  # noqa: E731
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend_name", backends_of("sddmm"))
+@pytest.mark.parametrize("name", ["spmm", "quadratic_form", "neuralef_loss"])
+def test_values_gradient_on_every_backend(name, backend_name, dtype):
+    graph, x = random_graph(60, 6), torch.randn(60, 21).to(dtype)
+    graph, x = moved(backend_name, graph, x)
+
+    def gradient(graph, x):
+        values = graph.values.clone().requires_grad_()
+        CALLS[name](with_values(graph, values), x).square().sum().backward()
+        return values.grad
+
+    with backend(backend_name):
+        found = gradient(graph, x)
+    exact = gradient(with_values(graph, graph.values.double()), x.double())
+    assert found.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # spmm's result is rounded to bfloat16
+    assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["spmm", "quadratic_form", "neuralef_loss"])
+def test_nothing_more_is_kept_where_values_are_constants(name):
+    """One tensor of N rows at most (Y), as ever; none of ψ beside it."""
+    graph, x = random_graph(N, 4), torch.randn(N, 3, requires_grad=True)
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        CALLS[name](graph, x)
+    assert sum(t.shape == (N, 3) for t in kept) == (0 if name == "spmm" else 1)
+
+
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@pytest.mark.parametrize("clamp_min", [0.0, 0.3])
+def test_of_the_weights(symmetrize, clamp_min):
+    """With padding, duplicates, self loops and clamped weights among them."""
+
+    def function(weights):
+        return adjacency(weights, symmetrize, clamp_min).values
+
+    weights = weighted()
+    assert (weights < clamp_min).any()
+    assert (LISTS < 0).any()
+    assert gradcheck(function, (weights,))
+    assert gradgradcheck(function, (weights,), fast_mode=True)
+
+
+def test_of_the_weights_of_kappa():
+    def function(weights):
+        return ops.kappa(LISTS, weights, PIXELS, num_nodes=N, alpha=0.4).values
+
+    assert gradcheck(function, (weighted(),))
+    assert gradgradcheck(function, (weighted(),), fast_mode=True)
+
+
+def test_competing_weights():
+    """The largest duplicate has it all, equal ones and equal directions share evenly."""
+    indices = torch.tensor([[1, 1, 2], [0, 2, -1], [0, 1, -1]])
+    weights = torch.tensor([[2.0, 2.0, 1.0], [4.0, 1.0, 9.0], [0.5, -3.0, 9.0]]).double()
+    weights.requires_grad_()
+
+    def gradient(symmetrize):
+        graph = ops.normalized_adjacency(indices, weights, num_nodes=3, symmetrize=symmetrize)
+        dense = graph.to_dense()
+        return torch.autograd.grad((dense * torch.arange(9.0).view(3, 3)).sum(), weights)[0]
+
+    mean, union = gradient("mean"), gradient("union")
+    assert mean[0, 0] == mean[0, 1] != 0  # duplicates
+    assert union[0, 0] == union[0, 1] == 0 != union[1, 0]  # 4 beats 2
+    for found in (mean, union):
+        assert found[2, 1] == found[1, 2] == found[2, 2] == 0  # clamped, padding
+    assert union[2, 0] == 0 != union[0, 2]
+    twin = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    ring = ops.normalized_adjacency(
+        torch.tensor([[1], [0], [1]]), twin, num_nodes=3, symmetrize="union"
+    )
+    ring.values[0].backward()
+    assert twin.grad[0] == twin.grad[1] != 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (3, 2)])
+def test_no_edge_at_all(n, k):
+    weights = torch.ones(n, k, requires_grad=True)
+    padding = torch.full((n, k), -1)
+    for graph in (
+        ops.normalized_adjacency(padding, weights, num_nodes=n),
+        ops.kappa(padding, weights, padding, num_nodes=n),
+    ):
+        (gradient,) = torch.autograd.grad(graph.values.sum(), weights)
+        assert torch.equal(gradient, torch.zeros(n, k))
+
+
+@pytest.mark.parametrize("factor", [1e-38, 1e36])
+def test_weights_of_any_size(factor):
+    """κ does not change with the weights' unit, so the gradient is 1 / unit times as large."""
+    weights = torch.rand(N, 4, generator=torch.Generator().manual_seed(0)) + 0.5
+
+    def gradient(weights):
+        weights = weights.detach().requires_grad_()
+        graph = ops.normalized_adjacency(LISTS, weights, num_nodes=N)
+        return torch.autograd.grad(graph.values[::3].sum(), weights)[0]
+
+    found = gradient(weights * factor).double() * factor
+    exact = gradient(weights.double())
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", backends_of("kappa"))
+def test_weights_in_float32_on_every_backend(name):
+    indices, weights = random_lists(80, 9)
+    pixels = random_lists(80, 4, seed=3)[0]
+    direction = torch.randn(80, 80, dtype=torch.float64)
+
+    def gradient(indices, weights, pixels):
+        weights = weights.detach().requires_grad_()
+        graph = ops.kappa(indices, weights, pixels, num_nodes=80)
+        (graph.to_dense().cpu() * direction).sum().backward()
+        return weights.grad.cpu().double()
+
+    exact = gradient(indices, weights.double(), pixels)
+    with backend(name):
+        found = gradient(*moved(name, indices, weights, pixels))
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["normalized_adjacency", "kappa", "add"])
+def test_opcheck_with_gradients(name):
+    indices, weights = random_lists(10, 4)
+    graph = random_graph(10, 3)
+    values = graph.values.clone().requires_grad_()
+    weights.requires_grad_()
+    arguments = {
+        "normalized_adjacency": (indices, weights, 10, "mean", 0.0, False),
+        "kappa": (indices, weights, random_lists(10, 2)[0], 10, 0.3, 0.0, False),
+        "add": (*graph.tensors()[:2], values, *random_graph(10, 2, seed=1).tensors(), 0.3),
+    }
+    # PyTorch's own check of compiled gradients adds a float to an integer result in place, and
+    # fails on any operator like these; test_compile does it for them.
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    operator = getattr(torch.ops.nefkern, name)
+    torch.library.opcheck(operator, arguments[name], test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_similarities_are_those_of_knn(dtype):
+    features = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    features[3] = 0
+    values, indices = ops.knn(features, 7)
+    found = neighbour_similarities(features, indices)
+    assert found.dtype == values.dtype
+    torch.testing.assert_close(found, values, rtol=0, atol=1e-15 if values.itemsize == 8 else 5e-7)
+
+
+def test_similarities_of_padding_and_of_rows_without_length():
+    features = torch.tensor([[1e30, 1e30], [1e-30, 0.0], [0.0, 0.0], [3.0, 4.0], [1.0, torch.nan]])
+    features.requires_grad_()
+    indices = torch.tensor([[1, 3], [0, 3], [0, 1], [0, -1], [-1, -1]])
+    found = neighbour_similarities(features, indices)
+    half = 0.5**0.5
+    expected = torch.tensor([[half, 7 * half / 5], [half, 0.6], [0, 0], [7 * half / 5, 0], [0, 0]])
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert features.grad[:4].isfinite().all()
+    assert not features.grad[2].any()
+
+
+def test_similarities_hold_no_gathered_rows():
+    """What is kept for the backward pass is O(N (k + C)), never N k C."""
+    n, k, c = 200, 40, 50
+    features = torch.randn(n, c, requires_grad=True)
+    indices = torch.randint(0, n, (n, k))
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        neighbour_similarities(features, indices)
+    assert max(kept) <= n * max(k, c)
+
+
+@pytest.mark.parametrize("pixels", [None, PIXELS])
+@pytest.mark.parametrize("name", ["similarities", "trace", "eigenvalue", "objective"])
+def test_the_chain_from_features(name, pixels):
+    """Features → neighbours → κ → a number, with the neighbours of a generic point held fixed."""
+    features, psi = leaf(N, 4), leaf(N, 3, seed=1)
+    indices = ops.knn(features.detach(), 3)[1]
+
+    def function(features):
+        if name == "similarities":
+            return neighbour_similarities(features, indices)
+        graph = feature_kappa(features, 3, pixel_indices=pixels)
+        if name == "trace":
+            return ops.quadratic_form(psi.detach(), graph).trace()
+        if name == "objective":
+            return ops.neuralef_loss(psi.detach(), graph, 5.0, 0.7)[0]
+        return torch.linalg.eigvalsh(graph.to_dense())[-1]
+
+    assert gradcheck(function, (features,))
+    if name != "eigenvalue":
+        assert gradgradcheck(function, (features,), fast_mode=True)
+
+
+@pytest.mark.parametrize("pixels", [None, PIXELS])
+def test_a_leading_eigenvalue_by_its_vector(pixels):
+    """dλ/dκ = v vᵀ: the sparse operators give the gradient that autograd through LAPACK does."""
+    features = leaf(N, 4)
+    graph = feature_kappa(features, 3, pixel_indices=pixels)
+    values, vectors = torch.linalg.eigh(graph.to_dense())
+    (exact,) = torch.autograd.grad(values[-1], features, retain_graph=True)
+    rayleigh = ops.quadratic_form(vectors[:, -1:].detach(), graph).sum()
+    torch.testing.assert_close(torch.autograd.grad(rayleigh, features)[0], exact)
+
+
+def test_without_gradients_it_is_knn_and_kappa():
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    pixels = random_lists(60, 3)[0]
+    similarities, indices = ops.knn(features, 6)
+    assert feature_kappa(features, 6, pixel_indices=pixels, alpha=0.2) == ops.kappa(
+        indices, similarities, pixels, num_nodes=60, alpha=0.2
+    )
+    assert feature_kappa(features, 6, symmetrize="union") == ops.normalized_adjacency(
+        indices, similarities, num_nodes=60, symmetrize="union"
+    )
+    learned = feature_kappa(features.requires_grad_(), 6)
+    assert learned.values.requires_grad
+    torch.testing.assert_close(
+        learned.values.detach(), feature_kappa(features.detach(), 6).values, rtol=1e-5, atol=1e-7
+    )
+    segments = torch.tensor([0, 30, 60])
+    assert not feature_kappa(features, 6, segments=segments).to_dense()[:30, 30:].any()
+
+
+def test_compiled_and_by_torch_func():
+    features, psi = torch.randn(40, 6), torch.randn(40, 3)
+
+    def value(features):
+        return ops.neuralef_loss(psi, feature_kappa(features, 5), 5.0, 0.7)[0]
+
+    leaf = features.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(value)(features), wanted)
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(leaf), leaf)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_bad_arguments():
+    features = torch.randn(6, 3)
+    with pytest.raises(ValueError, match="symmetrize: expected 'mean' with pixel_indices"):
+        feature_kappa(features, 2, pixel_indices=PIXELS, symmetrize="union")
+    with pytest.raises(TypeError, match=r"features: expected a torch\.Tensor, got list"):
+        feature_kappa([1.0], 2)
+    with pytest.raises(ValueError, match=r"indices: expected -1 \(padding\) to 5, got 0 to 6"):
+        neighbour_similarities(features, torch.tensor([[0], [1], [2], [3], [4], [6]]))
+    with pytest.raises(ValueError, match=r"indices: expected shape \[6, k\]"):
+        neighbour_similarities(features, torch.zeros(5, 2, dtype=torch.int32))
+    with pytest.raises(TypeError, match="indices: expected one of int32, int64, got float32"):
+        neighbour_similarities(features, torch.zeros(6, 2))
