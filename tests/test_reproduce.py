@@ -17,6 +17,7 @@ from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Planner
 from nefkern.reproduction.rendering import as_dict, markdown
 from nefkern.reproduction.running import Measured
+from nefkern.runtime.errors import UserError
 from nefkern.segmentation.methods import METHODS
 from nefkern.training.options import CLASSES, resolve
 from nefkern.training.runs import CHECKPOINT, Run
@@ -455,3 +456,26 @@ def test_list_and_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--scale-K" in capsys.readouterr().out
+
+
+SPECTRAL = (
+    '--train="--method spectral --backbone test_vit --weights random --crop 64 --k 8 --pictures 0" '
+    '--evaluate="--size 48 --pictures 0" --scale-K 0.125'
+)
+
+
+def test_rows_of_spectral_runs(scenes, tmp_path):
+    where = ["--data", "folder", "--data-root", str(scenes), "--out", str(tmp_path / "out")]
+    assert main([*shlex.split(f"1 vit-s {SPECTRAL}"), *where]) == 0
+    row = json.loads((tmp_path / "out" / "table-1.json").read_text())["rows"][0]
+    run = Run(row["runs"][0])
+    assert run.folder.name == "scenes-test_vit-spectral-K32-seed0"
+    assert run.options().method == "spectral"
+    assert run.is_trained(run.options())
+
+
+def test_what_a_spectral_run_has_not_cannot_be_compared(scenes):
+    line = f"7 --data folder --data-root {shlex.quote(str(scenes))} {SPECTRAL}"
+    row = next(iter(TABLES["7"].rows.values()))
+    with pytest.raises(UserError, match=r"--method spectral has no --beta, which table 7 compares"):
+        planned(line).job(TABLES["7"], row, [row], 0)

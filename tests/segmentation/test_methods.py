@@ -51,3 +51,17 @@ def test_continuous_outputs_are_clustered_and_the_rest_is_as_it_was():
         assert "K-means" in method.title
     assert (ours.name, ours.map_name) == ("ours", "logits")
     assert (untrained.name, untrained.map_name) == ("ours-untrained", "logits-untrained")
+
+
+def test_a_spectral_run_has_its_eigenvectors_where_psi_was():
+    methods = parse_methods(["ours", "ours*", "kmeans", "linear-probe"])
+    ours, hidden, kmeans, probe, plain = of_run(methods, "spectral")
+    for method in (ours, hidden):
+        assert (method.map_name, method.kmeans, method.spectral) == ("hidden", True, False)
+        assert "eigenvectors, extended" in method.title
+    assert (kmeans, plain) == (methods[2], methods[4])
+    assert probe.supervised
+    assert "eigenvectors" in probe.title
+    for name in ("ours-untrained", "ours*-untrained"):
+        with pytest.raises(UserError, match=r"has no ψ that could be untrained"):
+            of_run(parse_methods([name]), "spectral")

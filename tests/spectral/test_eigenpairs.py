@@ -158,6 +158,19 @@ def test_what_is_not_reached_is_returned_with_a_warning():
     assert actual.max() > 1e-4
 
 
+def test_every_round_is_told_and_can_end_the_iteration():
+    graph, told = clustered_graph(600), []
+    found = leading_eigenpairs(graph, 20, tol=1e-4, on_round=told.append)
+    assert told[-1] <= 1e-4 < told[0]
+    assert found.residuals.max() / told[-1] == pytest.approx(1, rel=0.1)  # ‖κ‖ is 1
+
+    def stop(residual: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leading_eigenpairs(graph, 20, tol=1e-4, on_round=stop)
+
+
 def test_precision_does_not_follow_what_the_caller_switched_on():
     graph = with_spectrum(torch.linspace(1, -1, N))
     expected = leading_eigenpairs(graph, 5, tol=1e-4)

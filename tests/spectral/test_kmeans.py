@@ -275,3 +275,15 @@ def test_copied_channels_are_no_new_evidence():
 
 def test_identical_rows_have_no_variance():
     assert KMeans(1).fit(torch.ones(5, 3)).variance == 0.0
+
+
+def test_every_iteration_is_told_and_can_end_the_fit():
+    rows, told = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)), []
+    kmeans = KMeans(5).fit(rows, on_iteration=lambda: told.append(None))
+    assert len(told) == kmeans.iterations > 1
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        KMeans(5).fit(rows, on_iteration=stop)
