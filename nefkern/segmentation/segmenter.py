@@ -223,7 +223,7 @@ class Segmenter:
     def _neighbours(self) -> int:
         """Feature neighbours that a patch had in the training's graph."""
         if isinstance(self.head, SpectralHead):
-            return self.head.model.embedding.k
+            return self.head.model.neighbours
         cells = math.prod(self.backbone.grid((self.window, self.window)))
         return resolve_neighbours(self.options.k, self.options.batch_size * cells)
 

@@ -12,14 +12,14 @@ import torch
 
 from nefkern.spectral.embedding import Embedding
 
-#: Neighbours among the landmarks at least: the mean of a handful is noise.
-_LEAST_NEIGHBOURS = 16
+#: Neighbours among the landmarks at least: fewer are noisy, and more reach too far.
+_LEAST_NEIGHBOURS = 8
 
 
 def landmarks(embedding: Embedding, count: int, seed: int = 0) -> Embedding:
     """The same eigenpairs, to be extended from ``count`` random rows alone.
 
-    Of a new row's k neighbours about k n / N are landmarks; so many are taken, but at least 16,
+    Of a new row's k neighbours about k n / N are landmarks; so many are taken, but at least 8,
     which then reach farther. Degrees are scaled by as much as lists are shorter, so that values
     keep their size.
 

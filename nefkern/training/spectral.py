@@ -330,7 +330,9 @@ class SpectralTrainer:
         if embedding is None:
             return SpectralModel.from_state(self.tensors, pairs, self.run.folder)
         scale = {n: self.tensors[f"channels.{n}"] for n in ("mean", "std") if self._every}
-        return SpectralModel(embedding, pairs, ChannelScale(**scale) if scale else None)
+        return SpectralModel(
+            embedding, pairs, embedding.k, ChannelScale(**scale) if scale else None
+        )
 
 
 def _memory() -> int:

@@ -19,6 +19,7 @@ from nefkern.spectral.kmeans import KMeans
 _BLOCK = 1 << 16
 
 _EMBEDDING, _CLUSTERS, _SCALE = "embedding.", "kmeans.", "channels."
+_NEIGHBOURS = "neighbours"
 
 
 @dataclass
@@ -57,12 +58,14 @@ class SpectralModel:
     Attributes:
         embedding: the eigenpairs; its rows are the data set's patches as :meth:`rows` makes them.
         pixel_graphs: (k̃, λ) of each pixel graph.
+        neighbours: k of the data set's graph; the embedding has fewer if it has landmarks only.
         scale: of all maps side by side, if they are what neighbours are near by in; None: F is.
         kmeans: on unit rows of the eigenvectors; None before it is fitted.
     """
 
     embedding: Embedding
     pixel_graphs: tuple[tuple[int, float], ...]
+    neighbours: int
     scale: ChannelScale | None = None
     kmeans: KMeans | None = None
 
@@ -113,9 +116,8 @@ class SpectralModel:
         parts = {_EMBEDDING: self.embedding.state()}
         parts[_SCALE] = {} if self.scale is None else self.scale.state()
         parts[_CLUSTERS] = {} if self.kmeans is None else self.kmeans.state()
-        return {
-            head + name: tensor for head, part in parts.items() for name, tensor in part.items()
-        }
+        found = {head + name: one for head, part in parts.items() for name, one in part.items()}
+        return found | {_NEIGHBOURS: torch.tensor(self.neighbours)}
 
     @classmethod
     def from_state(
@@ -134,6 +136,7 @@ class SpectralModel:
             return cls(
                 Embedding.from_state(embedding),
                 pixel_graphs,
+                int(state[_NEIGHBOURS]),
                 ChannelScale(**scale) if scale else None,
                 KMeans(len(clusters["centers"])).load(clusters) if clusters else None,
             )

@@ -32,7 +32,7 @@ def test_values_keep_their_size_and_place(embedding):
 def test_a_share_of_the_neighbours_but_no_handful(embedding):
     half = landmarks(embedding, 300)
     assert (half.k, len(half.rows), len(half.vectors), len(half.degrees)) == (20, 300, 300, 300)
-    assert landmarks(embedding, 60).k == 16
+    assert landmarks(embedding, 60).k == 8
     assert landmarks(embedding, 5).k == 5
 
 

@@ -193,12 +193,17 @@ def test_resume_refuses_other_options(spectral):
 
 
 def test_landmarks_make_a_smaller_checkpoint_that_segments(spectral, images, tmp_path):
-    whole = computed(spectral(out=str(tmp_path / "all")))
-    few = computed(spectral(out=str(tmp_path / "few"), keep="landmarks:50%"))
+    whole = computed(spectral(out=str(tmp_path / "all"), k="24"))
+    few = computed(spectral(out=str(tmp_path / "few"), k="24", keep="landmarks:50%"))
     assert Run(few).metrics()[-1]["kept"] == 80
     assert len(Run(few).load()[0]["embedding.rows"]) == 80
     assert (few / CHECKPOINT).stat().st_size < 0.75 * (whole / CHECKPOINT).stat().st_size
-    maps = [Segmenter.load(run, "cpu").maps(images).hidden for run in (whole, few)]
+    segmenters = [Segmenter.load(run, "cpu") for run in (whole, few)]
+    assert [s.head.model.neighbours for s in segmenters] == [24, 24]
+    assert [s.head.model.embedding.k for s in segmenters] == [24, 12]
+    graphs = [s.kappa(images, s.maps(images), per_image=True) for s in segmenters]
+    assert graphs[0].nnz == graphs[1].nnz  # an image's own κ is not thinned
+    maps = [segmenter.maps(images).hidden for segmenter in segmenters]
     assert (maps[0] * maps[1]).sum(1).mean() > 0.5
 
 
