@@ -276,7 +276,7 @@ def test_dinov2_conversion_computes_what_the_exported_graph_does(dinov2, record_
     ):
         scale = np.abs(want).max()
         difference = np.abs(got.numpy() - want).max() / scale
-        record_property(name, difference)
+        record_property(name, float(difference))
         print(f"DINOv2 against its ONNX graph, {name}: {difference:.1e} of {scale:.1f}")
         assert difference < 1e-4
 
