@@ -37,8 +37,9 @@ with the image and ψ's raw outputs on its patches, before any softmax.
 
 A quantised ψ (training's default) gives each cluster a function: light where it is large. Shown are
 those that win most of the image's patches. The functions of a continuous ψ (--no-gumbel) are
-ordered and signed: shown are the first, red where positive, blue where negative, white at 0. So
-are those of --method spectral: the data set's eigenvectors, extended to the image (v 0, v 1, ...).
+ordered and signed: shown are the first, red where positive, blue where negative, white at 0. Those
+of --method spectral are the data set's eigenvectors, extended to the image (v 0, v 1, ...), signed
+too. The first tell images apart rather than their parts: shown are those that vary most within.
 With --exact, below them the leading eigenvectors of κ on the image's own patches, signed too. They
 have an order and no sign, where a quantised ψ has neither: don't compare them one by one.
 """
@@ -132,6 +133,12 @@ def ranked_functions(logits: Tensor, count: int, *, quantized: bool) -> list[int
     return sorted(range(k), key=lambda j: (-int(wins[j]), -float(means[j])))[:count]
 
 
+def varying_functions(outputs: Tensor, count: int) -> list[int]:
+    """The functions ``[m, h, w]`` of largest variance over the image, the largest first."""
+    spread = outputs.flatten(1).var(1, correction=0)
+    return spread.argsort(descending=True, stable=True)[:count].tolist()
+
+
 def eigenvectors(segmenter: Segmenter, pixels: Tensor, maps: Maps, count: int):
     """The leading eigenpairs of κ on one image's patches: λ ``[m]`` and maps ``[m, h, w]``.
 
@@ -157,6 +164,8 @@ def draw(segmenter: Segmenter, pixels: Tensor, arguments: argparse.Namespace) ->
     outputs = maps.functions[0].float().cpu()
     if arguments.functions:
         numbers = chosen_functions(arguments.functions, segmenter.num_functions)
+    elif segmenter.kind == "spectral":
+        numbers = varying_functions(outputs, arguments.count)
     else:
         numbers = ranked_functions(outputs, arguments.count, quantized=quantized)
     covered = (seen.shape[1] / maps.padded[0], seen.shape[2] / maps.padded[1])

@@ -13,7 +13,14 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from nefkern.data import read_image, resize_shorter
-from nefkern.eigenmaps import chosen_functions, eigenvectors, main, parser, ranked_functions
+from nefkern.eigenmaps import (
+    chosen_functions,
+    eigenvectors,
+    main,
+    parser,
+    ranked_functions,
+    varying_functions,
+)
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation import charts
 from nefkern.segmentation.segmenter import Segmenter
@@ -163,3 +170,9 @@ def test_help_teaches_and_is_light():
     assert "--exact" in text
     code = "import nefkern.eigenmaps as e, sys; e.parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_of_a_spectral_run_those_that_vary_within_the_image_are_shown():
+    ramp = torch.linspace(-1, 1, 6).view(1, 2, 3)
+    outputs = torch.cat([torch.full_like(ramp, 9), ramp, 3 * ramp, ramp])
+    assert varying_functions(outputs, 3) == [2, 1, 3]
