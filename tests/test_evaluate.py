@@ -103,6 +103,7 @@ class Pointwise:
     """A segmenter that looks at single pixels: five clusters by colour, so figures are exact."""
 
     num_clusters, window, stride, patch = 5, 40, 24, 1
+    clusterer = None
     options = TrainOptions(crop=64)
     device = torch.device("cpu")
     centres = torch.tensor(
