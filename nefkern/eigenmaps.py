@@ -18,7 +18,7 @@ from nefkern.runtime.commandline import (
     make_output_folder,
 )
 from nefkern.runtime.errors import UserError, command
-from nefkern.training.options import PRESETS
+from nefkern.spectrum import add_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,16 +81,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, metavar="DIR", help=f"where to write; made if missing [RUN/{FOLDER}]")
     group = result.add_argument_group("without IMAGE")
-    add = group.add_argument
-    add("--data", choices=tuple(PRESETS), help="[the run's]")
-    add(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="the data set's folder [the run's, if it was trained on this data set]",
+    add_images(group)
+    group.add_argument(
+        "--first", type=int, default=8, metavar="N", help="only the first N images [8]"
     )
-    add("--split", help="which images [the run's split; train of other data]")
-    add("--first", type=int, default=8, metavar="N", help="only the first N images [8]")
     add_device(result, "eigenvectors: CPU")
     return result
 

@@ -79,11 +79,9 @@ It writes spectrum.json and spectrum.png to the run folder and shows both in rep
 # ---- parse ----
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = command_parser("spectrum", DESCRIPTION, EXAMPLES)
-    add = result.add_argument
-    add_run(result)
+def add_images(group: Any) -> None:
+    """``--data``, ``--data-root`` and ``--split``: what :func:`open_images` reads."""
+    add = group.add_argument
     add("--data", choices=tuple(PRESETS), help="[the run's]")
     add(
         "--data-root",
@@ -92,6 +90,14 @@ def parser() -> argparse.ArgumentParser:
         help="the data set's folder [the run's, if it was trained on this data set]",
     )
     add("--split", help="which images [the run's split; train of other data]")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = command_parser("spectrum", DESCRIPTION, EXAMPLES)
+    add = result.add_argument
+    add_run(result)
+    add_images(result)
     add("--images", type=int, metavar="N", help="images of the batch [the run's batch size]")
     add_seed(result, "images, untrained ψ and K-means")
     add(
