@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 knn = on_backend_device(ops.knn)
 metrics = pytest.mark.parametrize("metric", METRICS)
 #: What a backend leaves to the next one.
-UNSERVED = {"triton": ("inner_product",), "cuda": METRICS}
+UNSERVED = {"triton": ("inner_product",)}
 
 
 @pytest.fixture(autouse=True)
