@@ -364,6 +364,7 @@ __device__ __forceinline__ float small_distance(const Rows& rows, int64_t i, int
   const float* x = rows.row(i);
   const float* y = rows.row(j);
   double total = 0;
+#pragma unroll 1  // rare, and registers are not
   for (int64_t c = 0; c < rows.channels; ++c) {
     const double difference = __fsub_rn(x[c], y[c]);
     total += difference * difference;
