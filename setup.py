@@ -145,6 +145,12 @@ def record(reason: str | None, *packages: Path) -> None:
             (package / RECORD).write_text(json.dumps({"reason": reason}) + "\n")
 
 
+def forget_module(built: Path) -> None:
+    """An earlier build's module must not be packed beside newer sources."""
+    for module in (built / "nefkern").glob("_C.*"):
+        module.unlink()
+
+
 class CMakeBuild(build_ext):
     """Let CMake build ``nefkern._C``; say in one line why where it can't."""
 
@@ -156,7 +162,8 @@ class CMakeBuild(build_ext):
         except (BuildError, OSError) as error:
             if WANTED == "require":
                 raise
-            self.forget_built()
+            self.extensions = []
+            forget_module(Path(self.build_lib))
             record(str(error), *packages)
             print(
                 f"nefkern: extension not built ({error}); the PyTorch reference will run",
@@ -164,14 +171,6 @@ class CMakeBuild(build_ext):
             )
         else:
             record(None, *packages)
-
-    def forget_built(self) -> None:
-        """An earlier build's module must not be packed beside newer sources."""
-        for extension in self.extensions:
-            built = Path(self.build_lib, *extension.name.split(".")).parent
-            for module in built.glob("_C.*"):
-                module.unlink()
-        self.extensions = []
 
     def build_extension(self, ext: Extension) -> None:
         if not compiler():
@@ -208,6 +207,7 @@ class LeaveOut(build_py):
 
     def run(self) -> None:
         super().run()
+        forget_module(Path(self.build_lib))
         folder = ROOT if self.editable_mode else Path(self.build_lib)
         record(f"NEFKERN_NATIVE={WANTED}", folder / "nefkern")
 

@@ -83,10 +83,12 @@ def warn_of_reference(reason: str) -> None:
     """Say once that calls run on the reference which a compiled kernel would have taken."""
     if reason.endswith(CHOSEN):
         return
+    remedy = ""
+    if "is not built" in reason:
+        remedy = "; NEFKERN_NATIVE=require pip install . shows all that the build says"
     warnings.warn(
-        f"nefkern runs on its PyTorch reference, which is slower: {reason}. To see all that a "
-        "build says: NEFKERN_NATIVE=require pip install -v; to do without: NEFKERN_BACKEND="
-        "reference",
+        f"nefkern runs on its PyTorch reference, which is slower: {reason}{remedy}; "
+        "NEFKERN_BACKEND=reference takes it without a warning",
         RuntimeWarning,
         stacklevel=2,
     )

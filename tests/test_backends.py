@@ -110,6 +110,13 @@ def test_the_first_call_that_is_slower_for_it_says_so_once(reason):
     assert not warned(lambda: spmm(graph, rows))
 
 
+def test_a_build_that_is_no_use_here_is_not_asked_what_it_said(reason):
+    reason["why"] = "the extension does not load: undefined symbol"
+    (found,) = warned(lambda: knn(torch.randn(8, 3), 2))
+    assert "undefined symbol" in found
+    assert "NEFKERN_NATIVE" not in found
+
+
 def test_what_no_kernel_would_take_is_no_reason_to_complain(reason):
     assert not warned(lambda: knn(torch.randn(8, 3).double(), 2))
     assert warned(lambda: knn(torch.randn(8, 3), 2))

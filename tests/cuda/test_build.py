@@ -327,6 +327,9 @@ def test_without_a_compiler_that_is_the_reason(build_extension, recorded, tmp_pa
 
 
 def test_without_the_extension_by_choice_that_is_the_reason(tmp_path, recorded):
+    earlier = tmp_path / "lib" / "nefkern" / "_C.cpython-311-x86_64-linux-gnu.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "base",
          "--build-lib", tmp_path / "lib"],
@@ -334,6 +337,7 @@ def test_without_the_extension_by_choice_that_is_the_reason(tmp_path, recorded):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert recorded() == "NEFKERN_NATIVE=0"
+    assert not earlier.exists()
 
 
 @pytest.mark.parametrize(
