@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 
 import numpy as np
@@ -11,12 +10,12 @@ import sklearn.manifold
 import sklearn.neighbors
 from sklearn.metrics import adjusted_rand_score
 
+from bench.harness import opponent
 from nefkern.estimators import KNeighborsTransformer, SpectralClustering, SpectralEmbedding
 
 # rows, columns, clusters
 SIZES = {"small": (2000, 16, 6), "paper": (20_000, 64, 10), "large": (40_000, 64, 10)}
 NEIGHBOURS = 10
-SOLVERS = ["arpack", *(["amg"] if importlib.util.find_spec("pyamg") else [])]
 
 
 def clustered(n: int, columns: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +66,7 @@ def test_clustering(race, size, request):
         "nefkern": ours,
         "nefkern, K-means as theirs": lambda: ours(assign_labels="kmeans"),
     }
-    for solver in SOLVERS:
+    for solver in ["arpack", *(["amg"] if opponent("pyamg", "pyamg") else [])]:
         contestants[f"scikit-learn {solver}"] = quietly(lambda solver=solver: theirs(solver))
     labels = {name: function() for name, function in contestants.items()}
     for name, found in labels.items():

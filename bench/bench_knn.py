@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
-from bench.harness import DEVICE, Work, on_reference
+from bench.harness import DEVICE, Work, on_reference, opponent
 from nefkern.ops import knn
 
 # rows, channels, neighbours
@@ -140,14 +139,10 @@ def test_pixels(race, size):
 
 def faiss_flat(x, k, metric="cosine", database=None):
     """Search of an exact index that is built beforehand; of the rows themselves, self included, so
-    k + 1 are searched."""
-    try:
-        import faiss
-    except ImportError:
-        pytest.skip("faiss is not installed: pip install faiss-cpu")
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    if DEVICE.type != "cpu":
+    k + 1 are searched. None on a GPU: faiss-cpu has nothing for it."""
+    if DEVICE.type != "cpu" or not (faiss := opponent("faiss", "faiss-cpu")):
         return {}
+    faiss.omp_set_num_threads(torch.get_num_threads())
     cosine = metric == "cosine"
     found = k if database is not None else k + 1
     x, rows = (
@@ -160,13 +155,9 @@ def faiss_flat(x, k, metric="cosine", database=None):
 
 
 def sklearn_brute(x, k):
-    try:
-        from sklearn.neighbors import NearestNeighbors
-    except ImportError:
-        pytest.skip("scikit-learn is not installed: pip install scikit-learn")
-    if DEVICE.type != "cpu":
+    if DEVICE.type != "cpu" or not (neighbors := opponent("sklearn.neighbors", "scikit-learn")):
         return {}
-    search = NearestNeighbors(
+    search = neighbors.NearestNeighbors(
         n_neighbors=k, algorithm="brute", metric="cosine", n_jobs=torch.get_num_threads()
     ).fit(x.numpy())
     return {"scikit-learn brute": lambda: search.kneighbors()}

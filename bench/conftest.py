@@ -96,6 +96,8 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{entry.case:42} {entry.contestant:26} {entry.seconds * 1e3:8.2f} ms {ratio:>9} "
             f"{peak:>9} {floor:>9}{_rate(entry)}"
         )
+    for package, remedy in harness.absent.items():
+        write(f"left out: {package} is not installed ({remedy})")
     write(f"\nresults: {config.stash[_results]}")
 
 

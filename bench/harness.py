@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import importlib
 import platform
 import statistics
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -152,6 +154,20 @@ def _first_calls(function: Callable[[], object]) -> tuple[int, int | None]:
     if time.perf_counter() - start > 2:
         return 0, peak
     return max(1, min(1000, int(1e-3 / max(elapsed(function), 1e-6)))), peak_memory(function)
+
+
+#: Opponents that were left out, and how to have them.
+absent: dict[str, str] = {}
+
+
+def opponent(module: str, package: str) -> ModuleType | None:
+    """A package that ours is held against, or None: its part of a race is then left out, and told
+    of, but not the race."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        absent[package] = f"pip install {package}"
+        return None
 
 
 def on_reference(function: Callable[[], object]) -> Callable[[], object]:
