@@ -252,14 +252,18 @@ def _status(name: str) -> int:
     raise OSError(f"no {name} in /proc/self/status")
 
 
-def environment() -> dict[str, object]:
-    """Machine, versions and commit that results belong to."""
+def environment(*, rates: bool = True) -> dict[str, object]:
+    """Machine, versions and commit that results belong to.
+
+    Args:
+        rates: measure the machine for it.
+    """
     native = backends.native_module()
     root = Path(__file__).parents[1]
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "rates": dataclasses.asdict(machine_rates()),
+        "rates": dataclasses.asdict(machine_rates()) if rates else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,309 @@
+"""bench.gpu_check: a rehearsal on the processor, and stages that fail, die and hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_check
+from bench.gpu import counters, plan, process, summary, supervise, tools
+from bench.gpu.document import Document
+from bench.gpu.plan import Settings, Stage
+
+FAULTS = "tests.gpu_check_faults"
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    return Settings("cpu", "small", str(tmp_path / "out.json"))
+
+
+def faulty(*cases: str, **changes) -> Stage:
+    usual = {"share": 1.0, "patience": 30.0, "jobs": 1, "repeats": 0}
+    return Stage("faults", FAULTS, cases, **{**usual, **changes})
+
+
+def checked(stages, settings, budget=60.0) -> dict:
+    gpu_check.check(stages, settings, budget)
+    return json.loads(Path(settings.out).read_text())
+
+
+def found(content: dict, stage: str = "faults") -> dict[str, dict]:
+    return content["stages"][stage]["cases"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---- faults ----
+
+
+def test_what_fails_costs_its_own_case_alone(settings):
+    cases = (
+        "raises",
+        "fine 1",
+        "exits",
+        "fine 2",
+        "segfaults",
+        "fine 3",
+        "skips",
+        "floods",
+        "fine",
+    )
+    results = found(checked([faulty(*cases)], settings))
+    assert {name: case["status"] for name, case in results.items()} == {
+        "raises": "failed", "exits": "crashed", "segfaults": "crashed", "skips": "skipped",
+        "floods": "crashed", **dict.fromkeys(("fine 1", "fine 2", "fine 3", "fine"), "passed"),
+    }  # fmt: skip
+    assert results["raises"]["why"] == "ValueError: a wrong number"
+    assert "gpu_check_faults.py" in results["raises"]["traceback"]
+    assert results["exits"]["why"] == "exit code 7"
+    assert results["segfaults"]["why"] == "killed by signal 11"
+    assert results["skips"]["why"] == "not here"
+    assert results["floods"]["output"].endswith("the last words")
+    assert len(results["floods"]["output"]) <= 4000
+    assert all(case["first"] == 1 for case in results.values()), "figures before the fault"
+    assert results["fine"]["second"] == 2
+
+
+def test_a_case_that_hangs_is_ended_with_all_that_it_started(settings, monkeypatch):
+    monkeypatch.setattr(supervise, "START", 5.0)
+    results = found(checked([faulty("fine", "hangs", "fine 2", patience=1.0)], settings))
+    assert results["hangs"]["status"] == "hung"
+    assert not alive(results["hangs"]["child"])
+    assert results["fine 2"]["status"] == "passed"
+
+
+def test_a_stage_ends_at_its_share_of_the_time(settings):
+    """The next one still has its own."""
+    began = time.monotonic()
+    stages = [faulty("fine", "hangs", "never", share=0.4), faulty("fine")]
+    stages[1] = Stage(**{**vars(stages[1]), "name": "after"})
+    content = checked(stages, settings, budget=11.0)
+    assert time.monotonic() - began < 9
+    results = found(content)
+    assert [results[name]["status"] for name in ("fine", "hangs", "never")] == [
+        "passed", "stopped", "not reached",
+    ]  # fmt: skip
+    assert not alive(results["hangs"]["child"])
+    assert found(content, "after")["fine"]["status"] == "passed"
+
+
+def test_without_time_no_stage_is_begun(settings):
+    content = checked([faulty("fine")], settings, budget=4.0)
+    assert content["stages"]["faults"]["why"].startswith("not begun: ")
+
+
+def test_a_failed_case_is_repeated_alone(settings):
+    results = found(checked([faulty("raises", "once", "exits", "fine", repeats=3)], settings))
+    assert results["raises"]["repeated"]["status"] == "failed"
+    assert results["raises"]["repeated"]["how"] == "alone"
+    assert results["once"]["repeated"]["status"] == "passed"
+    assert results["exits"]["repeated"]["status"] == "crashed"
+    assert "repeated" not in results["fine"]
+
+
+def test_a_failed_case_is_repeated_under_memcheck_where_it_is(settings, tmp_path, monkeypatch):
+    checker = tmp_path / "compute-sanitizer"
+    checker.write_text('#!/bin/sh\necho "checked: $*"\nwhile [ $1 != --error-exitcode ]; do shift; '
+                       'done\nshift 2\nexec "$@"\n')  # fmt: skip
+    checker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    on_gpu = Settings("cuda", "small", settings.out)
+    repeated = found(checked([faulty("raises", repeats=1)], on_gpu))["raises"]["repeated"]
+    assert (repeated["how"], repeated["status"]) == ("compute-sanitizer memcheck", "failed")
+    assert repeated["output"].startswith("checked: --tool memcheck")
+
+
+def test_cases_beside_each_other(settings):
+    names = [f"fine {number}" for number in range(6)]
+    results = found(checked([faulty(*names, "exits", jobs=3)], settings))
+    assert all(results[name]["status"] == "passed" for name in names)
+    assert results["exits"]["status"] == "crashed"
+
+
+def test_a_worker_that_cannot_start_costs_no_endless_loop(settings):
+    stage = Stage("faults", "no.such.module", ("a", "b"), share=1.0, patience=5.0)
+    results = found(checked([stage], settings))
+    assert all(case["status"] == "failed" for case in results.values())
+    assert "No module named" in results["a"]["why"]
+
+
+def test_the_file_is_whole_after_every_figure(settings, monkeypatch):
+    seen = []
+    save = Document.save
+
+    def saving(self):
+        save(self)
+        seen.append(json.loads(self.path.read_text()))
+
+    monkeypatch.setattr(Document, "save", saving)
+    checked([faulty("fine")], settings)
+    cases = [found(content).get("fine", {}) for content in seen if "faults" in content["stages"]]
+    keys = [sorted(case) for case in cases if case]
+    assert ["first", "status"] in keys
+    assert ["first", "second", "status"] in keys
+
+
+def test_interrupted_it_leaves_results_and_no_process(tmp_path):
+    """By SIGTERM, as a machine that is taken back does it."""
+    out = tmp_path / "out.json"
+    code = (
+        "import sys; from bench import gpu_check; from bench.gpu import plan\n"
+        f"stage = plan.Stage('build', {FAULTS!r}, ('fine', 'hangs'), 1.0, 60.0)\n"
+        "plan.stages = lambda settings: [stage]\n"
+        f"sys.exit(gpu_check.main(['--device', 'cpu', '--out', {str(out)!r}]))"
+    )
+    running = process.start(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    child = None
+    for _ in range(600):
+        time.sleep(0.05)
+        if out.exists():
+            cases = json.loads(out.read_text())["stages"].get("build", {"cases": {}})["cases"]
+            if child := cases.get("hangs", {}).get("child"):
+                break
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=20)
+    assert running.returncode == 130, output
+    assert "results so far are kept" in output
+    assert f"results: {out}" in output
+    assert not alive(child)
+    assert json.loads(out.read_text())["stages"]["build"]["cases"]["fine"]["status"] == "passed"
+
+
+# ---- the command ----
+
+
+def test_a_mistake_is_told_in_a_line(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out.json")]
+    assert gpu_check.main([*out, "--budget", "3"]) == 2
+    assert "--budget 3: expected more than 5 s" in capsys.readouterr().err
+    assert gpu_check.main([*out, "--stages", "build,tests"]) == 2
+    assert "got tests" in capsys.readouterr().err
+    assert gpu_check.main([]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path / "out.json"
+    assert gpu_check.main(["--out", str(out), "--budget", "60"]) == 1
+    assert plan.NO_DEVICE in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["stages"]["suite"]["why"] == plan.NO_DEVICE
+
+
+def test_stages_have_their_names():
+    for device in ("cpu", "cuda"):
+        stages = plan.stages(Settings(device, "paper", ""))
+        assert tuple(stage.name for stage in stages) == plan.NAMES
+        assert all(len(set(stage.cases)) == len(stage.cases) > 0 for stage in stages)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> dict:
+    """One rehearsal for all tests of it."""
+    out = tmp_path_factory.mktemp("gpu_check") / "out.json"
+    code = gpu_check.main(["--device", "cpu", "--out", str(out), "--budget", "300"])
+    content = json.loads(out.read_text())
+    assert code == 0, summary.text(content)
+    return content
+
+
+def test_a_rehearsal_reaches_every_stage(rehearsed):
+    statuses = {
+        name: {case["status"] for case in stage["cases"].values()}
+        for name, stage in rehearsed["stages"].items()
+    }
+    assert tuple(statuses) == plan.NAMES
+    assert statuses["counters"] == statuses["sanitizer"] == {"skipped"}
+    for name in ("build", "operators", "opponents", "training", "suite"):
+        assert statuses[name] == {"passed"}, name
+    assert statuses["kernels"] <= {"passed", "skipped"}
+
+
+def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
+    cases = found(rehearsed, "operators")
+    assert {name.split("/")[0] for name in cases} == set(plan.OPERATORS)
+    for case in cases.values():
+        assert case["bit_equal"] is True
+        assert all(0 <= error < 0.02 for error in case["errors"].values())
+    assert max(cases["spmm/cpu/float32/ragged"]["errors"].values()) > 0, "nothing was computed"
+
+
+def test_a_rehearsal_measures(rehearsed):
+    kernels = found(rehearsed, "kernels")["spmm/cpu/float32/small"]
+    assert kernels["device"] > 0
+    assert kernels["kernels"]["nefkern::spmm"]["launches"] == 1
+    assert {entry["case"] for entry in rehearsed["entries"]} == {
+        "spmm, float32", "kappa from neighbour lists",
+    }  # fmt: skip
+    step = found(rehearsed, "training")["whole amp"]
+    assert 0 < step["busy share"] <= 1
+    assert found(rehearsed, "suite")["tests"]["counts"]["passed"] > 0
+    assert set(rehearsed["environment"]["rates"]["flops"]) == {"float32", "bfloat16"}
+
+
+# ---- ncu ----
+
+
+def test_ncu_looks_first_where_the_model_is_furthest_off():
+    content = {
+        "stages": {
+            "kernels": {
+                "cases": {
+                    "right": {"device": 10.0, "predicted": 10.0},
+                    "slow": {"device": 9.0, "predicted": 3.0},
+                    "short": {"device": 0.01, "predicted": 0.001},
+                    "unpredicted": {"device": 5.0},
+                }
+            }
+        }
+    }
+    assert counters.least_sure(content, "paper") == [
+        "slow", "short", "right", "knn cosine/cuda/float32/paper",
+    ]  # fmt: skip
+    assert counters.least_sure({"stages": {}}, "paper")[0] == "knn cosine/cuda/float32/paper"
+
+
+NCU = """==PROF== Connected to process 1
+==PROF== Profiling "spmm_rows": 0%....50%....100% - 3 passes
+"ID","Process ID","Kernel Name","dram__bytes.sum","gpu__time_duration.sum"
+"","","","byte","nsecond"
+"0","1","void spmm_rows<float>(Args)","71,000,000","990"
+"""
+
+
+def test_ncus_table_is_read():
+    (row,) = counters.counted(NCU)
+    assert row["kernel"] == "void spmm_rows<float>(Args)"
+    assert row["memory bytes"] == 71e6
+    assert row["seconds"] == pytest.approx(990e-9)
+    assert row["registers"] is None
+    assert counters.counted("==ERROR== no kernels") == []
+
+
+def test_tools_are_found_in_the_toolkit(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "ncu"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert tools.find("ncu") == str(program)
