@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,27 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import gpu_check
-from bench.gpu import counters, plan, process, summary, supervise, tools
+pytest.importorskip("triton")  # the model's rates are beside Triton's kernels
+from bench import gpu_check, roofline
+from bench.device_time import Work
+from bench.gpu import (
+    build,
+    counters,
+    operators,
+    plan,
+    predictions,
+    process,
+    suite,
+    summary,
+    supervise,
+    tools,
+)
 from bench.gpu.document import Document
 from bench.gpu.plan import Settings, Stage
+from bench.gpu.worker import Skipped
+from nefkern.triton.rates import H200
 
 FAULTS = "tests.gpu_check_faults"
 
@@ -198,8 +215,6 @@ def test_a_mistake_is_told_in_a_line(tmp_path, capsys):
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     out = tmp_path / "out.json"
@@ -258,6 +273,163 @@ def test_a_rehearsal_measures(rehearsed):
     assert 0 < step["busy share"] <= 1
     assert found(rehearsed, "suite")["tests"]["counts"]["passed"] > 0
     assert set(rehearsed["environment"]["rates"]["flops"]) == {"float32", "bfloat16"}
+
+
+# ---- what is right ----
+
+
+def test_a_wrong_result_is_found():
+    """In any one entry, in a gradient, and where it is not a number."""
+    exact = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    found = exact.float()
+    assert operators.error(found, exact) == 0
+    found[1, 1] += 1e-3
+    assert operators.error(found, exact) == pytest.approx(2e-4, rel=1e-3)
+    found[0, 0] = float("nan")
+    assert not operators.error(found, exact) <= operators.tolerance(found)
+    with pytest.raises(AssertionError, match=r"shape \[3\], expected \[2, 3\]"):
+        operators.error(found[0], exact)
+
+
+@pytest.mark.parametrize("broken", ["result", "gradient", "second run"])
+def test_a_wrong_kernel_fails_its_case(monkeypatch, broken):
+    settings, calls = Settings("cpu", "small", ""), iter(range(100))
+    real = operators.ops.quadratic_form
+
+    def quadratic_form(psi, graph):
+        out = real(psi, graph)
+        if broken == "result":
+            return out * (1 + 1e-3)
+        if broken == "gradient":
+            return out + 1e-3 * (out - out.detach())
+        return out + 1e-9 * next(calls)
+
+    monkeypatch.setattr(operators.ops, "quadratic_form", quadratic_form)
+    words = {"result": "error beyond the tolerance: {'out'", "second run": "3 runs differ in",
+             "gradient": "error beyond the tolerance: {'gradient of psi'"}  # fmt: skip
+    with pytest.raises(AssertionError, match=re.escape(words[broken])):
+        list(operators.run("quadratic_form/cpu/float32/ragged", settings))
+
+
+def test_a_backend_that_cannot_take_a_call_is_skipped_with_its_words():
+    with pytest.raises(Skipped):
+        list(operators.run("knn cosine/cuda/float32/ragged", Settings("cpu", "small", "")))
+
+
+# ---- build and tests ----
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "right"),
+    [
+        ("80-real,90a-real", (9, 0), True),
+        ("90a-real", (8, 0), False),
+        ("80-real", (8, 6), True),
+        ("86-real", (8, 0), False),
+        ("80-real", (9, 0), False),
+        ("90a-real", (10, 0), False),
+        ("80-real,100-virtual", (12, 0), True),
+        ("100-real", (12, 0), False),
+        ("100-virtual", (9, 0), False),
+    ],
+)
+def test_which_devices_an_extension_serves(architectures, capability, right):
+    assert build.serves(architectures, capability) is right
+
+
+def test_a_failed_build_is_told_by_its_first_error():
+    output = (
+        "[1/9] Building\nx.cpp:3:1: error: no such thing\nx.cpp:9:1: error: another\nninja: stop\n"
+    )
+    assert build.first_error(process.Finished(1, output)) == "x.cpp:3:1: error: no such thing"
+    assert build.first_error(process.Finished(1, "no words of it\n")) == "no words of it"
+    assert "took more than" in build.first_error(process.Finished(None, output))
+
+
+def test_an_extension_that_does_not_serve_is_built_and_its_failure_told(settings, monkeypatch):
+    said = iter(["not built", "not built"])
+    monkeypatch.setattr(build, "unfit", lambda settings: next(said))
+    commands = []
+
+    def run(command, limit, environment):
+        commands.append(command)
+        return process.Finished(len(commands) - 1, "a.cu(3): error: no\n")
+
+    monkeypatch.setattr(build.process, "run", run)
+    steps, figures = build.extension(settings), {}
+    figures |= next(steps) | next(steps)
+    with pytest.raises(RuntimeError, match=r"a\.cu\(3\): error: no"):
+        next(steps)
+    assert figures["extension"] == "not built"
+    assert figures["because"] == "not built"
+    assert commands[1][:2] == ["cmake", "--build"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("tests/ops/test_add.py::test_a[cuda] PASSED            [ 10%]",
+         ("tests/ops/test_add.py::test_a[cuda]", "PASSED")),
+        ("[gw3] [ 20%] FAILED tests/ops/test_add.py::test_b[cuda-1] ",
+         ("tests/ops/test_add.py::test_b[cuda-1]", "FAILED")),
+        ("tests/ops/test_add.py::test_c SKIPPED (no GPU)        [ 30%]",
+         ("tests/ops/test_add.py::test_c", "SKIPPED")),
+        ("tests/ops/test_add.py::test_d[a b] ", None),
+        ("FAILURES", None),
+    ],
+)  # fmt: skip
+def test_outcomes_of_tests_are_read(line, expected):
+    assert suite.outcome(line) == expected
+
+
+# ---- predictions ----
+
+
+def test_every_prediction_has_kernels_of_its_name():
+    """By the sources: those of csrc/cuda, of Triton, and of CUB, which is not ours to look into."""
+    cuda = "\n".join(path.read_text() for path in (process.ROOT / "csrc/cuda").glob("*.cu*"))
+    bounds = r"(?:__launch_bounds__\([^)]*\)\s+)?"
+    names = set(re.findall(rf"__global__\s+(?:void\s+{bounds}|{bounds}void\s+)(\w+)\(", cuda))
+    assert "spmm_rows" in names
+    for (part, kernel), pattern in predictions.CUDA_SYMBOLS.items():
+        known = {k.name for k in [*roofline.cuda_kernels(), roofline.sparse("bfloat16", 2)]
+                 if k.part == part}  # fmt: skip
+        assert kernel in known, "renamed in bench/roofline.py"
+        found = [name for name in names if re.search(pattern, name)]
+        assert found or "Radix" in pattern, f"{pattern}: no such kernel in csrc/cuda"
+    known = {kernel.name for kernel in (*roofline.step(False), roofline.sparse("bfloat16", 2))}
+    assert set(predictions.TRITON_SYMBOLS) <= known
+
+
+@pytest.mark.parametrize("by", ["cuda", "triton"])
+def test_the_models_kernels_are_those_of_a_call(by):
+    for operator, dtype in plan.TIMED:
+        kernels = predictions.kernels_of(operator, by, dtype)
+        assert all(kernel.expected(H200) > 0 for kernel in kernels)
+    (spmm,) = predictions.kernels_of("spmm", by, "float32")
+    assert spmm.name == "spmm, float32"
+    whole = roofline.attention(True).moved
+    assert (
+        predictions.kernels_of("linear_attention elu", "triton", "bfloat16")[0].moved == whole / 2
+    )
+    assert predictions.expected([], H200) is None
+
+
+def test_measured_kernels_stand_beside_their_predictions():
+    kernels = predictions.kernels_of("knn cosine", "cuda", "float32")
+    ran = {
+        "void nefkern::cuda::estimate_tiles<true>(Args)": Work(2, 4e-3),
+        "void nefkern::cuda::estimate_tiles<false>(Args)": Work(2, 2e-3),
+        "void nefkern::cuda::rerank_rows<false>(Args)": Work(2, 8e-3),
+        "void at::native::fill(int)": Work(2, 1.0),
+    }
+    beside = {one.name: one for one in predictions.compared(kernels, "cuda", ran, 2, H200)}
+    estimates = beside["scores of the sample; scores, candidates"]
+    assert estimates.measured == pytest.approx(3e-3)
+    both = [k.expected(H200) for k in kernels if "scores" in k.name]
+    assert estimates.predicted == pytest.approx(sum(both))
+    assert beside["re-rank, sort"].measured == pytest.approx(4e-3)
+    assert beside["thresholds"].measured is None
 
 
 # ---- ncu ----

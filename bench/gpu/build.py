@@ -15,6 +15,7 @@ import torch
 
 from bench.gpu import process, tools
 from bench.gpu.plan import NO_DEVICE, Settings
+from bench.gpu.worker import Skipped
 
 BUILD = process.ROOT / "build" / "gpu_check"
 LIMIT = 170.0  # seconds

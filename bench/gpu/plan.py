@@ -101,6 +101,12 @@ OPPONENTS = (
 REHEARSED_OPPONENTS = ("bench_spmm.test_spmm", "bench_kappa.test_kappa")
 
 
+#: "psi": κ, ψ, objective and Adam on given features; "whole": with a backbone.
+TRAINING = ("psi float32", "psi amp", "whole float32", "whole amp")
+REHEARSED_TRAINING = ("psi amp", "whole amp")
+REHEARSED_TIMES = 5  # of TIMED
+
+
 def operator_cases(settings: Settings) -> list[str]:
     """ "operator/backend/dtype/size": the paper's size in float32 first, then ragged, then half."""
     cases = [
@@ -117,7 +123,7 @@ def operator_cases(settings: Settings) -> list[str]:
 def timed_cases(settings: Settings) -> list[str]:
     return ["machine rates", "launches"] + [
         f"{operator}/{backend}/{dtype}/{settings.size}"
-        for operator, dtype in TIMED
+        for operator, dtype in TIMED[: REHEARSED_TIMES if settings.rehearsal else None]
         for backend in BACKENDS[settings.device]
     ]
 
@@ -143,7 +149,7 @@ def stages(settings: Settings) -> list[Stage]:
         stage("operators", operator_cases(settings), 0.4, 60, jobs=jobs, repeats=3),
         stage("kernels", timed_cases(settings), 0.35, 40),
         stage("opponents", opponent_cases(settings), 0.4, 60),
-        stage("training", ("psi float32", "psi amp", "whole float32", "whole amp"), 0.4, 60),
+        stage("training", REHEARSED_TRAINING if settings.rehearsal else TRAINING, 0.4, 60),
         stage("counters", ("ncu",), 0.4, 90),
         stage("sanitizer", ("memcheck", "racecheck", "synccheck", "initcheck", "operators"),
               0.5, 90, jobs=2),
