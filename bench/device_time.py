@@ -109,7 +109,7 @@ class Trace:
     @property
     def waits(self) -> dict[str, int]:
         """Requests that hold up the host, by name."""
-        return {name: n for name, n in self.requests.items() if name.split("_v")[0] in WAITS}
+        return {name: n for name, n in self.requests.items() if name in WAITS and n > 0}
 
 
 def traced(function: Callable[[], object], repeats: int = 1, kinds=DEVICE_WORK) -> Trace:

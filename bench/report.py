@@ -16,7 +16,6 @@ from pathlib import Path
 
 from nefkern.runtime.errors import ArgumentParser, UserError, command
 from nefkern.runtime.files import replace_file
-from nefkern.segmentation.charts import svg
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -243,6 +242,8 @@ def draw_ratios(document: dict, path: Path) -> None:
 
 
 def _save(figure, path: Path) -> None:
+    from nefkern.segmentation.charts import svg  # costs seconds, of torchvision
+
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, svg(figure) + "\n")
 

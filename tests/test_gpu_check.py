@@ -241,6 +241,7 @@ def rehearsed(tmp_path_factory) -> dict:
     return content
 
 
+@pytest.mark.slow
 def test_a_rehearsal_reaches_every_stage(rehearsed):
     statuses = {
         name: {case["status"] for case in stage["cases"].values()}
@@ -253,6 +254,7 @@ def test_a_rehearsal_reaches_every_stage(rehearsed):
     assert statuses["kernels"] <= {"passed", "skipped"}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
     cases = found(rehearsed, "operators")
     assert {name.split("/")[0] for name in cases} == set(plan.OPERATORS)
@@ -262,6 +264,7 @@ def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
     assert max(cases["spmm/cpu/float32/ragged"]["errors"].values()) > 0, "nothing was computed"
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures(rehearsed):
     kernels = found(rehearsed, "kernels")["spmm/cpu/float32/small"]
     assert kernels["device"] > 0
@@ -469,6 +472,42 @@ def test_ncus_table_is_read():
     assert row["seconds"] == pytest.approx(990e-9)
     assert row["registers"] is None
     assert counters.counted("==ERROR== no kernels") == []
+    (row,) = counters.counted(NCU.replace("nsecond", "usecond"))
+    assert row["seconds"] == pytest.approx(990e-6)
+
+
+def ncu_that_says(tmp_path, monkeypatch, script: str) -> None:
+    program = tmp_path / "ncu"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def counting(tmp_path) -> dict:
+    settings = Settings("cuda", "paper", str(tmp_path / "out.json"))
+    gpu_check.Document(Path(settings.out), budget=1.0)
+    figures = {}
+    for found in counters.run("1", settings):
+        figures |= found
+    return figures
+
+
+def test_counters_are_skipped_where_they_may_not_be_read(tmp_path, monkeypatch):
+    ncu_that_says(tmp_path, monkeypatch, "echo '==ERROR== ERR_NVGPUCTRPERM - no permission'")
+    with pytest.raises(Skipped, match=r"cannot read the counters: ==ERROR== ERR_NVGPUCTRPERM"):
+        counting(tmp_path)
+
+
+def test_a_metric_that_an_ncu_does_not_know_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "table").write_text(NCU)
+    ncu_that_says(
+        tmp_path, monkeypatch,
+        f"case \"$*\" in *lts__t_bytes.sum*) echo '==ERROR== Failed to find metric "
+        f"lts__t_bytes.sum';; *--clock-control\\ none*) cat {tmp_path}/table;; esac",
+    )  # fmt: skip
+    figures = counting(tmp_path)
+    assert figures["call"] == "knn cosine/cuda/float32/paper"
+    assert figures["launches"][0]["memory bytes"] == 71e6
 
 
 def test_tools_are_found_in_the_toolkit(tmp_path, monkeypatch):

@@ -10,12 +10,13 @@ import io
 import math
 import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from bench.gpu import process, tools
 from bench.gpu.document import cases, read
-from bench.gpu.plan import Settings
+from bench.gpu.plan import COUNTED, Settings
 from bench.gpu.worker import Skipped
 
 #: The share of the model's resources that a kernel used, and why its warps waited.
@@ -27,7 +28,7 @@ METRICS = {
     "bank conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
     "instructions": "smsp__inst_executed.sum",
     "issue slots": "sm__inst_issued.avg.pct_of_peak_sustained_active",
-    "tensor cores": "sm__inst_executed_pipe_tensor.sum",
+    "tensor cores": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "memory share": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "L2 share": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
     "occupancy": "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -36,25 +37,40 @@ METRICS = {
 #: Where nothing was measured: an operator's kernels that the estimates rest on most.
 DOUBTFUL = ("knn cosine/cuda/float32", "spmm/cuda/float32",
             "linear_attention softmax/triton/bfloat16", "knn cosine/triton/float32")  # fmt: skip
-MOST, LIMIT = 4, 40.0
+LIMIT = 45.0  # seconds
 REFUSED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize", "No kernels were")
+UNITS = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "s": 1.0}
 
 
 def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
+    """The rank of a call among those to look at, from "1"."""
     if settings.rehearsal:
         raise Skipped("a rehearsal has no GPU whose counters could be read")
     ncu = tools.find("ncu")
     if ncu is None:
         raise Skipped("no ncu on the PATH or in the CUDA toolkit")
-    for doubtful in least_sure(read(settings.out), settings.size):
-        done = process.run(command(ncu, doubtful, settings), LIMIT)
-        if refused := next((word for word in REFUSED if word in done.output), None):
-            said = next(line for line in done.output.splitlines() if refused in line)
-            raise Skipped(f"ncu cannot read the counters: {said.strip()}")
-        if done.code is None:
-            yield {doubtful: f"ended after {LIMIT:.0f} s"}
-            continue
-        yield {doubtful: counted(done.output) or process.tail(done.output)}
+    call = least_sure(read(settings.out), settings.size)[int(case) - 1]
+    yield {"call": call}
+    done = profiled(ncu, call, settings)
+    if refused := next((word for word in REFUSED if word in done.output), None):
+        said = next(line for line in done.output.splitlines() if refused in line)
+        raise Skipped(f"ncu cannot read the counters: {said.strip()}")
+    launches = counted(done.output)
+    yield {"launches": launches}
+    if not launches:
+        yield {"output": process.tail(done.output)}
+        raise RuntimeError("ncu: " + ("no table" if done.code is not None else f"{LIMIT:.0f} s"))
+
+
+def profiled(ncu: str, call: str, settings: Settings) -> process.Finished:
+    """Under ncu, without the metrics that this one does not know."""
+    metrics, end = set(METRICS.values()), time.monotonic() + LIMIT
+    while True:
+        done = process.run(command(ncu, call, settings, metrics), end - time.monotonic())
+        unknown = metrics & set(re.findall(r"Failed to find metric (?:regex:)?(\S+)", done.output))
+        if not unknown or done.code is None:
+            return done
+        metrics -= unknown
 
 
 def least_sure(content: dict[str, Any], size: str) -> list[str]:
@@ -67,15 +83,15 @@ def least_sure(content: dict[str, Any], size: str) -> list[str]:
             doubts[name] = abs(math.log(measured / predicted)) * measured
     known = sorted(doubts, key=lambda name: -doubts[name])
     others = [f"{name}/{size}" for name in DOUBTFUL]
-    return [*known, *(name for name in others if name not in doubts)][:MOST]
+    return [*known, *(name for name in others if name not in doubts)][: len(COUNTED)]
 
 
-def command(ncu: str, case: str, settings: Settings) -> list[object]:
+def command(ncu: str, case: str, settings: Settings, metrics: set[str]) -> list[object]:
     """One call under ncu, after one that compiles. The clocks are left alone: they are shared."""
     return [
         ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
         "--profile-from-start", "off", "--target-processes", "all",
-        "--metrics", ",".join(METRICS.values()),
+        "--metrics", ",".join(sorted(metrics)),
         sys.executable, "-m", "bench.gpu.one_call", case, settings.size,
     ]  # fmt: skip
 
@@ -85,14 +101,13 @@ def counted(output: str) -> list[dict[str, Any]]:
     begin = re.search(r'^"ID"', output, re.M)
     if begin is None:
         return []
-    rows = csv.DictReader(io.StringIO(output[begin.start() :]))
+    units, *rows = csv.DictReader(io.StringIO(output[begin.start() :]))
+    unit = UNITS[(units.get(METRICS["seconds"]) or "n")[0]]
     found = []
     for row in rows:
-        if not row["ID"]:  # the units
-            continue
         figures = {name: _number(row.get(metric)) for name, metric in METRICS.items()}
         if figures["seconds"] is not None:
-            figures["seconds"] /= 1e9  # base units: nanoseconds
+            figures["seconds"] *= unit
         found.append({"kernel": row["Kernel Name"], **figures})
     return found
 

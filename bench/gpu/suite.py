@@ -46,7 +46,7 @@ def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
     finally:
         process.end(running)
     yield {"counts": dict(counts), "failed": failed[:SHOWN]}
-    if code != 0:
+    if code != 0 or not counts:
         yield {"output": process.tail("".join(last))}
         raise AssertionError(f"pytest: exit code {code}, {len(failed)} failed")
 
@@ -57,7 +57,8 @@ def command(settings: Settings) -> list[str]:
     parallel = []
     if importlib.util.find_spec("xdist") and not settings.rehearsal:
         parallel = ["-n", str(min(12, os.cpu_count() or 1))]
-    return [sys.executable, "-m", "pytest", *tests, "-k", names, "-v", "--tb=short", "-rN",
+    # One -v is taken back by the -q of the project's options.
+    return [sys.executable, "-m", "pytest", *tests, "-k", names, "-vv", "--tb=short", "-rN",
             "-p", "no:cacheprovider", *parallel]  # fmt: skip
 
 

@@ -35,7 +35,14 @@ class Worker:
         fresh: it has finished none yet.
     """
 
-    def __init__(self, stage: Stage, settings: Settings, folder: Path, prefix: Sequence = ()):
+    def __init__(
+        self,
+        stage: Stage,
+        settings: Settings,
+        folder: Path,
+        prefix: Sequence[str] = (),
+        only: Sequence[str] = (),
+    ) -> None:
         self.records = folder / "records"
         self.log = open(folder / "log", "w+b")  # noqa: SIM115  closed with the worker
         self.records.touch()
@@ -45,7 +52,7 @@ class Worker:
         self.patience, self.fresh = stage.patience, True
         self.process = process.start(
             [*prefix, sys.executable, "-m", "bench.gpu.worker", stage.module, self.records,
-             json.dumps(asdict(settings))],
+             json.dumps(asdict(settings)), *only],
             environment={
                 **(tools.UNCACHED if prefix else {}),
                 **({"CUDA_VISIBLE_DEVICES": ""} if settings.rehearsal else {}),
@@ -127,9 +134,9 @@ class Supervisor:
             self.workers.append(self._worker())
             self.workers[-1].give(self.waiting.popleft())
 
-    def _worker(self, prefix: Sequence = ()) -> Worker:
+    def _worker(self, prefix: Sequence[str] = (), only: Sequence[str] = ()) -> Worker:
         folder = tempfile.mkdtemp(dir=self.folder)
-        return Worker(self.stage, self.settings, Path(folder), prefix)
+        return Worker(self.stage, self.settings, Path(folder), prefix, only)
 
     def _look_after(self, worker: Worker) -> None:
         gone = worker.gone  # before its news, which then are all
@@ -183,16 +190,14 @@ class Supervisor:
                 return
             self.document.case(self.stage.name, name, repeated=self._alone(name, prefix, how, left))
 
-    def _alone(self, case: str, prefix: Sequence, how: str, limit: float) -> dict[str, Any]:
-        worker, found = self._worker(prefix), {"how": how, "status": "hung"}
-        worker.give(case)
-        worker.process.stdin.close()  # it ends after this one, and the checker sums up
+    def _alone(self, case: str, prefix: Sequence[str], how: str, limit: float) -> dict[str, Any]:
+        worker, found = self._worker(prefix, [case]), {"how": how, "status": "running"}
         end = time.monotonic() + limit
         while not (gone := worker.gone) and time.monotonic() < end:
             time.sleep(POLL)
         for record in worker.news():
             found |= {key: record[key] for key in ("status", "why") if key in record}
-        if gone and found["status"] in ("hung", "running"):
+        if gone and found["status"] == "running":
             found |= {"status": "crashed", "why": _how_it_ended(worker.process.returncode)}
         elif not gone:
             found |= {"status": "hung", "why": f"ended after {limit:.0f} s"}

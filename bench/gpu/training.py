@@ -92,5 +92,6 @@ def whole_step(settings: Settings, amp: bool) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, 3, options.crop, options.crop)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    images = images.pin_memory() if torch.cuda.is_available() else images  # as the loader does
     numbers = iter(range(1, 1_000_000))
     return lambda: step(images, 0.5, next(numbers))

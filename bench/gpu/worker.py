@@ -23,19 +23,19 @@ class Skipped(Exception):
     """The case makes no sense here; the message says why."""
 
 
-def main(module: str, records: str, settings: str) -> None:
-    """Serve until the input ends."""
+def main(module: str, records: str, settings: str, *cases: str) -> None:
+    """Run the cases given, or serve until the input ends."""
     told = Settings(**json.loads(settings))
     with open(records, "a", buffering=1) as file:
 
         def write(**record: Any) -> None:
             file.write(json.dumps(record, default=_plain) + "\n")
 
-        for line in sys.stdin:
+        for line in cases or sys.stdin:
             case = line.rstrip("\n")
             for record in outcomes(module, case, told):
                 write(case=case, **record)
-            if not _device_works(told):
+            if not _settled(told):
                 break  # what the last case broke stays broken in this process
 
 
@@ -60,12 +60,14 @@ def _first(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def _device_works(settings: Settings) -> bool:
+def _settled(settings: Settings) -> bool:
+    """Whether the device still works; its memory is free for others then."""
     torch = sys.modules.get("torch")
     if settings.rehearsal or torch is None or not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     except RuntimeError:
         return False
     return True
