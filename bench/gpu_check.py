@@ -83,10 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     size = options.size or ("small" if options.device == "cpu" else "paper")
     settings = Settings(options.device, size, str(options.out.resolve()))
     chosen = _chosen(options.stages, plan.stages(settings))
-    signal.signal(signal.SIGTERM, _interrupted)
+    before = signal.signal(signal.SIGTERM, _interrupted)
     try:
         check(chosen, settings, options.budget)
     finally:
+        signal.signal(signal.SIGTERM, before)
         content = json.loads(options.out.read_text())
         print(summary.text(content))
         print(f"\nresults: {options.out}")

@@ -96,12 +96,12 @@ def machine_rates() -> Rates:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Float32 products on a GPU's tensor cores, rounded to TF32, or exactly so not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def _best(function: Callable[[], object], rounds: int = 7) -> float:

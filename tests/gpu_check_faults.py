@@ -18,6 +18,9 @@ from bench.gpu.worker import Skipped
 def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
     kind = case.split()[0]
     yield {"first": 1}
+    if kind == "computes":
+        yield {"errors": {"out": float("nan")}, "path": Path("a")}
+        raise AssertionError("NaN")
     if kind == "raises":
         raise ValueError("a wrong number")
     if kind == "skips":

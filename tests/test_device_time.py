@@ -151,6 +151,15 @@ def test_a_race_has_both_times(gpu, monkeypatch):
     assert theirs.ratio == pytest.approx(5 / 1.1)
 
 
+def test_tf32_is_as_it_was_afterwards():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    for allowed, inside in ((True, "tf32"), (False, "ieee")):
+        with harness.tf32(allowed):
+            assert matmul.fp32_precision == inside
+        assert matmul.fp32_precision == before
+
+
 def test_machine_rates_have_a_size_for_each_device(monkeypatch):
     """A GPU's peak is not reached in 20 microseconds: 8192 rows take it a millisecond."""
     asked = []

@@ -143,6 +143,14 @@ def test_a_failed_case_is_repeated_under_memcheck_where_it_is(settings, tmp_path
     assert repeated["output"].startswith("checked: --tool memcheck")
 
 
+def test_what_json_does_not_know_is_null(settings):
+    content = checked([faulty("computes")], settings)
+    assert found(content)["computes"]["errors"] == {"out": None}
+    assert found(content)["computes"]["path"] == "a"
+    json.loads(Path(settings.out).read_text(), parse_constant=pytest.fail)
+    assert "computes" in summary.text(content)
+
+
 def test_cases_beside_each_other(settings):
     names = [f"fine {number}" for number in range(6)]
     results = found(checked([faulty(*names, "exits", jobs=3)], settings))

@@ -65,7 +65,8 @@ def accuracy(content: dict[str, Any]) -> Iterator[str]:
     worst: dict[str, tuple[float, str]] = {}
     for name, case in cases(content, "operators").items():
         operator, backend, dtype, size = name.split("/")
-        for result, error in case.get("errors", {}).items():
+        numbers = {n: e for n, e in case.get("errors", {}).items() if e is not None}
+        for result, error in numbers.items():
             key = f"{backend} {dtype}"
             worst[key] = max(worst.get(key, (0.0, "")), (error, f"{operator}, {size}, {result}"))
     if worst:

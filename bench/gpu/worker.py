@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import time
 import traceback
@@ -29,7 +30,7 @@ def main(module: str, records: str, settings: str, *cases: str) -> None:
     with open(records, "a", buffering=1) as file:
 
         def write(**record: Any) -> None:
-            file.write(json.dumps(record, default=_plain) + "\n")
+            file.write(json.dumps(_plain(record)) + "\n")
 
         for line in cases or sys.stdin:
             case = line.rstrip("\n")
@@ -74,7 +75,16 @@ def _settled(settings: Settings) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    """As JSON has it, which knows no NaN and no infinity: null."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
 
 
 if __name__ == "__main__":
