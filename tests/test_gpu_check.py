@@ -443,6 +443,51 @@ def test_measured_kernels_stand_beside_their_predictions():
     assert beside["thresholds"].measured is None
 
 
+def test_the_summary_has_what_is_wrong_and_the_times_beside_the_predicted():
+    compared = [{"name": "re-rank, sort", "predicted": 1e-3, "measured": 3e-3},
+                {"name": "thresholds", "predicted": 1e-4, "measured": None}]  # fmt: skip
+    content = {
+        "environment": {"gpu": "NVIDIA H200", "torch": "2.11", "commit": "0123456789abc",
+                        "rates": {"flops": {"bfloat16": 7.8e14}, "bandwidth": 4.3e12}},
+        "seconds": 400.0, "budget": 480.0,
+        "entries": [{"case": "knn", "contestant": "mm", "seconds": 0.01, "ratio": 4.0,
+                     "dispatch": 2e-4}],
+        "stages": {
+            "operators": {"seconds": 60.0, "cases": {
+                "spmm/cuda/float32/paper": {"status": "passed", "errors": {"out": 2e-7, "y": None}},
+                "add/triton/float32/ragged": {
+                    "status": "crashed", "why": "killed by signal 11",
+                    "repeated": {"how": "compute-sanitizer memcheck", "status": "passed"}}}},
+            "kernels": {"seconds": 30.0, "cases": {
+                "knn cosine/cuda/float32/paper": {
+                    "status": "passed", "device": 2.4e-3, "predicted": 1.6e-3, "dispatch": 5e-4,
+                    "launches": 26.0, "compared": compared}}},
+            "training": {"seconds": 9.0, "cases": {
+                "whole amp": {"status": "passed", "step": 0.028, "predicted": 0.014,
+                              "busy share": 0.9, "launches": 900.0,
+                              "waits": {"cudaStreamSynchronize": 5.0}}}},
+            "suite": {"cases": {}, "why": "not begun: 1.0 s were left"},
+        },
+    }  # fmt: skip
+    lines = [re.sub(r" +", " ", line).strip() for line in summary.text(content).splitlines()]
+    for line in (
+        "NVIDIA H200, PyTorch 2.11, commit 0123456789: 400 s of 480",
+        "measured: bfloat16 780 TFLOP/s, 4.3 TB/s",
+        "operators 60.0 s 1 passed, 1 crashed",
+        "suite 0.0 s not begun: 1.0 s were left",
+        "crashed: operators: add/triton/float32/ragged: killed by signal 11",
+        "compute-sanitizer memcheck: passed",
+        "largest error, cuda float32 2.0e-07 spmm, paper, out",
+        "knn cosine/cuda/float32/paper 2.400 ms 1.600 ms 1.50× 0.500 ms 26",
+        "knn cosine/cuda: re-rank, sort 3.000 ms 1.000 ms 3.00×",
+        "knn cosine/cuda: thresholds 0.100 ms",
+        "knn mm 10.000 ms 4.00× host 0.200 ms",
+        "step, whole amp 28.000 ms 14.000 ms 2.00× busy 90%, 900 launches, waits "
+        "{'cudaStreamSynchronize': 5.0}",
+    ):
+        assert line in lines, "\n".join(lines)
+
+
 # ---- ncu ----
 
 
