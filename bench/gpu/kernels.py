@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench import device_time, harness
-from bench.gpu import inputs, operators, predictions
+from bench.gpu import inputs, operators, predictions, process
 from bench.gpu.plan import Settings
 from bench.gpu.rehearsal import measure_less
 from bench.gpu.worker import Skipped
@@ -51,14 +51,18 @@ def launches(settings: Settings) -> Iterator[dict[str, Any]]:
         raise Skipped("there is a GPU: the other cases have what ran on it")
     from tests.cuda import launchers
 
-    if not (launchers.BUILD / "recorded").is_file():
-        raise Skipped("the recording runtime is not built: pytest tests/cuda builds it")
+    recorder = launchers.BUILD / "recorded"
+    newest = max(path.stat().st_mtime for path in (process.ROOT / "csrc" / "cuda").iterdir())
+    if not recorder.is_file() or recorder.stat().st_mtime < newest:
+        raise Skipped("no recording runtime of these sources: pytest tests/cuda builds it")
     for name, (launcher, sizes) in RECORDED.items():
         events = launchers.recorded(launcher, **sizes).launches
         ran = {event.kernel: device_time.Work(1) for event in events}
         kernels = predictions.kernels_of(name, "cuda", "float32")
         beside = predictions.compared(kernels, "cuda", ran, 1, predictions.rates())
         yield {name: {one.name: one.measured is not None for one in beside}}
+        if lost := [one.name for one in beside if one.measured is None]:
+            raise AssertionError(f"{name}: no kernel of its name is launched for {lost}")
 
 
 def operator(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
