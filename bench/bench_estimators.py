@@ -73,7 +73,13 @@ def test_clustering(race, size, request):
         print(f"{name}: ARI {adjusted_rand_score(truth, found):.4f}")
     assert adjusted_rand_score(labels["scikit-learn arpack"], labels["nefkern"]) > 0.99
     sizes = {"N": n, "C": columns, "K": clusters, "k": NEIGHBOURS}
-    race("SpectralClustering", contestants, sizes=sizes, rounds=rounds_of(size, request))
+    race(
+        "SpectralClustering",
+        contestants,
+        sizes=sizes,
+        rounds=rounds_of(size, request),
+        clock="wall",
+    )
 
 
 def test_embedding(race, size, request):
@@ -91,7 +97,9 @@ def test_embedding(race, size, request):
 
     sizes = {"N": n, "C": columns, "m": count, "k": NEIGHBOURS}
     contestants = {"nefkern": quietly(ours), "scikit-learn arpack": quietly(theirs)}
-    race("SpectralEmbedding", contestants, sizes=sizes, rounds=rounds_of(size, request))
+    race(
+        "SpectralEmbedding", contestants, sizes=sizes, rounds=rounds_of(size, request), clock="wall"
+    )
 
 
 def test_neighbours(race, size, request):
@@ -109,7 +117,13 @@ def test_neighbours(race, size, request):
         "scikit-learn": lambda: theirs.fit_transform(rows),
     }
     sizes = {"N": n, "C": columns, "k": NEIGHBOURS}
-    race("KNeighborsTransformer", contestants, sizes=sizes, rounds=rounds_of(size, request))
+    race(
+        "KNeighborsTransformer",
+        contestants,
+        sizes=sizes,
+        rounds=rounds_of(size, request),
+        clock="wall",
+    )
 
 
 def test_new_rows(race, size):
@@ -124,4 +138,4 @@ def test_new_rows(race, size):
         "scikit-learn k-NN vote": lambda: knn.predict(rows[n:]),
     }
     sizes = {"N": n, "n": n // 8, "C": columns, "K": clusters}
-    race("SpectralClustering.predict", contestants, sizes=sizes, rounds=3)
+    race("SpectralClustering.predict", contestants, sizes=sizes, rounds=3, clock="wall")

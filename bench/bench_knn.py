@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from bench.harness import DEVICE, Work, on_reference, opponent
+from bench.harness import DEVICE, Work, on_reference, opponent, tf32
 from nefkern.ops import knn
 
 # rows, channels, neighbours
@@ -72,6 +72,7 @@ def test_cosine(race, size):
         product = torch.empty(n, n, device=DEVICE)
         contestants["torch.mm alone"] = lambda: torch.mm(unit, unit.T, out=product)
         contestants["torch.mm + topk"] = lambda: torch.mm(unit, unit.T).topk(k)
+        contestants |= tensor_core_products(unit, k)
         contestants |= sklearn_brute(x, k)
     contestants |= faiss_flat(x, k)
     contestants["reference"] = on_reference(lambda: knn(x, k))
@@ -135,6 +136,22 @@ def test_pixels(race, size):
         sizes={"N": len(x), "C": 5, "k": k, "segments": images},
         work=work_of(len(x), 5, k, images, selection="float32"),
     )
+
+
+def tensor_core_products(unit, k):
+    """What one writes for a GPU where the neighbours need not be exact."""
+    if DEVICE.type != "cuda":
+        return {}
+    half = unit.bfloat16()
+
+    def rounded():
+        with tf32(True):
+            return torch.mm(unit, unit.T).topk(k)
+
+    return {
+        "torch.mm bfloat16 + topk": lambda: torch.mm(half, half.T).topk(k),
+        "torch.mm TF32 + topk": rounded,
+    }
 
 
 def faiss_flat(x, k, metric="cosine", database=None):
