@@ -54,7 +54,7 @@ from nefkern.triton.knn_rows import DEPTH, Rows, power
 from nefkern.triton.knn_scores import base_of, put_scores
 
 UNIT = 2.0**-24  # float32's rounding error
-PACK = {"BR": 256, "BC": DEPTH} if interpreting() else {"BR": 8, "BC": DEPTH, "num_warps": 4}
+PACK = {"BR": 256, "BC": DEPTH} if interpreting() else {"BR": 4, "BC": DEPTH, "num_warps": 4}
 SCORE_CONFIGS = [
     triton.Config({"BM": m, "BN": n, "BK": DEPTH}, num_warps=warps, num_stages=3)
     for m, n, warps in ((128, 128, 8), (128, 64, 4), (64, 128, 4))  # 128 x 128 by 4 spills

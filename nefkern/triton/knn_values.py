@@ -19,7 +19,7 @@ if interpreting():
     RERANK, EXACT = {"BR": 32, "BN": 64, "BC": DEPTH}, {"BM": 128, "BN": 256}
 else:
     RERANK = {"BR": 1, "BN": 32, "BC": DEPTH, "num_warps": 4}
-    EXACT = {"BM": 64, "BN": 64, "num_warps": 8}  # 4 have no register left
+    EXACT = {"BM": 64, "BN": 64, "num_warps": 4}
 
 
 @triton.jit

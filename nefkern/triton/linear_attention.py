@@ -184,7 +184,7 @@ def _warps(kernel: Any, its: dict[str, Any]) -> int:
     """As many as have room for a [D, E] state in their registers, beside both halves of both
     factors where a product is three. (Triton 3.6 and sm_90 are the narrowest.)"""
     size = its["BD"] * its["BE"]
-    if max(its["BD"], its["BE"]) <= 16:
+    if max(its["BD"], its["BE"]) <= 16 and kernel in (sum_keys, key_gradients):
         return 2
     three = kernel is query_gradients and its["PRECISION"] == "tf32x3"
     return 8 if size > 64 * 64 or (three and size == 64 * 64) else 4
