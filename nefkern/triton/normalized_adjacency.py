@@ -132,7 +132,7 @@ def _merge_edges(
     if MEAN:
         degree *= 0.5
     degree = tl.where(degree == 0, 1.0, degree)  # of an empty row, whose scale is never read
-    tl.store(scale + row, (1 / tl.sqrt(degree)).to(tl.float32))
+    tl.store(scale + row, tl.rsqrt(degree).to(tl.float32))
 
 
 @triton.jit
