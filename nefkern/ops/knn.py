@@ -44,8 +44,8 @@ def knn(
 
     On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
     candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
-    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one. There a database is Triton's, and
-    "inner_product" the reference's, as either is where Triton is missing.
+    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one. There a database and
+    "inner_product" are Triton's, or the reference's where Triton is missing.
 
     Args:
         features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
@@ -197,7 +197,7 @@ TRITON_METHODS = ("auto", "ieee", "preselect")
 
 def _by_triton(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
     rows = len(features) + (0 if database is None else len(database))  # counted together
-    return _in_float32(features) and metric != "inner_product" and rows < 2**31
+    return _in_float32(features) and rows < 2**31
 
 
 @registry.kernel("knn", "triton", accepts=_by_triton)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 knn = on_backend_device(ops.knn)
 metrics = pytest.mark.parametrize("metric", METRICS)
 #: What a backend leaves to the next one.
-UNSERVED = {"triton": ("inner_product",), "cuda": METRICS}
+UNSERVED = {"cuda": METRICS}
 
 
 @pytest.fixture(autouse=True)
@@ -340,6 +340,42 @@ def test_products_of_the_rows_themselves(channels, include_self):
     close = 3e-6 * x.double().norm(dim=1).max() * x.double().norm(dim=1)[:, None]
     assert ((values.double() - best).abs() <= close).all()
     assert ((scores.gather(1, indices.long()) - values.double()).abs() <= close).all()
+
+
+triton_only = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+@triton_only
+@pytest.mark.parametrize("method", ["ieee", "preselect"])
+@pytest.mark.parametrize("crowded_out", [False, True], ids=["", "no room for doubt"])
+def test_products_by_both_ways(method, crowded_out, monkeypatch, poisoned_memory):
+    """Whatever way a call would choose: with a database and without, a block of rows at a time."""
+    kernels = pytest.importorskip("nefkern.triton.knn")
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
+    monkeypatch.setattr(kernels, "WORKSPACE", 0)
+    if crowded_out:
+        monkeypatch.setattr(kernels, "_capacity", lambda k, longest, preselect: k)
+    for channels in (1, 20, 70):
+        x, y = (over_all_magnitudes(n, channels, seed=n) for n in (140, 90))
+        assert_products(x, y, 9, database=y)
+        assert_products(y, y, 9, include_self=True)
+    x, y = exact_rows(171, 20), exact_rows(160, 20, seed=1)
+    sizes, others = bounds_of((70, 0, 1, 100)), bounds_of((40, 3, 0, 117))
+    assert_identical(x, y, 9, "inner_product", sizes, others)
+    assert_best(x, y, 9, "inner_product", sizes, others)
+
+
+@triton_only
+def test_short_queries_of_products_keep_their_digits():
+    """Lengths over six decades: for each query the estimates still tell most candidates apart."""
+    kernels = pytest.importorskip("nefkern.triton.knn")
+    x = clustered(200, 60, seed=3)
+    x = (x * torch.logspace(-6, 0, 200)[:, None]).to(backend_device())
+    data = kernels.rows_of(x, "inner_product", kernels.Ranges([0, 200]))
+    margins = kernels.pack(data, 60).margins
+    others = data.rows.double() * 2.0 ** (data.exponents - data.exponents.max())[:, None].double()
+    scores = data.rows.double() @ others.T
+    assert (margins < 0.02 * scores.std(1)).all()
 
 
 @metrics

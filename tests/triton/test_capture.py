@@ -186,7 +186,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preselect", [True, False])
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner_product"])
 def test_knn_reads_nothing_and_holds_no_n_by_n(launched, metric, preselect):
     """The scores of 40,000 rows alone would be 6.4 GB."""
     n, k = 40_000, 16
