@@ -43,4 +43,4 @@ lint: $(VENV)/setup.stamp
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 clean:
-	rm -rf $(VENV) build nefkern/_C*.so *.egg-info
+	rm -rf $(VENV) build nefkern/_C*.so nefkern/_build.json *.egg-info

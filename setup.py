@@ -2,21 +2,28 @@
 
 The build links to PyTorch's stable ABI, so any torch from 2.10 on will do, and the one already
 installed beside this package is taken first: an isolated build then needs no second copy of it.
-Without a compiler the package installs all the same, and runs on its PyTorch reference.
+Where the extension cannot be built the package installs all the same, and runs on its PyTorch
+reference. pip shows nothing of a build that succeeds, so the reason goes into the package
+(``_build.json``): ``python -m nefkern.info`` tells it, and so does the first call that is slower
+for it.
 
 Environment:
     NEFKERN_NATIVE=0         leave the extension out
-    NEFKERN_NATIVE=require   fail where it cannot be built
+    NEFKERN_NATIVE=require   fail where it cannot be built; pip then shows all that the build said
     NEFKERN_CUDA=0           leave the CUDA kernels out; they are built where nvcc is, and torch a
                              build for the same CUDA
     NEFKERN_CUDA=require     fail where they cannot be built
-    TORCH_CUDA_ARCH_LIST     what to build them for, such as "8.0;9.0a;10.0+PTX"
+    TORCH_CUDA_ARCH_LIST     what to build them for, such as "8.0;9.0a;10.0+PTX"; by default the
+                             GPUs of this machine, and where there are none, all from 8.0 on
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,20 +33,45 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("NEFKERN_NATIVE", "1")
 CUDA = {"1": "require"}.get(asked := os.environ.get("NEFKERN_CUDA", "auto"), asked)
+OLDEST_TORCH = (2, 10)
+#: In the package: why it has no extension. Read by nefkern/backends.py.
+RECORD = "_build.json"
+
+
+class BuildError(RuntimeError):
+    """Why the extension cannot be built, in one line."""
 
 
 def torch_folder() -> Path | None:
-    """The torch of the build's environment, else of the environment that is installed into."""
+    """The torch of the build's environment, else of the environment that is installed into; one
+    that is too old counts as none."""
+    found = []
     spec = importlib.util.find_spec("torch")
     if spec and spec.submodule_search_locations:
-        return Path(spec.submodule_search_locations[0])
+        found.append(Path(spec.submodule_search_locations[0]))
     # pip's isolated build hides the environment's packages, but not where they are.
-    beside = Path(sysconfig.get_paths()["platlib"]) / "torch"
-    return beside if (beside / "include").is_dir() else None
+    found.append(Path(sysconfig.get_paths()["platlib"]) / "torch")
+    return next((folder for folder in found if is_new_enough(torch_version(folder))), None)
+
+
+def torch_version(folder: Path) -> str:
+    """Of the torch in a folder, such as "2.11.0+cu130"; "" where there is none with headers."""
+    try:
+        text = (folder / "version.py").read_text()
+    except OSError:
+        return ""
+    match = re.search(r"^__version__.*?['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return match[1] if match and (folder / "include").is_dir() else ""
+
+
+def is_new_enough(version: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and tuple(map(int, numbers.groups())) >= OLDEST_TORCH
 
 
 def compiler() -> str | None:
@@ -50,47 +82,139 @@ def compiler() -> str | None:
     )
 
 
+def tool(name: str) -> str:
+    """A program that pip installs; also from the environment's own folder, which need not be on
+    PATH where pip was called by its path and told not to isolate the build."""
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if not found:
+        raise BuildError(f"no {name} found; pip install cmake ninja pybind11 brings what is needed")
+    return found
+
+
+#: How compilers, assemblers, linkers, shells and Python begin to complain.
+COMPLAINT = re.compile(
+    r"\berror\s*(#\d+)?: |: undefined reference|cannot find -l|: not found$|: No module named",
+    re.IGNORECASE,
+)
+
+
+def first_error(output: str) -> str:
+    """The line of a build's output that says what is wrong: the first error, else the last line."""
+    lines = output.splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):
+            return shortened(" ".join([line, *indented(lines[i + 1 :])]))
+        if COMPLAINT.search(line):
+            return shortened(line)
+    return shortened(next((line for line in reversed(lines) if line.strip()), "no output"))
+
+
+def indented(lines: list[str]) -> list[str]:
+    """The paragraph that CMake's errors are written as, below their place."""
+    text = itertools.dropwhile(lambda line: not line.strip(), lines)
+    return [line.strip() for line in itertools.takewhile(lambda line: line.startswith("  "), text)]
+
+
+def shortened(line: str, limit: int = 400) -> str:
+    """Without the folder of the sources."""
+    return line.strip().replace(f"{ROOT}{os.sep}", "")[:limit]
+
+
+def run(command: list[str]) -> None:
+    """Run a step of the build and show its output; BuildError with its first error."""
+    said = []
+    environment = {**os.environ, "LC_ALL": "C"}  # errors in the words that are looked for
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, encoding="utf-8", errors="replace",
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            said.append(line)
+            print(line.encode("ascii", "replace").decode(), end="", flush=True)
+    if process.returncode:
+        raise BuildError(first_error("".join(said)))
+
+
+def record(reason: str | None, *packages: Path) -> None:
+    """Write why there is no extension into folders of the package; None: there is one."""
+    for package in packages:
+        if reason is None:
+            (package / RECORD).unlink(missing_ok=True)
+        else:
+            package.mkdir(parents=True, exist_ok=True)
+            (package / RECORD).write_text(json.dumps({"reason": reason}) + "\n")
+
+
+def forget_module(built: Path) -> None:
+    """An earlier build's module must not be packed beside newer sources."""
+    for module in (built / "nefkern").glob("_C.*"):
+        module.unlink()
+
+
 class CMakeBuild(build_ext):
     """Let CMake build ``nefkern._C``; say in one line why where it can't."""
 
     def run(self) -> None:
+        # Editable: built elsewhere and copied here.
+        packages = [Path(self.build_lib) / "nefkern", *([ROOT / "nefkern"] if self.inplace else [])]
         try:
             super().run()
-        except (subprocess.CalledProcessError, FileNotFoundError, RuntimeError) as error:
+        except (BuildError, OSError) as error:
             if WANTED == "require":
                 raise
             self.extensions = []
+            forget_module(Path(self.build_lib))
+            record(str(error), *packages)
             print(
                 f"nefkern: extension not built ({error}); the PyTorch reference will run",
                 file=sys.stderr,
             )
+        else:
+            record(None, *packages)
 
     def build_extension(self, ext: Extension) -> None:
         if not compiler():
-            raise RuntimeError("no C++ compiler found")
+            raise BuildError("no C++ compiler found (CXX, c++, g++, clang++)")
         torch = torch_folder()
         if torch is None:
-            raise RuntimeError("no PyTorch found")
+            raise BuildError("no PyTorch found that is 2.10 or newer")
+        cmake, ninja = tool("cmake"), tool("ninja")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         started = time.monotonic()
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNEFKERN_TORCH_DIR={torch}",
             f"-DNEFKERN_OUTPUT={output}",
             f"-DNEFKERN_VERSION={self.distribution.get_version()}",
             f"-DNEFKERN_CUDA={CUDA}",
+            # Also empty: the folder may remember another build's.
+            f"-DTORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        try:
+            run(configure)
+            run([cmake, "--build", str(build)])
+        except BuildError as error:
+            raise BuildError(f"against PyTorch {torch_version(torch)}: {error}") from None
         print(f"nefkern: extension built in {time.monotonic() - started:.0f} s")
+
+
+class LeaveOut(build_py):
+    """Without the extension by choice, which the package remembers too."""
+
+    def run(self) -> None:
+        super().run()
+        forget_module(Path(self.build_lib))
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        record(f"NEFKERN_NATIVE={WANTED}", folder / "nefkern")
 
 
 need_torch = WANTED != "0" and compiler() and torch_folder() is None
 setup(
     ext_modules=[] if WANTED == "0" else [Extension("nefkern._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_py": LeaveOut} if WANTED == "0" else {"build_ext": CMakeBuild},
     setup_requires=["torch>=2.10"] if need_torch else [],
 )

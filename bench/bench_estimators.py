@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 
 import numpy as np
@@ -11,12 +10,12 @@ import sklearn.manifold
 import sklearn.neighbors
 from sklearn.metrics import adjusted_rand_score
 
+from bench.harness import opponent
 from nefkern.estimators import KNeighborsTransformer, SpectralClustering, SpectralEmbedding
 
 # rows, columns, clusters
 SIZES = {"small": (2000, 16, 6), "paper": (20_000, 64, 10), "large": (40_000, 64, 10)}
 NEIGHBOURS = 10
-SOLVERS = ["arpack", *(["amg"] if importlib.util.find_spec("pyamg") else [])]
 
 
 def clustered(n: int, columns: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,14 +66,20 @@ def test_clustering(race, size, request):
         "nefkern": ours,
         "nefkern, K-means as theirs": lambda: ours(assign_labels="kmeans"),
     }
-    for solver in SOLVERS:
+    for solver in ["arpack", *(["amg"] if opponent("pyamg", "pyamg") else [])]:
         contestants[f"scikit-learn {solver}"] = quietly(lambda solver=solver: theirs(solver))
     labels = {name: function() for name, function in contestants.items()}
     for name, found in labels.items():
         print(f"{name}: ARI {adjusted_rand_score(truth, found):.4f}")
     assert adjusted_rand_score(labels["scikit-learn arpack"], labels["nefkern"]) > 0.99
     sizes = {"N": n, "C": columns, "K": clusters, "k": NEIGHBOURS}
-    race("SpectralClustering", contestants, sizes=sizes, rounds=rounds_of(size, request))
+    race(
+        "SpectralClustering",
+        contestants,
+        sizes=sizes,
+        rounds=rounds_of(size, request),
+        clock="wall",
+    )
 
 
 def test_embedding(race, size, request):
@@ -92,7 +97,9 @@ def test_embedding(race, size, request):
 
     sizes = {"N": n, "C": columns, "m": count, "k": NEIGHBOURS}
     contestants = {"nefkern": quietly(ours), "scikit-learn arpack": quietly(theirs)}
-    race("SpectralEmbedding", contestants, sizes=sizes, rounds=rounds_of(size, request))
+    race(
+        "SpectralEmbedding", contestants, sizes=sizes, rounds=rounds_of(size, request), clock="wall"
+    )
 
 
 def test_neighbours(race, size, request):
@@ -110,7 +117,13 @@ def test_neighbours(race, size, request):
         "scikit-learn": lambda: theirs.fit_transform(rows),
     }
     sizes = {"N": n, "C": columns, "k": NEIGHBOURS}
-    race("KNeighborsTransformer", contestants, sizes=sizes, rounds=rounds_of(size, request))
+    race(
+        "KNeighborsTransformer",
+        contestants,
+        sizes=sizes,
+        rounds=rounds_of(size, request),
+        clock="wall",
+    )
 
 
 def test_new_rows(race, size):
@@ -125,4 +138,4 @@ def test_new_rows(race, size):
         "scikit-learn k-NN vote": lambda: knn.predict(rows[n:]),
     }
     sizes = {"N": n, "n": n // 8, "C": columns, "K": clusters}
-    race("SpectralClustering.predict", contestants, sizes=sizes, rounds=3)
+    race("SpectralClustering.predict", contestants, sizes=sizes, rounds=3, clock="wall")

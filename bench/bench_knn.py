@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
-from bench.harness import DEVICE, Work, on_reference
+from bench.harness import DEVICE, Work, on_reference, opponent, tf32
 from nefkern.ops import knn
 
 # rows, channels, neighbours
@@ -73,6 +72,7 @@ def test_cosine(race, size):
         product = torch.empty(n, n, device=DEVICE)
         contestants["torch.mm alone"] = lambda: torch.mm(unit, unit.T, out=product)
         contestants["torch.mm + topk"] = lambda: torch.mm(unit, unit.T).topk(k)
+        contestants |= tensor_core_products(unit, k)
         contestants |= sklearn_brute(x, k)
     contestants |= faiss_flat(x, k)
     contestants["reference"] = on_reference(lambda: knn(x, k))
@@ -138,16 +138,28 @@ def test_pixels(race, size):
     )
 
 
+def tensor_core_products(unit, k):
+    """What one writes for a GPU where the neighbours need not be exact."""
+    if DEVICE.type != "cuda":
+        return {}
+    half = unit.bfloat16()
+
+    def rounded():
+        with tf32(True):
+            return torch.mm(unit, unit.T).topk(k)
+
+    return {
+        "torch.mm bfloat16 + topk": lambda: torch.mm(half, half.T).topk(k),
+        "torch.mm TF32 + topk": rounded,
+    }
+
+
 def faiss_flat(x, k, metric="cosine", database=None):
     """Search of an exact index that is built beforehand; of the rows themselves, self included, so
-    k + 1 are searched."""
-    try:
-        import faiss
-    except ImportError:
-        pytest.skip("faiss is not installed: pip install faiss-cpu")
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    if DEVICE.type != "cpu":
+    k + 1 are searched. None on a GPU: faiss-cpu has nothing for it."""
+    if DEVICE.type != "cpu" or not (faiss := opponent("faiss", "faiss-cpu")):
         return {}
+    faiss.omp_set_num_threads(torch.get_num_threads())
     cosine = metric == "cosine"
     found = k if database is not None else k + 1
     x, rows = (
@@ -160,13 +172,9 @@ def faiss_flat(x, k, metric="cosine", database=None):
 
 
 def sklearn_brute(x, k):
-    try:
-        from sklearn.neighbors import NearestNeighbors
-    except ImportError:
-        pytest.skip("scikit-learn is not installed: pip install scikit-learn")
-    if DEVICE.type != "cpu":
+    if DEVICE.type != "cpu" or not (neighbors := opponent("sklearn.neighbors", "scikit-learn")):
         return {}
-    search = NearestNeighbors(
+    search = neighbors.NearestNeighbors(
         n_neighbors=k, algorithm="brute", metric="cosine", n_jobs=torch.get_num_threads()
     ).fit(x.numpy())
     return {"scikit-learn brute": lambda: search.kneighbors()}

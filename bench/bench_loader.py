@@ -121,6 +121,7 @@ def test_input(race, size, tmp_path):
         "input: decode and augment",
         contestants,
         sizes={"images": count, "width": WIDTH, "height": HEIGHT, "crop": crop},
+        clock="wall",
     )
 
 
@@ -156,4 +157,5 @@ def test_input_beside_a_step(race, size, tmp_path):
         {"nefkern": lambda: steps(ours), "torchvision, tensors": lambda: steps(others)},
         sizes={"images": STEPS * count, "width": WIDTH, "height": HEIGHT, "crop": crop},
         work=Work(seconds=STEPS * seconds),
+        clock="wall",
     )

@@ -1,8 +1,10 @@
-"""``python -m bench.report [RESULTS.json ...]``: the README's table and plots from results.
+"""``python -m bench.report [RESULTS.json ...] [--gpu FILE]``: the README's tables and plots.
 
 The files given (results of ``pytest bench/ --benchmark``) become ``bench/published.json``, a later
 file's case taking the place of an earlier one's; without files the published results are drawn
 anew. Then the table between README.md's markers is written, and the plots beside the results.
+--gpu takes what ``python -m bench.gpu_check`` found and makes it ``bench/published-gpu.json``, from
+which the second table is.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from pathlib import Path
 
 from nefkern.runtime.errors import ArgumentParser, UserError, command
 from nefkern.runtime.files import replace_file
-from nefkern.segmentation.charts import svg
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PUBLISHED = HERE / "published.json"
+PUBLISHED_GPU = HERE / "published-gpu.json"
 PLOTS = HERE / "plots"
 BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it wrote -->"
+GPU_BEGIN, GPU_END = "<!-- GPU: written by python -m bench.report -->", "<!-- end of GPU -->"
+NO_GPU = "(No GPU has been measured yet.)"
 OURS = "nefkern"
 #: The bare product writes into a buffer that it is handed: it has no memory of its own to show.
 GIVEN_MEMORY = "torch.mm alone"
@@ -89,6 +93,76 @@ def table(document: dict) -> str:
 
 def _opponent(entry: dict) -> str:
     return f"{entry['contestant']} {times(entry['ratio'])} ({memory(entry['peak_bytes'])})"
+
+
+def publish_gpu(file: Path) -> None:
+    """What a run of bench.gpu_check found becomes what is published, without its logs.
+
+    Raises:
+        UserError: it is something else, or a rehearsal, or lacks the times.
+    """
+    try:
+        document = json.loads(file.read_text())
+        device, found = document["device"], document["entries"] and document["stages"]
+        measured = document["environment"]["rates"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: expected what python -m bench.gpu_check --out writes ({error})"
+        ) from None
+    if device != "cuda" or not found or not measured:
+        raise UserError(f"{file}: expected times measured on a GPU, got a run on {device} without")
+    replace_file(PUBLISHED_GPU, json.dumps(_without_logs(document), indent=1) + "\n")
+
+
+#: What a run keeps to be mended by, and what says where the machine keeps its programs.
+LOGS = ("output", "traceback", "log", "tools")
+
+
+def _without_logs(found: object) -> object:
+    if isinstance(found, dict):
+        return {key: _without_logs(value) for key, value in found.items() if key not in LOGS}
+    return [_without_logs(value) for value in found] if isinstance(found, list) else found
+
+
+def gpu_table(path: Path) -> str:
+    """The second table: times of the GPU, beside what was predicted of it; what failed."""
+    if not path.exists():
+        return NO_GPU
+    document = json.loads(path.read_text())
+    where, rates = document["environment"], document["environment"]["rates"]
+    flops = ", ".join(f"{rate / 1e12:.0f} in {name}" for name, rate in rates["flops"].items())
+    lines = [
+        f"{where['gpu']}, PyTorch {where['torch']}; measured: {flops} TFLOP/s, "
+        f"{rates['bandwidth'] / 1e12:.1f} TB/s. Times are the device's; host: to enqueue a call.",
+        "",
+        "| case | ours | host | of floor | memory | others take (memory) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, (ours, *others) in by_case(document).items():
+        floor = f"{ours['floor'] / ours['seconds']:.0%}" if ours.get("floor") else ""
+        host = seconds(ours["dispatch"]) if ours.get("dispatch") else ""
+        cells = [case, seconds(ours["seconds"]), host, floor, memory(ours["peak_bytes"])]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(map(_opponent, others))} |")
+    return "\n".join([*lines, "", *_beside_the_model(document)])
+
+
+def _beside_the_model(document: dict) -> list[str]:
+    """Times beside docs/gpu.md's, and how many cases are wrong."""
+    stages = document["stages"]
+    times_ = {
+        **stages.get("kernels", {}).get("cases", {}),
+        **{f"step, {n}": c for n, c in stages.get("training", {}).get("cases", {}).items()},
+    }
+    lines = ["| call | measured | predicted | ratio |", "|---|---|---|---|"]
+    for name, case in times_.items():
+        measured, predicted = case.get("step") or case.get("device"), case.get("predicted")
+        if measured and predicted:
+            cells = [name, seconds(measured), seconds(predicted), times(measured / predicted)]
+            lines.append(f"| {' | '.join(cells)} |")
+    cases = stages.get("operators", {}).get("cases", {}).values()
+    passed = sum(case.get("status") == "passed" for case in cases)
+    failed = sum(case.get("status") in ("failed", "crashed", "hung") for case in cases)
+    return [*lines, "", f"Against float64: {passed} cases right, {failed} wrong."]
 
 
 def with_table(
@@ -168,21 +242,31 @@ def draw_ratios(document: dict, path: Path) -> None:
 
 
 def _save(figure, path: Path) -> None:
+    from nefkern.segmentation.charts import svg  # costs seconds, of torchvision
+
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, svg(figure) + "\n")
+
+
+def written(page: str, document: dict) -> str:
+    """The README with both tables."""
+    page = with_table(page, table(document))
+    return with_table(page, gpu_table(PUBLISHED_GPU), begin=GPU_BEGIN, end=GPU_END)
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[1])
     parser.add_argument("results", nargs="*", type=Path, help="default: what is published")
+    parser.add_argument("--gpu", type=Path, metavar="FILE", help="results of bench.gpu_check")
     options = parser.parse_args(arguments)
+    if options.gpu:
+        publish_gpu(options.gpu)
     if options.results:
         document = merge(options.results)
         replace_file(PUBLISHED, json.dumps(document, indent=1) + "\n")
     document = merge([PUBLISHED])
-    text = with_table(README.read_text(), table(document))
-    replace_file(README, text)
+    replace_file(README, written(README.read_text(), document))
     draw_ratios(document, PLOTS / "ratios.svg")
     scaled = draw_scaling(document, PLOTS / "scaling.svg")
     print(f"{README}: table of {len(by_case(document))} cases; plots in {PLOTS}")

@@ -19,7 +19,7 @@ from bench.harness import Rates, Work
 from bench.report import with_table
 from nefkern.runtime.errors import ArgumentParser, UserError, command
 from nefkern.runtime.files import replace_file
-from nefkern.triton.rates import GPUS, Gpu
+from nefkern.triton.rates import GPUS, RTX_3090, Gpu
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 
@@ -288,7 +288,7 @@ def _row(*cells: str) -> str:
 def rates_table() -> str:
     """The data sheets' figures that everything else is computed from."""
     lines = [
-        _row("", *(f"{gpu.name} ({arch})" for arch, gpu in GPUS.items())),
+        _row("", *(f"{gpu.name} ({gpu.arch})" for gpu in GPUS)),
         "|---|" + "---|" * len(GPUS),
     ]
     kinds = [("bfloat16, float16, TFLOP/s", "half", 1e12), ("TF32, TFLOP/s", "tf32", 1e12),
@@ -296,19 +296,19 @@ def rates_table() -> str:
              ("memory, GB/s", "memory", 1e9), ("L2, GB/s (see below)", "cache", 1e9),
              ("L2, MiB", "cache_bytes", 2**20)]  # fmt: skip
     for title, name, unit in kinds:
-        lines.append(_row(title, *(f"{getattr(gpu, name) / unit:.4g}" for gpu in GPUS.values())))
+        lines.append(_row(title, *(f"{getattr(gpu, name) / unit:.4g}" for gpu in GPUS)))
     return "\n".join(lines)
 
 
 def kernel_table(kernels: Sequence[Kernel]) -> str:
     """One row a kernel: its work, and floor → expected time on each GPU."""
-    names = [f"{gpu.name}, ms" for gpu in GPUS.values()]
+    names = [f"{gpu.name}, ms" for gpu in GPUS]
     lines = [_row("kernel", "kind", "GFLOP", "memory, MB", "L2, MB", *names)]
     lines.append("|---|---|" + "---:|" * (3 + len(names)))
     for kernel in kernels:
         work = (sum(kernel.flops.values()) / 1e9, kernel.moved / 1e6, kernel.cached / 1e6)
         times = [f"{milliseconds(kernel.floor(g))} → {milliseconds(kernel.expected(g))}"
-                 for g in GPUS.values()]  # fmt: skip
+                 for g in GPUS]  # fmt: skip
         shown = [f"{amount:,.0f}" if amount >= 0.5 else "" for amount in work]
         lines.append(_row(kernel.name, kernel.kind, *shown, *times))
     return "\n".join(lines)
@@ -316,10 +316,10 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
 
 def step_table() -> str:
     """A step by parts, with --amp and in float32, and how often it fits into the paper's."""
-    lines = [_row("part, expected ms", *(f"{gpu.name}, {how}" for gpu in GPUS.values()
+    lines = [_row("part, expected ms", *(f"{gpu.name}, {how}" for gpu in GPUS
                                          for how in ("amp", "float32")))]  # fmt: skip
     lines.append("|---|" + "---:|" * (2 * len(GPUS)))
-    columns = [(gpu, step(amp)) for gpu in GPUS.values() for amp in (True, False)]
+    columns = [(gpu, step(amp)) for gpu in GPUS for amp in (True, False)]
     for part in dict.fromkeys(kernel.part for kernel in step(True)):
         times = (sum(k.expected(g) for k in kernels if k.part == part) for g, kernels in columns)
         lines.append(_row(part, *map(milliseconds, times)))
@@ -335,7 +335,7 @@ def step_table() -> str:
 
 def yardstick() -> str:
     """A step on the RTX 3090 beside a step of the paper's training."""
-    amp, plain = (sum(k.expected(GPUS["sm_86"]) for k in step(how)) for how in (True, False))
+    amp, plain = (sum(k.expected(RTX_3090) for k in step(how)) for how in (True, False))
     return (
         f"Half a day for {STEPS:,} steps is {THEN:.2f} s a step on an RTX 3090. Expected on the "
         f"same card: {plain * 1e3:.0f} ms in float32 ({THEN / plain:.0f} times as fast), "
@@ -356,7 +356,7 @@ def cuda_table() -> str:
             totals = (
                 f"**{milliseconds(sum(k.floor(g) for k in kernels))} → "
                 f"{milliseconds(sum(k.expected(g) for k in kernels))}**"
-                for g in GPUS.values()
+                for g in GPUS
             )
             rows.append(_row(f"**{part}**", "", "", "", "", *totals))
     return "\n".join(rows)
@@ -368,7 +368,7 @@ def cuda_graph() -> str:
     times = ", ".join(
         f"{gpu.name} {milliseconds(sum(k.expected(gpu) for k in mine))} instead of "
         f"{milliseconds(sum(k.expected(gpu) for k in graph_kernels()))}"
-        for gpu in GPUS.values()
+        for gpu in GPUS
     )
     return f"κ by these kernels instead of Triton's, expected ms: {times}."
 

@@ -11,9 +11,13 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
 from nefkern.runtime.errors import UserError
 from nefkern.version import __version__
@@ -25,6 +29,9 @@ NATIVE_OPERATORS = (
     *("knn", "normalized_adjacency", "add", "kappa", "spmm", "sddmm", "linear_attention"),
     *("normalized_adjacency_backward", "add_backward", "linear_attention_backward"),
 )
+PACKAGE = Path(__file__).parent
+#: Reasons that somebody chose, and need not be told.
+CHOSEN = ("NEFKERN_NATIVE=0", "NEFKERN_CUDA=0")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 _forced: ContextVar[str | None] = ContextVar("nefkern_backend", default=None)
@@ -38,7 +45,7 @@ def native_module():
     try:
         module = importlib.import_module("nefkern._C")
     except ModuleNotFoundError:
-        return "the extension is not built (no C++ compiler or no PyTorch headers at install time)"
+        return _why_not_built()
     except ImportError as error:
         return f"the extension does not load: {str(error).splitlines()[0]}"
     built = module.build_info()["version"]
@@ -47,6 +54,44 @@ def native_module():
         lack = f", without {', '.join(missing)}" if missing else ""
         return f"the extension is of another version ({built}{lack}): install nefkern again"
     return module
+
+
+def _why_not_built() -> str:
+    if reason := failed_build():
+        return f"the extension is not built: {reason}"
+    others = ", ".join(path.name for path in sorted(PACKAGE.glob("_C.*")))
+    if others:
+        return f"the extension is built for another Python ({others}): install nefkern again"
+    return "the extension is not built: this folder was not installed (pip install . builds it)"
+
+
+def failed_build() -> str | None:
+    """Why the last installation built no extension, as setup.py wrote it down; None if it did, or
+    if one was built since."""
+    try:
+        record = PACKAGE / "_build.json"
+        written = record.stat().st_mtime
+        if any(module.stat().st_mtime > written for module in PACKAGE.glob("_C.*")):
+            return None
+        return str(json.loads(record.read_text())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@functools.cache
+def warn_of_reference(reason: str) -> None:
+    """Say once that calls run on the reference which a compiled kernel would have taken."""
+    if reason.endswith(CHOSEN):
+        return
+    remedy = ""
+    if "is not built" in reason:
+        remedy = "; NEFKERN_NATIVE=require pip install . shows all that the build says"
+    warnings.warn(
+        f"nefkern runs on its PyTorch reference, which is slower: {reason}{remedy}; "
+        "NEFKERN_BACKEND=reference takes it without a warning",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def interpreting() -> bool:
@@ -69,7 +114,9 @@ def why_not(name: str) -> str | None:
         if not built["cuda"]:
             reason = built.get("why_no_cuda", "by an older version")
             return f"the extension was built without CUDA: {reason}"
-        return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
+        return _why_not_these_gpus(built["cuda_architectures"])
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -81,6 +128,33 @@ def why_not(name: str) -> str | None:
             "PyTorch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
         )
     return None
+
+
+def _why_not_these_gpus(architectures: str) -> str | None:
+    """A GPU here for which no kernel was built, or None. ``architectures``: as "90a-real,..."."""
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if not any(_runs_on(one, major, minor) for one in architectures.split(",")):
+            return (
+                f"the extension was built for {architectures}, {torch.cuda.get_device_name(i)} is "
+                f"{major}.{minor}: TORCH_CUDA_ARCH_LIST={major}.{minor}, and install nefkern again"
+            )
+    return None
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture, such as "86-real", runs on a GPU of that capability.
+
+    Machine code runs within its generation on its own minor number or a later one, PTX on all that
+    is later; what is specific to an architecture (a) runs on no other, to a family (f) within it.
+    """
+    number, letter, kind = re.fullmatch(r"(\d+)([af]?)-(real|virtual)", architecture).groups()
+    own, ours = divmod(int(number), 10), (major, minor)
+    if letter == "a":
+        return own == ours
+    return own <= ours and (own[0] == major or (kind == "virtual" and not letter))
 
 
 def takes(name: str, device_type: str) -> bool:

@@ -28,6 +28,8 @@ def describe() -> str:
         built = native.build_info()
         lines.append("extension")
         lines += [f"  {name:<12} {value}" for name, value in built.items()]
+        if reason := backends.failed_build():
+            lines.append(f"  {'outdated':<12} the last installation built none: {reason}")
     lines.append(f"backends (now: {backends.current()})")
     for name, reason in backends.available().items():
         lines.append(

@@ -12,11 +12,12 @@ from bench import roofline
 from bench.roofline import Kernel, condensed, written
 from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig
-from nefkern.triton.rates import GPUS, Gpu, rates_of
+from nefkern.triton import rates
+from nefkern.triton.rates import A100, GPUS, H100, H200, RTX_3090, Gpu, rates_of
 from nefkern.triton.resources import LIMITS, Resources
 
 #: 100 flop/s in half precision, 10 in float32; 10 bytes/s from memory, 100 from a cache of 50.
-SLOW = Gpu("slow", 100.0, 50.0, 10.0, 5.0, 10.0, 100.0, 50.0)
+SLOW = Gpu("slow", "sm_80", 100.0, 50.0, 10.0, 5.0, 10.0, 100.0, 50.0)
 
 
 def test_floor_is_the_longer_of_arithmetic_and_memory():
@@ -40,7 +41,7 @@ def test_expected_is_the_slowest_of_three_and_the_launches():
 @pytest.mark.parametrize("amp", [False, True])
 def test_no_kernel_is_expected_below_its_floor(amp):
     for kernel in roofline.step(amp):
-        for gpu in GPUS.values():
+        for gpu in GPUS:
             assert kernel.expected(gpu) > kernel.floor(gpu), (kernel.name, gpu.name)
 
 
@@ -67,8 +68,27 @@ def test_the_backbone_is_counted_as_timm_builds_it():
 
 
 def test_rates_have_the_architectures_that_kernels_are_compiled_for():
-    assert set(GPUS) <= set(LIMITS)
-    assert rates_of(torch.device("cpu")) is GPUS["sm_80"]
+    assert {gpu.arch for gpu in GPUS} <= set(LIMITS)
+    assert rates_of(torch.device("cpu")) is A100
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "gpu"),
+    [
+        ("NVIDIA H200", (9, 0), H200),
+        ("NVIDIA H100 80GB HBM3", (9, 0), H100),
+        ("NVIDIA GH200 480GB", (9, 0), H100),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), A100),
+        ("NVIDIA GeForce RTX 3090 Ti", (8, 6), RTX_3090),
+        ("NVIDIA RTX A6000", (8, 6), RTX_3090),
+        ("NVIDIA B200", (10, 0), H100),
+        ("Tesla T4", (7, 5), A100),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_else_by_its_capability(monkeypatch, name, capability, gpu):
+    monkeypatch.setattr(rates.torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(rates.torch.cuda, "get_device_capability", lambda device: capability)
+    assert rates_of(torch.device("cuda")) is gpu
 
 
 def row(name, arch="sm_80", **changes):

@@ -1,7 +1,8 @@
 # Decides whether the CUDA kernels are built, and says why not in one line.
 #
 # In:  NEFKERN_CUDA                auto: where it can be; 0: never; require: fail where it cannot be
-#      TORCH_CUDA_ARCH_LIST        environment, as PyTorch's: "8.0;9.0a;10.0+PTX"
+#      TORCH_CUDA_ARCH_LIST        as PyTorch's: "8.0;9.0a;10.0+PTX"; the environment's where it is
+#                                  set, and remembered; unset: this machine's GPUs, or all
 #      NEFKERN_TORCH_DIR           the torch that the extension is for (unset: none)
 # Out: NEFKERN_HAS_CUDA, NEFKERN_WHY_NO_CUDA, NEFKERN_CUDA_ARCHITECTURES, NEFKERN_NVCC_VERSION, the
 #      language CUDA
@@ -25,10 +26,40 @@ macro(nefkern_torch_cuda_version result)
   string(REGEX MATCH "[0-9]+\\.[0-9]+" ${result} "${torch_cuda_line}")
 endmacro()
 
+# The architectures of this machine's GPUs that the kernels and nvcc know, as PyTorch's list; empty
+# without any, or where NVIDIA's driver is not installed.
+macro(nefkern_gpus_present result)
+  set(${result} "")
+  find_program(NEFKERN_NVIDIA_SMI nvidia-smi)
+  if(NEFKERN_NVIDIA_SMI)
+    execute_process(COMMAND ${NEFKERN_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+                    OUTPUT_VARIABLE smi_says RESULT_VARIABLE smi_failed ERROR_QUIET TIMEOUT 60)
+    execute_process(COMMAND ${NEFKERN_NVCC} --list-gpu-code OUTPUT_VARIABLE nvcc_knows ERROR_QUIET)
+    if(NOT smi_failed)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]" ${result} "${smi_says}")
+      list(REMOVE_DUPLICATES ${result})
+    endif()
+    foreach(one IN LISTS ${result})
+      string(REPLACE "." "" number "${one}")
+      if(number LESS 80 OR NOT "${nvcc_knows}" MATCHES "sm_${number}[^0-9]")
+        list(REMOVE_ITEM ${result} ${one})
+      endif()
+    endforeach()
+    string(REPLACE "9.0" "9.0a" ${result} "${${result}}")
+  endif()
+endmacro()
+
 # PyTorch's list of compute capabilities as CMake's list of architectures.
 macro(nefkern_cuda_architectures result)
-  if(DEFINED ENV{TORCH_CUDA_ARCH_LIST})
-    set(wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
+  if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
+    set(TORCH_CUDA_ARCH_LIST "$ENV{TORCH_CUDA_ARCH_LIST}" CACHE STRING "" FORCE)
+  endif()
+  set(TORCH_CUDA_ARCH_LIST "" CACHE STRING "Architectures of the CUDA kernels: 8.0;9.0a;10.0+PTX")
+  set(wanted "${TORCH_CUDA_ARCH_LIST}")
+  if(wanted STREQUAL "")
+    nefkern_gpus_present(wanted)
+  endif()
+  if(NOT wanted STREQUAL "")  # asked for, or here
   elseif(NEFKERN_NVCC_VERSION VERSION_LESS 12.8)  # knows no Blackwell
     set(wanted "8.0;8.6;8.9;9.0a;9.0+PTX")
   else()
@@ -85,7 +116,7 @@ CUDA toolkit ${torch_cuda} and set CUDA_HOME")
 else()
   nefkern_cuda_architectures(NEFKERN_CUDA_ARCHITECTURES)
   if(NOT NEFKERN_CUDA_ARCHITECTURES)
-    set(NEFKERN_WHY_NO_CUDA "TORCH_CUDA_ARCH_LIST=$ENV{TORCH_CUDA_ARCH_LIST} names nothing from 8.0 on")
+    set(NEFKERN_WHY_NO_CUDA "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST} names nothing from 8.0 on")
   else()
     include(CheckLanguage)
     set(ENV{CUDACXX} ${NEFKERN_NVCC})

@@ -300,7 +300,7 @@ class Backbone(nn.Module):
 
     def _stage(self, high: str, layer: Layer) -> Layer:
         last = len(feature_info(self.model)) - 1
-        if layer.kind == "final":
+        if layer.kind in ("final", "late"):
             return Layer("stage", last)
         name = type(self.model).__name__
         if layer.kind != "stage":
@@ -319,6 +319,8 @@ class Backbone(nn.Module):
             raise UserError(
                 f"--high {high}: {name} has blocks, not stages; expected block:0 to block:{last}"
             )
+        if layer == Layer("late"):
+            layer = Layer("keys") if _is_dino_v1(self.model) else Layer("block", late_block(last))
         if layer == Layer("keys"):
             layer = Layer("keys", last)
         if layer.index is not None and layer.index > last:
@@ -340,6 +342,15 @@ class Backbone(nn.Module):
         maps = self._maps(found.twin, torch.zeros(1, 3, *found.tried, device=device))
         widths = [m.shape[1] for m in maps]
         return sum(widths[len(self.stages) :]), sum(widths)
+
+
+def late_block(last: int) -> int:
+    """The block three quarters of the way through those from 0 to ``last``.
+
+    What it says of parts and objects is clustered best: after it, networks turn to what they were
+    trained for (of DINOv2's twelve blocks, 7 to 10 are ahead of the last; docs/quality.md).
+    """
+    return min(last, round(0.75 * (last + 1)))
 
 
 def _has_keys(block: nn.Module) -> bool:

@@ -13,9 +13,10 @@ class Layer(NamedTuple):
 
     Attributes:
         kind: "final" (what the model returns, after its last norm), "block" (the output of a
-            transformer's block, before any norm), "keys" (of a block's attention), or "stage" (of
-            a convolutional network or a pyramid).
-        index: of the block or stage, from 0; None for "final", and for "keys" of the last block.
+            transformer's block, before any norm), "keys" (of a block's attention), "stage" (of a
+            convolutional network or a pyramid), or "late" (what the backbone has for it).
+        index: of the block or stage, from 0; None for "final" and "late", and for "keys" of the
+            last block.
     """
 
     kind: str
@@ -26,7 +27,7 @@ class Layer(NamedTuple):
 
 
 def parse_high(text: str) -> tuple[Layer, ...]:
-    """Read "block:8,block:11", "keys", "keys:10", "stage:2" or "final"; "auto" gives ().
+    """Read "block:8,block:11", "keys", "keys:10", "stage:2", "late" or "final"; "auto" gives ().
 
     Raises:
         UserError: anything else; whether the backbone has such a layer is not known here.
@@ -37,13 +38,13 @@ def parse_high(text: str) -> tuple[Layer, ...]:
 
 
 def _layer(text: str, part: str) -> Layer:
-    if part in ("final", "keys"):
+    if part in ("final", "keys", "late"):
         return Layer(part)
     found = re.fullmatch(r"(block|keys|stage):([0-9]{1,9})", part)
     if found is None:
         raise UserError(
-            f"--high {text}: expected auto, or one or several, comma-separated, of final, keys, "
-            "block:N, keys:N and stage:N, N counted from 0"
+            f"--high {text}: expected auto, or one or several, comma-separated, of final, late, "
+            "keys, block:N, keys:N and stage:N, N counted from 0"
         )
     return Layer(found[1], int(found[2]))
 

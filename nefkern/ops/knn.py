@@ -44,8 +44,7 @@ def knn(
 
     On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
     candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
-    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one. By Triton alone, "inner_product" is
-    the reference's.
+    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one.
 
     Args:
         features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
@@ -197,7 +196,7 @@ TRITON_METHODS = ("auto", "ieee", "preselect")
 
 def _by_triton(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
     rows = _counted_together(features, database)
-    return _in_float32(features) and metric != "inner_product" and rows < 2**31
+    return _in_float32(features) and rows < 2**31
 
 
 @registry.kernel("knn", "triton", accepts=_by_triton)

@@ -196,11 +196,23 @@ def select(name: str, *args: Any) -> Callable:
         function, accepts = _kernels[name].get(backend, (None, None))
         runs = function and not backends.why_not(backend) and backends.takes(backend, device)
         if runs and (accepts is None or accepts(*args)):
+            if backend == "reference":
+                _tell_what_is_missed(name, device, args)
             return function
     raise RuntimeError(
         f"{name}: backend {backends.current()!r} cannot take this call on device {device!r}"
         + (f": {reason}" if (reason := backends.why_not(backends.current())) else "")
     )
+
+
+def _tell_what_is_missed(name: str, device: str, args: tuple) -> None:
+    """Warn where only the lack of the extension keeps the device's compiled kernel from a call."""
+    if backends.current() != backends.AUTO or device not in _kernels[name]:
+        return
+    reason = backends.why_not(device)  # the compiled backends are called as their devices
+    accepts = _kernels[name][device][1]
+    if reason and (accepts is None or accepts(*args)):
+        backends.warn_of_reference(reason)
 
 
 def implemented() -> dict[str, tuple[str, ...]]:

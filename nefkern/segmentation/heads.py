@@ -12,7 +12,7 @@ from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.methods import SPECTRAL
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.options import TrainOptions
-from nefkern.training.spectral_model import SpectralModel, spectral_rows
+from nefkern.training.spectral_model import SpectralModel
 
 
 class Outputs(NamedTuple):
@@ -67,7 +67,7 @@ class NeuralHead:
 
 
 class SpectralHead:
-    """Extended eigenvectors; their unit rows are the hidden features, K-means' scores the logits.
+    """Extended eigenvectors; their cluster rows are hidden features, K-means' scores the logits.
 
     Args:
         model: with its K-means.
@@ -85,5 +85,5 @@ class SpectralHead:
     def __call__(self, features: Features, images: Tensor) -> Outputs:
         """See :class:`Head`."""
         functions = self.model.functions(features, images)
-        hidden = spectral_rows(functions)
+        hidden = self.model.cluster_rows(functions)
         return Outputs(functions, self.model.kmeans.logits(hidden), hidden)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ import yaml
 from nefkern.images.layers import parse_high, parse_input_size
 from nefkern.runtime.commandline import MAX_SEED, MAX_WORKERS
 from nefkern.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from nefkern.data import TrainTransform
@@ -49,16 +53,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"crop": 480, "resize": 520, "epochs": 5},
 }
 
-#: What ``--method spectral`` takes instead, wherever nothing else is said.
-SPECTRAL: dict[str, Any] = {"k": "64", "views": 0}
+#: Data sets that ``--method auto`` computes the spectrum of; the others are the paper's.
+OWN_PICTURES = ("samples", "folder")
+
+#: What ``--method spectral`` takes instead, wherever nothing else is said (docs/quality.md).
+SPECTRAL: dict[str, Any] = {"k": "64", "alpha": 0.5, "high": "late", "views": 0}
 
 #: Options of one method only.
 NEURAL_ONLY = frozenset((
     "graph_scope", "psi", "blocks", "heads", "head_dim", "mlp_hidden", "feature_map",
-    "orthogonal_head", "gumbel", "standardize", "temperature", "beta", "t", "min_norm", "epochs",
+    "orthogonal_head", "gumbel", "temperature", "beta", "t", "min_norm", "epochs",
     "accumulate", "lr", "final_lr", "compile", "checkpoint_seconds",
 ))  # fmt: skip
-SPECTRAL_ONLY = frozenset(("eigenvectors", "keep"))
+SPECTRAL_ONLY = frozenset(("eigenvectors", "cluster_on", "graph_images", "keep"))
 
 #: What stands below a group's title in the help.
 _GROUPS = {
@@ -94,9 +101,12 @@ class TrainOptions:
         "neural",
         "neural: ψ learns the leading eigenfunctions of κ batch by batch, as in the paper; "
         "spectral: one κ over all patches of all images, its exact leading eigenvectors, K-means "
-        "on them, and their Nyström extension to other images: no training, minutes become seconds",
+        "on them, and their Nyström extension to other images: no training, minutes become "
+        "seconds, better segments (docs/quality.md); auto: spectral for samples and folder, unless "
+        "an option of ψ is given or several processes work; neural for the paper's data sets",
         "method",
-        choices=("neural", "spectral"),
+        choices=("auto", "neural", "spectral"),
+        shown="auto",
     )
 
     # data
@@ -151,9 +161,10 @@ class TrainOptions:
     high: str = _option(
         "auto",
         "graph features: of a transformer final (after the last norm), block:N (a block's output, "
-        "before any norm), keys:N (of a block's attention), keys (of the last one's); of other "
-        "networks stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for "
-        "DINO v1, else final",
+        "before any norm), keys:N (of a block's attention), keys (of the last one's), late (the "
+        "block three quarters of the way through, which knows parts best); of other networks "
+        "stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for DINO v1, "
+        "else final [spectral: late]",
         "backbone",
         metavar="MAPS",
     )
@@ -186,7 +197,12 @@ class TrainOptions:
         "pixel graphs k̃:λ, neighbours and weight of the position, comma-separated",
         "graph",
     )
-    alpha: float = _option(0.3, "weight α of the pixel graph", "graph")
+    alpha: float = _option(
+        0.3,
+        "weight α of the pixel graph: more where objects are large, less for thin ones "
+        "[spectral: 0.5]",
+        "graph",
+    )
     graph_features: str = _option(
         "high",
         "what neighbours are near by: high, the backbone's last map, as in the paper; all: low, "
@@ -204,7 +220,21 @@ class TrainOptions:
 
     # eigenvectors
     eigenvectors: int | None = _option(
-        None, "m, leading eigenvectors that K-means sees [K]", "eigenvectors", metavar="M"
+        None, "m, leading eigenvectors that K-means sees [2K]", "eigenvectors", metavar="M"
+    )
+    cluster_on: str = _option(
+        "both",
+        "what K-means sees of a patch: vectors, its unit row of the eigenvectors; both, beside "
+        "that its features as far as the eigenvectors span them, of length 0.7",
+        "eigenvectors",
+        choices=("vectors", "both"),
+    )
+    graph_images: int | None = _option(
+        None,
+        "images whose patches the graph joins, evenly spread over the data set; the others get "
+        "their clusters by the extension [as many as have 131,072 patches]",
+        "eigenvectors",
+        metavar="N",
     )
     keep: str = _option(
         "float16",
@@ -248,8 +278,9 @@ class TrainOptions:
     )
     standardize: bool | None = _option(
         None,
-        "scale ψ's input channels to mean 0 and variance 1 over the first batch [on for backbones "
-        "that are not transformers: their maps differ in scale]",
+        "scale channels to mean 0 and variance 1: ψ's input over the first batch [on for backbones "
+        "that are not transformers: their maps differ in scale]; with --method spectral the graph "
+        "features over the data set [on]",
         "eigenfunctions",
     )
     temperature: str = _option(
@@ -420,8 +451,8 @@ class TrainOptions:
 _LEAST = {
     "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
     "heads": 1, "head_dim": 1, "mlp_hidden": 1, "beta": 0, "epochs": 1, "batch_size": 1,
-    "accumulate": 1, "eigenvectors": 1, "final_lr": 0, "pictures": 0, "checkpoint_seconds": 0,
-    "seed": 0,
+    "accumulate": 1, "eigenvectors": 1, "graph_images": 1, "final_lr": 0, "pictures": 0,
+    "checkpoint_seconds": 0, "seed": 0,
 }  # fmt: skip
 
 _MOST = {"seed": MAX_SEED, "workers": MAX_WORKERS}
@@ -445,7 +476,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if title not in groups:
             groups[title] = parser.add_argument_group(title, _GROUPS.get(title))
         group = groups[title]
-        shown = f" [{_show(f.default)}]" if f.default is not None else ""
+        usual = meta.pop("shown", f.default)
+        shown = f" [{_show(usual)}]" if usual is not None else ""
         for data, preset in PRESETS.items():
             if f.name in preset and f.default != preset[f.name]:
                 shown += f" [{data}: {_show(preset[f.name])}]"
@@ -470,12 +502,29 @@ def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
         UserError: an unknown key, a value of the wrong type, an option out of range.
     """
     given = {**(read_config(config) if config else {}), **flags}
-    method = given.get("method", TrainOptions.method)
-    _check_method(method, flags)
-    usual = SPECTRAL if method == "spectral" else {}
+    given["method"] = _method(given)
+    _check_method(given["method"], flags)
+    usual = SPECTRAL if given["method"] == "spectral" else {}
     options = TrainOptions(**{**PRESETS[given.get("data", "samples")], **usual, **given})
     options.check()
     return options
+
+
+def _method(given: dict[str, Any]) -> str:
+    """What ``--method auto`` stands for."""
+    asked = given.get("method", "auto")
+    if asked != "auto":
+        return asked
+    if given.get("data", "samples") not in OWN_PICTURES:
+        return "neural"
+    of_psi = sorted(NEURAL_ONLY & set(given))
+    if of_psi:
+        log.info("--method neural, since --%s is an option of ψ", of_psi[0].replace("_", "-"))
+    elif os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
+        log.info("--method neural, since several processes work")
+    else:
+        return "spectral"
+    return "neural"
 
 
 def _check_method(method: str, flags: dict[str, Any]) -> None:
@@ -522,12 +571,19 @@ def upgraded(options: Any, backbone: Any) -> Any:
     """A run's options in the terms of this version, from those of its ``config.yaml``.
 
     ψ's heads and MLP once followed the backbone: as many heads as cover 3C channels, and
-    ``mlp_ratio`` times C hidden ones. What cannot be told is left as it is.
+    ``mlp_ratio`` times C hidden ones. There was one method, then K-means saw K eigenvectors of
+    features as they came, of every image. What cannot be told is left as it is.
 
     Args:
         options: the file's ``options``.
         backbone: the file's ``backbone``, which knows both widths.
     """
+    if isinstance(options, dict):
+        options = {"method": "neural"} | options
+        if options["method"] == "spectral" and "cluster_on" not in options:
+            vectors = options.get("eigenvectors") or options.get("num_eigenfunctions")
+            once = {"cluster_on": "vectors", "standardize": False, "graph_images": sys.maxsize}
+            options = options | once | {"eigenvectors": vectors}
     try:
         ratio, head_dim = float(options["mlp_ratio"]), options["head_dim"]
         shape = {

@@ -31,7 +31,7 @@ from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
 from nefkern.training.runs import STAGES, Run
-from nefkern.training.spectral_model import ChannelScale, SpectralModel, spectral_rows
+from nefkern.training.spectral_model import ChannelScale, SpectralModel
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 _LEAST_RATIO = 1.01
 _TOL = 1e-3  # of residuals, as a share of ‖κ‖
 _BLOCK = 1 << 16  # rows that are scaled at once
+#: Patches that the graph joins wherever nothing else is said: their neighbours take a minute or two
+#: on two cores, four times as many would take sixteen times as long.
+_PATCHES = 1 << 17
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -69,7 +72,8 @@ class SpectralTrainer:
         self.parts = Parts.of(options, run)
         self.dataset, self.backbone = self.parts.dataset, self.parts.backbone
         self.interrupts = Interrupts()
-        self._check(self._views() * len(self.dataset) * self._cells())
+        self.chosen = self._chosen()
+        self._check(self._views() * len(self.chosen) * self._cells())
         self.tensors, self.reached = self._open()
 
     @property
@@ -125,6 +129,20 @@ class SpectralTrainer:
 
     # ---- sizes ----
 
+    def _chosen(self) -> range | list[int]:
+        """Images that the graph joins: all, or as many as are asked for, evenly spread."""
+        images = len(self.dataset)
+        usual = max(1, _PATCHES // (self._views() * self._cells()))
+        count = self.options.graph_images or usual
+        if count >= images:
+            return range(images)
+        log.info(
+            "the graph joins the patches of %d images, evenly spread over all %d; "
+            "--graph-images takes more",
+            *(count, images),
+        )
+        return [index * images // count for index in range(count)]
+
     def _views(self) -> int:
         return self.options.num_views
 
@@ -145,7 +163,12 @@ class SpectralTrainer:
 
     @property
     def _eigenvectors(self) -> int:
-        return self.options.eigenvectors or self.options.num_eigenfunctions
+        return self.options.eigenvectors or 2 * self.options.num_eigenfunctions
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether channels are scaled to variance 1; all maps together always are."""
+        return self._every or self.options.standardize is not False
 
     def _neighbours(self, patches: int) -> int:
         return resolve_neighbours(
@@ -157,7 +180,7 @@ class SpectralTrainer:
         k = self._neighbours(patches)
         for flag, number in (
             ("num-eigenfunctions", self.options.num_eigenfunctions),
-            ("eigenvectors", self._eigenvectors),
+            ("eigenvectors", self.options.eigenvectors or 1),
         ):
             if number > patches:
                 raise UserError(
@@ -173,7 +196,7 @@ class SpectralTrainer:
 
     def _bytes(self, patches: int, channels: int, k: int) -> int:
         """About what the largest stage takes: rows, lists, graph, and blocks of eigenvectors."""
-        rows = channels * (8 if self._every else 4)
+        rows = channels * (8 if self._scaled else 4)
         graph = (8 + 12) * k
         return patches * (rows + graph + 4 * 5 * (self._eigenvectors * 4 // 3 + 16))
 
@@ -185,8 +208,9 @@ class SpectralTrainer:
         for batch in self._batches():
             self._heed()
             found = self.parts.features(batch.to(self.parts.device))
-            part = found.concat if self._every else unit_rows(found.high.flatten(0, 1).float())
-            rows.append(part.reshape(-1, part.shape[-1]).cpu().to(self._dtype(raw=self._every)))
+            part = (found.concat if self._every else found.high).flatten(0, 1).float()
+            part = part if self._scaled else unit_rows(part)
+            rows.append(part.cpu().to(self._dtype(raw=self._scaled)))
             if self._pairs:
                 near.append(self._pixel_lists(batch, found.grid, images * math.prod(found.grid)))
             images += len(batch)
@@ -194,7 +218,7 @@ class SpectralTrainer:
             raise UserError(f"--data-root {self.options.data_root}: no image can be read")
         tensors, joined = {}, torch.cat(rows)
         del rows
-        if self._every:
+        if self._scaled:
             scale = ChannelScale.of(joined)
             tensors = {f"channels.{name}": tensor for name, tensor in scale.state().items()}
             joined = torch.cat(
@@ -209,10 +233,11 @@ class SpectralTrainer:
         return torch.float32 if raw or self.options.keep == "all" else torch.float16
 
     def _batches(self) -> Iterator[Tensor]:
-        """Every view of every image, uint8 ``[B, 3, crop, crop]``; unreadable ones are skipped."""
+        """Every view of every chosen image, uint8 ``[B, 3, crop, crop]``; unreadable ones are
+        skipped."""
         options, views = self.options, self._views()
         source = Views(self.dataset, options.transform(), seed=options.seed, distinct=views)
-        keys = [(view, index) for view in range(views) for index in range(len(self.dataset))]
+        keys = [(view, index) for view in range(views) for index in self.chosen]
         with image_bar(len(keys), "features") as bar:
             batch: list[Tensor] = []
             for view in usable(read_ahead(lambda key: source.view(*key), keys), bar.update):
@@ -303,8 +328,10 @@ class SpectralTrainer:
         return found.leading(count)
 
     def _clusters(self) -> tuple[Tensors, Facts]:
-        """K-means on unit rows; then the rows that are kept for extension."""
+        """K-means on the eigenvectors; then the rows that are kept for extension."""
         model = self._model().to(self.parts.device)
+        if self.options.cluster_on == "both":
+            model = model.span()
         kmeans = KMeans(self.options.num_eigenfunctions, self.options.seed)
         with tqdm(desc="K-means", unit="iteration") as bar:
 
@@ -312,7 +339,7 @@ class SpectralTrainer:
                 bar.update()
                 self._heed()
 
-            kmeans.fit(spectral_rows(model.embedding.vectors), on_iteration=show)
+            kmeans.fit(model.cluster_rows(model.embedding.vectors), on_iteration=show)
         patches = len(model.embedding.vectors)
         kept = self.options.kept(patches)
         model.embedding = landmarks(model.embedding, kept, self.options.seed)
@@ -329,9 +356,13 @@ class SpectralTrainer:
         pairs = self.options.graph().pixel_graphs
         if embedding is None:
             return SpectralModel.from_state(self.tensors, pairs, self.run.folder)
-        scale = {n: self.tensors[f"channels.{n}"] for n in ("mean", "std") if self._every}
+        scale = {n: self.tensors[f"channels.{n}"] for n in ("mean", "std") if self._scaled}
         return SpectralModel(
-            embedding, pairs, embedding.k, ChannelScale(**scale) if scale else None
+            embedding,
+            pairs,
+            embedding.k,
+            scale=ChannelScale(**scale) if scale else None,
+            every=self._every,
         )
 
 

@@ -18,8 +18,11 @@ from nefkern.spectral.kmeans import KMeans
 #: Rows that are widened to float32 at once.
 _BLOCK = 1 << 16
 
+#: Length of the features' rows beside the eigenvectors' of 1: half their share in a distance.
+_TOLD = 0.7
+
 _EMBEDDING, _CLUSTERS, _SCALE = "embedding.", "kmeans.", "channels."
-_NEIGHBOURS = "neighbours"
+_NEIGHBOURS, _EVERY, _SPANNED = "neighbours", "every", "spanned"
 
 
 @dataclass
@@ -59,14 +62,20 @@ class SpectralModel:
         embedding: the eigenpairs; its rows are the data set's patches as :meth:`rows` makes them.
         pixel_graphs: (k̃, λ) of each pixel graph.
         neighbours: k of the data set's graph; the embedding has fewer if it has landmarks only.
-        scale: of all maps side by side, if they are what neighbours are near by in; None: F is.
-        kmeans: on unit rows of the eigenvectors; None before it is fitted.
+        scale: of the channels of what neighbours are near by in; None: as they come.
+        every: whether that is all maps side by side, not F alone.
+        spanned: V̂ᵀX ``[m, C]``, the coefficients of the data set's rows X in its eigenvectors
+            V̂ of mean square 1, if clusters are told by :meth:`cluster_rows` of both; None: by
+            eigenvectors alone.
+        kmeans: on :meth:`cluster_rows`; None before it is fitted.
     """
 
     embedding: Embedding
     pixel_graphs: tuple[tuple[int, float], ...]
     neighbours: int
     scale: ChannelScale | None = None
+    every: bool = False
+    spanned: Tensor | None = None
     kmeans: KMeans | None = None
 
     @property
@@ -76,9 +85,41 @@ class SpectralModel:
 
     def rows(self, features: Features) -> Tensor:
         """What neighbours are near by in, unit rows float32 ``[B·h·w, C]``."""
-        if self.scale is None:
-            return unit_rows(features.high.flatten(0, 1).float())
-        return unit_rows(self.scale(features.concat.flatten(0, 1)))
+        found = (features.concat if self.every else features.high).flatten(0, 1).float()
+        return unit_rows(found if self.scale is None else self.scale(found))
+
+    def span(self) -> SpectralModel:
+        """The same with the data set's rows told by its eigenvectors, for :meth:`cluster_rows`."""
+        vectors, rows = self.embedding.vectors, self.embedding.rows
+        blocks = zip(vectors.split(_BLOCK), rows.split(_BLOCK), strict=True)
+        product = sum(v.double().T @ x.double() for v, x in blocks)
+        return replace(self, spanned=(product / len(rows) / self._size()).float())
+
+    def cluster_rows(self, functions: Tensor) -> Tensor:
+        """What K-means sees of :meth:`functions`: unit rows of the eigenvectors v (Ng, Jordan,
+        Weiss, NIPS 2001), and beside them those of v V̂ᵀX / N, the features as far as the leading
+        eigenvectors span them.
+
+        The eigenvectors alone weigh all directions alike: right where clusters are separate, as
+        objects are; among the gradual differences of a street scene the features' own variances
+        are the better measure. Side by side they are at no place far behind the better
+        (docs/quality.md).
+
+        Args:
+            functions: ``[..., m]``.
+
+        Returns:
+            float32 ``[..., m]`` or ``[..., m + C]``.
+        """
+        rows = F.normalize(functions.float(), dim=-1)
+        if self.spanned is None:
+            return rows
+        told = F.normalize(functions.float() @ self.spanned, dim=-1)
+        return torch.cat([rows, _TOLD * told], dim=-1)
+
+    def _size(self) -> Tensor:
+        """Root mean square of the eigenvectors' values."""
+        return self.embedding.vectors.square().mean().sqrt().clamp_min(1e-30)
 
     @torch.no_grad()
     def functions(self, features: Features, images: Tensor) -> Tensor:
@@ -99,7 +140,7 @@ class SpectralModel:
         if self.embedding.alpha > 0:
             pixel = pixel_graph(images, features.grid, self.pixel_graphs)
         found = self.embedding.extend(self.rows(features), pixel).float()
-        found /= self.embedding.vectors.square().mean().sqrt().clamp_min(1e-30)
+        found /= self._size()
         return found.unflatten(0, (len(images), -1))
 
     def to(self, device: torch.device | str) -> SpectralModel:
@@ -108,6 +149,7 @@ class SpectralModel:
             self,
             embedding=self.embedding.to(device),
             scale=None if self.scale is None else self.scale.to(device),
+            spanned=None if self.spanned is None else self.spanned.to(device),
             kmeans=None if self.kmeans is None else self.kmeans.to(device),
         )
 
@@ -117,7 +159,12 @@ class SpectralModel:
         parts[_SCALE] = {} if self.scale is None else self.scale.state()
         parts[_CLUSTERS] = {} if self.kmeans is None else self.kmeans.state()
         found = {head + name: one for head, part in parts.items() for name, one in part.items()}
-        return found | {_NEIGHBOURS: torch.tensor(self.neighbours)}
+        if self.spanned is not None:
+            found[_SPANNED] = self.spanned
+        return found | {
+            _NEIGHBOURS: torch.tensor(self.neighbours),
+            _EVERY: torch.tensor(self.every),
+        }
 
     @classmethod
     def from_state(
@@ -138,13 +185,9 @@ class SpectralModel:
                 pixel_graphs,
                 int(state[_NEIGHBOURS]),
                 ChannelScale(**scale) if scale else None,
+                bool(state.get(_EVERY, bool(scale))),  # once, only all maps were scaled
+                state.get(_SPANNED),
                 KMeans(len(clusters["centers"])).load(clusters) if clusters else None,
             )
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{source}: not a checkpoint of --method spectral ({error})") from None
-
-
-def spectral_rows(functions: Tensor) -> Tensor:
-    """Eigenvectors' values ``[..., m]`` as K-means sees them: unit rows (Ng, Jordan, Weiss, NIPS
-    2001)."""
-    return F.normalize(functions, dim=-1)

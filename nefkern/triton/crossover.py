@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from nefkern.triton.rates import GPUS, Gpu
+from nefkern.triton.rates import A100, Gpu
 
 #: Bytes of the dense rows that exist at a time, unless a single one takes more.
 WORKSPACE = 256 << 20
@@ -30,7 +30,7 @@ MARGIN = 2.0
 
 
 def prefers_dense(
-    num_nodes: int, nnz: int, width: int, dtype: torch.dtype, gpu: Gpu = GPUS["sm_80"]
+    num_nodes: int, nnz: int, width: int, dtype: torch.dtype, gpu: Gpu = A100
 ) -> bool:
     """Whether kappa x, x [num_nodes, width] of ``dtype``, should be a dense product.
 

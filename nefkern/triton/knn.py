@@ -30,6 +30,7 @@ from nefkern.triton.configs import Shipped, device_of
 from nefkern.triton.knn_estimates import (
     PACK,
     SCORE_CONFIGS,
+    SIDES,
     Packed,
     pack,
     pack_kernel,
@@ -39,7 +40,7 @@ from nefkern.triton.knn_estimates import (
 from nefkern.triton.knn_keys import FLAT, unpack_kernel
 from nefkern.triton.knn_rows import DEPTH, Ranges, Rows, rows_of
 from nefkern.triton.knn_scores import BLOCK_ROWS, STRIP, grid_of, strips_of
-from nefkern.triton.knn_select import SELECT, select_exact_kernel, select_kernel
+from nefkern.triton.knn_select import SELECT, SELECT_EXACT, select_exact_kernel, select_kernel
 from nefkern.triton.knn_values import CHUNK, EXACT, RERANK, exact_kernel, rerank_kernel
 
 #: Bytes of the scores and candidates of a block of rows, which should stay in the L2 cache. Blocks
@@ -90,7 +91,7 @@ def knn(
     with device_of(features):
         other = None if database is None else database.float()
         data = rows_of(
-            features.float(), metric == "euclidean", Ranges(bounds, segments), other,
+            features.float(), metric, Ranges(bounds, segments), other,
             Ranges(database_bounds or (), database_segments),
         )  # fmt: skip
         if data.longest == 0:
@@ -134,13 +135,13 @@ def _blocks(
             _preselect(data, packed, first, last, places, include_self, scores, counts, positions,
                        keys)  # fmt: skip
         exact_kernel[grid_of(last - first, strips, EXACT)](
-            data.planes, data.features, data.present, data.begins, data.ends, counts, scores, first,
-            last, len(data.rows), len(data.planes), strips, capacity, data.euclidean, include_self,
-            CHUNK, **EXACT,
+            data.planes, data.features, data.exponents, data.present, data.begins, data.ends,
+            counts, scores, first, last, len(data.rows), len(data.planes), strips, capacity,
+            data.metric, include_self, CHUNK, **EXACT,
         )  # fmt: skip
         select_exact_kernel[(rows,)](
             scores, data.begins, data.ends, counts, keys, first, last, strips, places, capacity,
-            **SELECT,
+            **SELECT_EXACT,
         )  # fmt: skip
         ordered = keys[: last - first].sort(dim=1).values
         size = (last - first) * k
@@ -158,32 +159,32 @@ def _preselect(
     rows, strips, capacity = last - first, scores.shape[1] // STRIP.value, keys.shape[1]
     n, steps = len(packed.rows), packed.rows.shape[1] // DEPTH
     tuned_score[lambda tile: grid_of(rows, strips, tile)](
-        packed.rows, packed.offsets, data.begins, data.ends, scores, first, last, n, steps, strips,
-        INCLUDE_SELF=include_self,
+        packed.rows, packed.others, packed.offsets, packed.other_offsets, data.begins, data.ends,
+        scores, first, last, n, steps, strips, INCLUDE_SELF=include_self,
     )  # fmt: skip
     select_kernel[(triton.cdiv(rows, SELECT["BR"]),)](
-        scores, data.begins, data.ends, packed.margins, packed.lowest, counts, positions, first,
+        scores, data.begins, data.ends, packed.margins, packed.edges, counts, positions, first,
         last, strips, places, places // 16, capacity, packed.relative, **SELECT,
     )  # fmt: skip
     rerank_kernel[(triton.cdiv(rows, RERANK["BR"]),)](
-        data.rows, data.features, counts, positions, keys, first, last, steps, len(data.planes),
-        capacity, data.euclidean, **RERANK,
+        data.rows, data.features, data.exponents, counts, positions, keys, first, last, steps,
+        len(data.planes), capacity, data.metric, **RERANK,
     )  # fmt: skip
 
 
 def shipped() -> list[Shipped]:
-    """Every kernel, both metrics, with and without the row itself, as the launches configure it."""
-    found = []
+    """Every kernel, all metrics, with and without the row itself, as the launches configure it."""
+    found = [_ship(pack_kernel, side, {"SIDE": side} | PACK) for side in SIDES]
     for euclidean in (False, True):
-        metric = "euclidean" if euclidean else "cosine"
-        its = {"EUCLIDEAN": euclidean, "CHUNK": CHUNK}
-        found.append(_ship(pack_kernel, metric, its | PACK))
+        metric = "distances" if euclidean else "similarities"
+        found.append(_ship(unpack_kernel, metric, {"EUCLIDEAN": euclidean} | FLAT))
+    for metric in ("cosine", "euclidean", "inner_product"):
+        its = {"METRIC": metric, "CHUNK": CHUNK}
         found.append(_ship(rerank_kernel, metric, its | RERANK))
-        found.append(_ship(unpack_kernel, metric, its | FLAT))
         for include_self, variant in ((False, metric), (True, f"{metric}, with self")):
             found.append(_ship(exact_kernel, variant, its | {"INCLUDE_SELF": include_self} | EXACT))
-    for kernel in (select_kernel, select_exact_kernel):
-        found.append(_ship(kernel, "", SELECT))
+    for kernel, its in ((select_kernel, SELECT), (select_exact_kernel, SELECT_EXACT)):
+        found.append(_ship(kernel, "", its))
     for config in SCORE_CONFIGS:
         tile = f"{config.kwargs['BM']} x {config.kwargs['BN']}, {config.num_warps} warps"
         for include_self, variant in ((False, tile), (True, f"{tile}, with self")):
@@ -193,12 +194,14 @@ def shipped() -> list[Shipped]:
 
 
 def _ship(kernel, variant: str, its: dict, stages: int = 3) -> Shipped:
-    kinds = {"packed": "*fp16", "present": "*i1", "keys": "*i64", "relative": "fp32"}
-    kinds |= dict.fromkeys(("begins", "ends", "counts", "positions", "indices"), "*i32")
+    kinds = {"present": "*i1", "keys": "*i64", "relative": "fp32", "scale": "*fp64"}
+    kinds |= dict.fromkeys(("packed", "others"), "*fp16")
+    integers = ("begins", "ends", "counts", "positions", "indices", "exponents")
+    kinds |= dict.fromkeys(integers, "*i32")
     kinds |= dict.fromkeys(
-        ("rows", "planes", "features", "scale", "centre", "scores", "margins", "lowest"), "*fp32"
+        ("rows", "planes", "features", "centre", "scores", "margins", "edges"), "*fp32"
     )
-    kinds |= dict.fromkeys(("offsets", "lengths", "residuals", "values"), "*fp32")
+    kinds |= dict.fromkeys(("offsets", "other_offsets", "lengths", "residuals", "values"), "*fp32")
     names = kernel.arg_names
     return Shipped(
         f"knn {kernel.__name__.removesuffix('_kernel')} {variant}".rstrip(),

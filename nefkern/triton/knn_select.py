@@ -11,6 +11,8 @@ from nefkern.triton.knn_scores import first_score, row_scores, segment_of
 
 # The interpreter takes as long for a large tile as for a small one.
 SELECT = {"BR": 256, "BN": 512} if interpreting() else {"BR": 1, "BN": 2048, "num_warps": 8}
+# Tiles twice as wide spill with Triton 3.6 on sm_90.
+SELECT_EXACT = SELECT if interpreting() else SELECT | {"BN": 1024}
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def _about_kth(row, length, longest, k, slack, BR: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def select_kernel(
-    scores, begins, ends, margins, lowest, counts, positions, first_row, last_row, strips, k, slack,
+    scores, begins, ends, margins, edges, counts, positions, first_row, last_row, strips, k, slack,
     capacity, relative, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Positions of the candidates that may be among the k best, and how many they are."""
@@ -75,7 +77,9 @@ def select_kernel(
     kth, _, _ = _about_kth(row, length, longest, k, slack, BR, BN)
     margin = tl.load(margins + i, mask=there, other=0.0)
     bound = kth - (2 * margin + relative * (tl.abs(kth) + margin))
-    bound = tl.where(bound <= tl.load(lowest), float("-inf"), bound)
+    edge = tl.load(edges + i, mask=there, other=float("inf"))  # values beyond it all tie
+    bound = tl.minimum(bound, edge - margin)
+    bound = tl.where(bound <= -edge, float("-inf"), bound)
     count = tl.zeros([BR], tl.int32)
     out = positions + local.to(tl.int64)[:, None] * capacity
     for first in range(0, longest, BN):

@@ -29,21 +29,30 @@ def _distance(square):
 
 
 @triton.jit
-def _wide_distance(x, y, there, channels):
-    """|x - y| of pairs of rows, in float64, where no square leaves its range; inf beyond float32's.
-    Pointers to their rows."""
-    total = tl.zeros(there.shape, tl.float64)
+def _wide_distance(x, y, there_x, there_y, channels, M: tl.constexpr, N: tl.constexpr):
+    """|x - y| [M, N], in float64, where no square leaves its range; inf beyond float32's. Pointers
+    to the rows of pairs, [M, 1] and [1, N] or [M, N]: one for a pair would take all registers."""
+    total = tl.zeros([M, N], tl.float64)
     for c in range(0, channels):
-        p, q = tl.load(x + c, mask=there, other=0.0), tl.load(y + c, mask=there, other=0.0)
-        difference = p.to(tl.float64) - q.to(tl.float64)
+        p = tl.load(x + c, mask=there_x, other=0.0).to(tl.float64)
+        difference = p - tl.load(y + c, mask=there_y, other=0.0).to(tl.float64)
         total += difference * difference
     return tl.sqrt(total).to(tl.float32)
 
 
 @triton.jit
+def _times_power(x, exponent):
+    """x 2^exponent, for exponents of float32's products: in two steps, as 2^254 is no float32."""
+    half = tl.maximum(exponent, -252) >> 1
+    rest = tl.maximum(exponent, -252) - half
+    x *= ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return x * ((rest + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rerank_kernel(
-    rows, features, counts, positions, keys, first_row, last_row, steps, channels, capacity,
-    EUCLIDEAN: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    rows, features, exponents, counts, positions, keys, first_row, last_row, steps, channels,
+    capacity, METRIC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Keys of the candidates of each row, from their values in float32."""
     local = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -63,18 +72,22 @@ def rerank_kernel(
             c = (begin + tl.arange(0, BC))[None, None, :]
             p = tl.load(x + c, mask=(i < last_row)[:, None, None], other=0.0)
             q = tl.load(y + c, mask=there[:, :, None], other=0.0)
-            if EUCLIDEAN:
+            if METRIC == "euclidean":
                 total += (p - q) * (p - q)
             else:
                 total += p * q
         value = tl.sum(total, 2)
-        if EUCLIDEAN:
+        if METRIC == "inner_product":
+            e = tl.load(exponents + i, mask=i < last_row, other=0)[:, None]
+            value = _times_power(value, e + tl.load(exponents + j, mask=there, other=0))
+        if METRIC == "euclidean":
             value, wide = _distance(value)
             wide = wide & there
             if tl.max(wide.to(tl.int32)) > 0:
-                p = features + i.to(tl.int64)[:, None] * channels + tl.zeros_like(j)
+                p = features + i.to(tl.int64)[:, None] * channels
                 q = features + j.to(tl.int64) * channels
-                value = tl.where(wide, _wide_distance(p, q, wide, channels), value)
+                far = _wide_distance(p, q, (i < last_row)[:, None], wide, channels, BR, BN)
+                value = tl.where(wide, far, value)
             value = -value
         tl.store(keys + line + slot, key_of(value, j), mask=there)
     fill_up(keys + line, count, tl.where(i < last_row, capacity, 0), BN)
@@ -82,8 +95,8 @@ def rerank_kernel(
 
 @triton.jit
 def exact_kernel(
-    planes, features, present, begins, ends, counts, scores, first_row, last_row, n, channels,
-    strips, capacity, EUCLIDEAN: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    planes, features, exponents, present, begins, ends, counts, scores, first_row, last_row, n,
+    channels, strips, capacity, METRIC: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of float32 scores, for the rows with more than ``capacity`` candidates.
@@ -106,20 +119,24 @@ def exact_kernel(
             for _ in range(c, tl.minimum(c + CHUNK, channels)):
                 p = tl.load(plane + i, mask=there, other=0.0)[:, None]
                 q = tl.load(plane + j, mask=beside, other=0.0)[None, :]
-                if EUCLIDEAN:
+                if METRIC == "euclidean":
                     part = tl.fma(p - q, p - q, part)
                 else:
                     part = tl.fma(tl.broadcast_to(p, BM, BN), tl.broadcast_to(q, BM, BN), part)
                 plane += n
             total += part
         pair = there[:, None] & beside[None, :]
-        if EUCLIDEAN:
+        if METRIC == "inner_product":
+            e = tl.load(exponents + i, mask=i < n, other=0)[:, None]
+            total = _times_power(total, e + tl.load(exponents + j, mask=j < n, other=0)[None, :])
+        if METRIC == "euclidean":
             total, wide = _distance(total)
             wide = wide & pair
             if tl.max(wide.to(tl.int32)) > 0:
-                p = tl.broadcast_to(features + i.to(tl.int64)[:, None] * channels, BM, BN)
-                q = tl.broadcast_to(features + j.to(tl.int64)[None, :] * channels, BM, BN)
-                total = tl.where(wide, _wide_distance(p, q, wide, channels), total)
+                p = features + i.to(tl.int64)[:, None] * channels
+                q = features + j.to(tl.int64)[None, :] * channels
+                far = _wide_distance(p, q, there[:, None], beside[None, :], channels, BM, BN)
+                total = tl.where(wide, far, total)
             total = -total
         total = tl.where(pair, total, float("nan"))
         put_scores(scores, total, first_row, row, first, base, strips, INCLUDE_SELF)

@@ -10,6 +10,7 @@ are rounded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,21 +63,22 @@ def linear_attention(
         return out.to(q.dtype), state, stats
     sums = state.new_empty((heads, parts, d, e))
     totals, shifts = state.new_empty((2, heads, parts, d)).unbind()
-    its = _constants(d, e, feature_map, q.dtype)
+    shape = d, e, feature_map, q.dtype
+    step = _constants(*shape)["BT"]
     with device_of(q):
         sum_keys[(heads, parts)](
             k, v, k if mask is None else mask.contiguous(), sums, totals, shifts, h, m, d, e,
             chunk, *k.stride()[:3], *v.stride()[:3], HAS_MASK=mask is not None,
-            **_of(sum_keys, its),
+            **_options(sum_keys, *shape),
         )  # fmt: skip
         join_keys[(heads, triton.cdiv(d, ROWS))](
-            sums, totals, shifts, state, stats, d, e, parts, **_of(join_keys, its)
+            sums, totals, shifts, state, stats, d, e, parts, **_options(join_keys, *shape)
         )
-        for span in _spans(n, its["BT"]):
+        for span in _spans(n, step):
             some, its_out = q[:, :, span], out[:, :, span]
-            answer_queries[(heads, triton.cdiv(some.shape[2], its["BT"]))](
+            answer_queries[(heads, triton.cdiv(some.shape[2], step))](
                 some, state, stats, its_out, h, some.shape[2], d, e, eps, *q.stride()[:3],
-                *out.stride()[:3], **_of(answer_queries, its),
+                *out.stride()[:3], **_options(answer_queries, *shape),
             )  # fmt: skip
     return _rounded(out, q.dtype), state, stats
 
@@ -101,15 +103,16 @@ def linear_attention_backward(
     if heads:
         sums, shifts = state.new_empty((heads, parts, d, e)), state.new_empty((heads, parts, d))
         dstate, shift = torch.empty_like(state), state.new_empty((heads, d))
-        its = _constants(d, e, feature_map, q.dtype)
+        shape = d, e, feature_map, q.dtype
+        its = _constants(*shape)
         with device_of(q):
             query_gradients[(heads, parts, triton.cdiv(its["BE"], its["BS"]))](
                 grad, q, state, stats, dq, sums, shifts, h, n, d, e, eps, chunk,
                 *grad.stride()[:3], *q.stride()[:3], *dq.stride()[:3],
-                **_of(query_gradients, its),
+                **_options(query_gradients, *shape),
             )  # fmt: skip
             join_gradients[(heads, triton.cdiv(d, ROWS))](
-                sums, shifts, state, dstate, shift, d, e, parts, **_of(join_gradients, its)
+                sums, shifts, state, dstate, shift, d, e, parts, **_options(join_gradients, *shape)
             )
             for span in _spans(m, its["BT"]):
                 inputs, results = ([x[:, :, span] for x in pair] for pair in ((k, v), (dk, dv)))
@@ -118,7 +121,7 @@ def linear_attention_backward(
                 key_gradients[(heads, triton.cdiv(size, its["BT"]))](
                     *inputs, own, stats, dstate, shift, *results, h, size, d, e,
                     *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-                    HAS_MASK=mask is not None, **_of(key_gradients, its),
+                    HAS_MASK=mask is not None, **_options(key_gradients, *shape),
                 )  # fmt: skip
     return tuple(_rounded(x, q.dtype) for x in (dq, dk, dv))
 
@@ -148,8 +151,9 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else empty_token_major(x, x.shape, dtype).copy_(x)
 
 
+@functools.cache
 def _constants(d: int, e: int, feature_map: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The constexprs and options of all kernels."""
+    """The constexprs of all kernels."""
     block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
     step = WIDE_STEP if max(block_d, block_e) > 16 else STEP
     return {
@@ -161,15 +165,29 @@ def _constants(d: int, e: int, feature_map: str, dtype: torch.dtype) -> dict[str
         "BC": min(step, block_d, block_e),
         "BR": ROWS,
         "BS": min(block_e, COLUMNS),
-        "num_warps": 8 if block_d * block_e > 64 * 64 else 4,
-        # One stage spills 8 bytes for float16 at 32 channels, on sm_90.
-        "num_stages": 2 if dtype == torch.float16 and max(block_d, block_e) == 32 else 1,
     }
 
 
-def _of(kernel: Any, its: dict[str, Any]) -> dict[str, Any]:
-    """Those of the constants that a kernel has, and the options."""
-    return {n: x for n, x in its.items() if n in kernel.arg_names or n.islower()}
+@functools.cache
+def _options(kernel: Any, d: int, e: int, feature_map: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Those of the constants that a kernel has, with its warps and stages."""
+    its = _constants(d, e, feature_map, dtype)
+    wide = max(its["BD"], its["BE"])
+    # One stage spills 8 bytes for float16 at 32 channels, on sm_90.
+    stages = 2 if dtype == torch.float16 and wide == 32 else 1
+    warps = _warps(kernel, its)
+    constants = {name: x for name, x in its.items() if name in kernel.arg_names}
+    return constants | {"num_warps": warps, "num_stages": stages}
+
+
+def _warps(kernel: Any, its: dict[str, Any]) -> int:
+    """As many as have room for a [D, E] state in their registers, beside both halves of both
+    factors where a product is three. (Triton 3.6 and sm_90 are the narrowest.)"""
+    size = its["BD"] * its["BE"]
+    if max(its["BD"], its["BE"]) <= 16 and kernel in (sum_keys, key_gradients):
+        return 2
+    three = kernel is query_gradients and its["PRECISION"] == "tf32x3"
+    return 8 if size > 64 * 64 or (three and size == 64 * 64) else 4
 
 
 def shipped() -> list[Shipped]:
@@ -206,7 +224,7 @@ def _ship(
     kinds |= dict.fromkeys(sums, "*fp32")
     kinds |= dict.fromkeys(("heads", "count", "d", "e", "chunk", "parts"), "i32")
     names = kernel.arg_names
-    constants = {"HAS_MASK": masked, **_constants(width, width, feature_map, dtype)}
+    constants = {"HAS_MASK": masked, **_options(kernel, width, width, feature_map, dtype)}
     return Shipped(
         f"linear_attention {kernel.__name__} {feature_map} {str(dtype)[6:]} D = {width}",
         kernel,

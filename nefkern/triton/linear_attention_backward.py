@@ -16,6 +16,7 @@ from nefkern.triton.linear_attention_pieces import (
     put,
     query_phi,
     query_tile,
+    root,
     tile_of,
     times_transposed,
     valid,
@@ -56,7 +57,7 @@ def query_gradients(
             )
             inner = tl.sum(phi * g, 1)[:, None]
             if SOFTMAX:
-                result = phi * (g - tl.sqrt(d.to(tl.float32)) * inner)
+                result = phi * (g - root(d) * inner)
             else:
                 slope = tl.minimum(elu1(x), 1.0) * reciprocal[:, None]
                 result = slope * (g - inner * z[None, :])

@@ -17,6 +17,13 @@ import triton.language as tl
 
 
 @triton.jit
+def root(d):
+    """An integer's square root. (A 1 that is passed to a kernel comes as a constant, without
+    ``.to``.)"""
+    return tl.sqrt(tl.full([], d, tl.float32))
+
+
+@triton.jit
 def elu1(x):
     return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
 
@@ -116,7 +123,7 @@ def divisor_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
     """The largest channel ("softmax") and the reciprocal of φ(q)'s divisor, each [tokens]."""
     largest = tl.max(x, 1)
     if SOFTMAX:
-        divisor = tl.sum(tl.exp(x - largest[:, None]), 1) * tl.sqrt(d.to(tl.float32))
+        divisor = tl.sum(tl.exp(x - largest[:, None]), 1) * root(d)
     else:
         divisor = tl.sum(tl.where((i < d)[None, :], elu1(x), 0.0) * z[None, :], 1) + eps
     return largest, tl.where(divisor == 0, 0.0, 1 / divisor)

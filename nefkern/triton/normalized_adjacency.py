@@ -30,6 +30,7 @@ from nefkern.triton.configs import Shipped, device_of
 # Edges that a program takes at a time. No autotuning: it would time kernels of microseconds, and
 # could choose another order of a degree's sum on another day.
 BLOCK = 512
+MERGE_WARPS = 8  # 4 spill with Triton 3.6 on sm_90
 
 # A NaN stays visible in a maximum.
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -131,7 +132,7 @@ def _merge_edges(
     if MEAN:
         degree *= 0.5
     degree = tl.where(degree == 0, 1.0, degree)  # of an empty row, whose scale is never read
-    tl.store(scale + row, (1 / tl.sqrt(degree)).to(tl.float32))
+    tl.store(scale + row, tl.rsqrt(degree).to(tl.float32))
 
 
 @triton.jit
@@ -220,6 +221,7 @@ def merged(
         _merge_edges[(n,)](
             edges.keys, edges.order, edges.starts, edges.weights, edges.unit, edges.row_offsets,
             columns, values, scale, n, edges.listed, clamp_min, MEAN=mean, **edges.its,
+            num_warps=MERGE_WARPS,
         )  # fmt: skip
         _scale_entries[(n,)](edges.row_offsets, columns, values, scale, MEAN=mean, BLOCK=BLOCK)
     return edges.row_offsets, columns, values
@@ -286,4 +288,5 @@ def _ship(kernel, variant: str, constants: dict[str, bool] | None = None, **type
         kernel,
         {name: kinds.get(name, "i32") for name in kernel.arg_names if not name.isupper()},
         {"BLOCK": BLOCK, **(constants or {})},
+        MERGE_WARPS if kernel is _merge_edges else 4,
     )

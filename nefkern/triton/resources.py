@@ -71,30 +71,60 @@ def shipped() -> Iterator:
                 yield from function()
 
 
-def compile_for(kernel, arch: str):
-    """Compile a Shipped ahead of time; pointers are aligned to 16 bytes, as torch's are.
+def source_of(kernel, ones: Sequence[str] = ()):
+    """A Shipped's source as Triton specialises it; pointers are aligned to 16 bytes, as torch's.
 
-    Sizes and strides are any numbers, but for the Shipped's ``multiples``.
+    Sizes and strides are any numbers, but for the Shipped's ``multiples`` and those of ``ones``,
+    which are 1: Triton takes them for constants.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {name: kernel.signature.get(name, "constexpr") for name in kernel.kernel.arg_names}
-    missing = [n for n, t in types.items() if t == "constexpr" and n not in kernel.constexprs]
-    if missing:
+    constants = kernel.constexprs | dict.fromkeys(ones, 1)
+    types = {
+        name: "constexpr" if name in constants else kernel.signature.get(name)
+        for name in kernel.kernel.arg_names
+    }
+    if missing := [name for name, kind in types.items() if kind is None]:
         raise ValueError(f"{kernel.name}: neither signature nor constexprs has {missing}")
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(types.items())
         if kind.startswith("*") or name in kernel.multiples
     }
-    source = ASTSource(
-        fn=kernel.kernel, signature=types, constexprs=dict(kernel.constexprs), attrs=aligned
-    )
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return ASTSource(fn=kernel.kernel, signature=types, constexprs=constants, attrs=aligned)
+
+
+def compile_for(kernel, arch: str):
+    """Compile a Shipped ahead of time, as :func:`source_of` has it."""
+    import triton
+
+    return triton.compile(source_of(kernel), target=_target(arch), options=_options(kernel))
+
+
+def front_end(kernel, arch: str, ones: Sequence[str] = ()) -> str:
+    """A Shipped as Triton's own intermediate code: all errors of types, in a tenth of a second."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    target = _target(arch)
+    backend = make_backend(target)
+    options = backend.parse_options(_options(kernel))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    modules = backend.get_module_map()
+    return str(source_of(kernel, ones).make_ir(target, options, functions, modules, context))
+
+
+def _target(arch: str):
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def _options(kernel) -> dict[str, int]:
+    return {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
 
 
 def examine(kernel, arch: str) -> Resources:

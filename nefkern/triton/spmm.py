@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nefkern.backends import interpreting
 from nefkern.reference.csr import check_content, raise_invalid_content
-from nefkern.triton.configs import Shipped, autotune, device_of
+from nefkern.triton.configs import Shipped, Tuned, device_of
 from nefkern.triton.crossover import dense_rows, prefers_dense
 from nefkern.triton.csr import row_of
 from nefkern.triton.rates import rates_of
@@ -54,7 +54,7 @@ def _spmm_kernel(
     tl.store(y + row * y_stride + k, total.to(y.dtype.element_ty), mask=k < width)
 
 
-_tuned = autotune(CONFIGS, key=["width"])(_spmm_kernel)
+_tuned = Tuned(_spmm_kernel, CONFIGS, key=["width"])
 
 EXPAND_BLOCK = 256  # entries of a row written at a time
 

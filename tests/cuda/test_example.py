@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from tests.cuda import launchers, resources
 
@@ -56,3 +57,16 @@ def test_it_needs_neither_pytorch_nor_python(built):
     needed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     assert "libc.so" in needed
     assert not any(name in needed for name in ("torch", "python", "cudart"))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "architecture"),
+    [
+        (None, "8.0+PTX"), ((7, 5), "8.0+PTX"), ((8, 6), "8.6"), ((9, 0), "9.0a"), ((12, 0), "12.0")
+    ],
+)  # fmt: skip
+def test_it_is_built_for_the_gpu_that_will_run_it(monkeypatch, gpu, architecture):
+    """And without one so that any can compile it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    assert launchers.architecture() == architecture

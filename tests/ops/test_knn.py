@@ -609,7 +609,7 @@ def test_rows_that_overflow_are_exact(metric, monkeypatch):
 
 
 @triton_only
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, "inner_product"])
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
 def test_margin_holds(metric, scale):
     """No estimate is further from the truth than its margin, and the margin is not far larger.
@@ -618,15 +618,18 @@ def test_margin_holds(metric, scale):
     """
     kernels = pytest.importorskip("nefkern.triton.knn")
     x = (scale * (3 + clustered(150, 90, seed=15))).to(backend_device())
-    data = kernels.rows_of(x, metric == "euclidean", kernels.Ranges([0, 150]))
+    data = kernels.rows_of(x, metric, kernels.Ranges([0, 150]))
     packed = kernels.pack(data, 90)
     scores = data.rows.new_empty(256, 256)
     kernels.tuned_score[lambda tile: kernels.grid_of(150, 1, tile)](
-        packed.rows, packed.offsets, data.begins, data.ends, scores, 0, 150, 150, 2, 1,
-        INCLUDE_SELF=True,
+        packed.rows, packed.others, packed.offsets, packed.other_offsets, data.begins, data.ends,
+        scores, 0, 150, 150, 2, 1, INCLUDE_SELF=True,
     )  # fmt: skip
     y = data.rows.double() * data.scale
-    truth = y @ y.T if metric == "cosine" else -0.5 * (y[:, None] - y[None]).square().sum(2)
+    if metric == "inner_product":  # a query in its own unit, the candidates in a common one
+        truth = y @ (y * 2.0 ** (data.exponents - data.exponents.max())[:, None].double()).T
+    else:
+        truth = y @ y.T if metric == "cosine" else -0.5 * (y[:, None] - y[None]).square().sum(2)
     error = (scores[:150, :150].double() - truth).abs().amax(1)
     assert (error <= packed.margins).all()
     assert (packed.margins <= 100 * error).all()

@@ -27,20 +27,6 @@ METRICS = ("cosine", "euclidean", "inner_product")
 pytestmark = pytest.mark.usefixtures("backend")
 knn = on_backend_device(ops.knn)
 metrics = pytest.mark.parametrize("metric", METRICS)
-#: What a backend leaves to the next one.
-UNSERVED = {"triton": ("inner_product",)}
-
-
-@pytest.fixture(autouse=True)
-def served(request, backend):
-    metric = getattr(request.node, "callspec", None)
-    metric = metric.params.get("metric", "cosine") if metric else "cosine"
-    if "products" in request.node.name:
-        metric = "inner_product"
-    if metric in UNSERVED.get(backend, ()):
-        pytest.skip(f"{backend} leaves this to another backend")
-
-
 compiled_only = pytest.mark.parametrize("backend", backends_of("knn", compiled=True), indirect=True)
 
 
@@ -259,8 +245,7 @@ def test_zero_rows():
     x[4] = 0
     y[::9] = 0
     for metric in METRICS:
-        if metric not in UNSERVED.get(backends.current(), ()):
-            assert_best(x, y, 40, metric)
+        assert_best(x, y, 40, metric)
     values, indices = knn(x, 5, database=y)
     assert (values[4] == 0).all()
     assert indices[4].tolist() == [0, 1, 2, 3, 4]
@@ -340,6 +325,42 @@ def test_products_of_the_rows_themselves(channels, include_self):
     close = 3e-6 * x.double().norm(dim=1).max() * x.double().norm(dim=1)[:, None]
     assert ((values.double() - best).abs() <= close).all()
     assert ((scores.gather(1, indices.long()) - values.double()).abs() <= close).all()
+
+
+triton_only = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+@triton_only
+@pytest.mark.parametrize("method", ["ieee", "preselect"])
+@pytest.mark.parametrize("crowded_out", [False, True], ids=["", "no room for doubt"])
+def test_products_by_both_ways(method, crowded_out, monkeypatch, poisoned_memory):
+    """Whatever way a call would choose: with a database and without, a block of rows at a time."""
+    kernels = pytest.importorskip("nefkern.triton.knn")
+    monkeypatch.setenv("NEFKERN_KNN_TRITON", method)
+    monkeypatch.setattr(kernels, "WORKSPACE", 0)
+    if crowded_out:
+        monkeypatch.setattr(kernels, "_capacity", lambda k, longest, preselect: k)
+    for channels in (1, 20, 70):
+        x, y = (over_all_magnitudes(n, channels, seed=n) for n in (140, 90))
+        assert_products(x, y, 9, database=y)
+        assert_products(y, y, 9, include_self=True)
+    x, y = exact_rows(171, 20), exact_rows(160, 20, seed=1)
+    sizes, others = bounds_of((70, 0, 1, 100)), bounds_of((40, 3, 0, 117))
+    assert_identical(x, y, 9, "inner_product", sizes, others)
+    assert_best(x, y, 9, "inner_product", sizes, others)
+
+
+@triton_only
+def test_short_queries_of_products_keep_their_digits():
+    """Lengths over six decades: for each query the estimates still tell most candidates apart."""
+    kernels = pytest.importorskip("nefkern.triton.knn")
+    x = clustered(200, 60, seed=3)
+    x = (x * torch.logspace(-6, 0, 200)[:, None]).to(backend_device())
+    data = kernels.rows_of(x, "inner_product", kernels.Ranges([0, 200]))
+    margins = kernels.pack(data, 60).margins
+    others = data.rows.double() * 2.0 ** (data.exponents - data.exponents.max())[:, None].double()
+    scores = data.rows.double() @ others.T
+    assert (margins < 0.02 * scores.std(1)).all()
 
 
 @metrics
@@ -528,9 +549,7 @@ def test_database_on_another_device():
         ops.knn(X, 2, database=X.to("meta"))
 
 
-def test_what_a_backend_leaves_to_the_next(backend):
-    rest = (None, False, False)
+def test_every_backend_takes_every_metric(backend):
     accepts = registry._kernels["knn"][backend][1]
     for metric in METRICS:
-        serves = accepts is None or accepts(X, 2, metric, *rest, X, None)
-        assert serves == (metric not in UNSERVED.get(backend, ()))
+        assert accepts is None or accepts(X, 2, metric, None, False, False, X, None)

@@ -32,7 +32,7 @@ from nefkern.triton import knn as knn_kernels
 from nefkern.triton import knn_estimates
 from nefkern.triton import linear_attention as attention_kernels
 from nefkern.triton import spmm as spmm_kernels
-from nefkern.triton.rates import GPUS
+from nefkern.triton.rates import H100
 from tests.ops.graph_common import moved, random_graph, random_lists
 
 needs_triton = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def launched(monkeypatch):
         )
         for name in names:
             monkeypatch.setattr(module, name, Launch(name, getattr(module, name), found))
-    monkeypatch.setattr(spmm_kernels, "rates_of", lambda device: GPUS["sm_90"])
+    monkeypatch.setattr(spmm_kernels, "rates_of", lambda device: H100)
     with FakeTensorMode():
         yield found
 
@@ -186,7 +186,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preselect", [True, False])
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner_product"])
 def test_knn_reads_nothing_and_holds_no_n_by_n(launched, metric, preselect):
     """The scores of 40,000 rows alone would be 6.4 GB."""
     n, k = 40_000, 16

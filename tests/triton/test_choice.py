@@ -7,10 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
+import triton
+
 from nefkern import backends, ops
 from nefkern.ops import registry
-from nefkern.triton import spmm as spmm_kernels
-from nefkern.triton.configs import _may_be_timed
+from nefkern.triton import configs
 from tests.ops.graph_common import random_graph
 
 
@@ -93,14 +94,68 @@ def test_the_backward_pass_has_the_forward_passs_backend(monkeypatch):
     assert {backend for _, backend in chosen} == {"reference"}
 
 
-def test_no_tile_is_timed_where_none_may_be(monkeypatch):
+class Recorded:
+    """In place of a kernel, and of Triton's autotuner of it: notes with what it was launched."""
+
+    arg_names = ("x", "width", "BLOCK")
+
+    def __init__(self, best_config=None):
+        self.best_config, self.launches = best_config, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append(options)
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """A kernel whose second configuration is the fastest, as on a GPU that need not exist."""
+    first, second = (triton.Config({"BLOCK": block}) for block in (16, 32))
+    autotuner = Recorded(second)
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    monkeypatch.setattr(triton, "autotune", lambda configs, key: lambda kernel: autotuner)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return configs.Tuned(Recorded(), [first, second], key=["width"]), autotuner
+
+
+def launched_with(tuned, x=None, width=8):
+    """BLOCK of a launch; None where the autotuner had it."""
+    before = len(tuned.kernel.launches)
+    tuned[(1,)](torch.ones(3) if x is None else x, width)
+    after = tuned.kernel.launches
+    return after[-1]["BLOCK"] if len(after) > before else None
+
+
+def test_tiles_are_timed_once(tuned):
+    """For a key and dtypes; from then on Triton's autotuner has no part in a launch."""
+    tuned, autotuner = tuned
+    assert launched_with(tuned) is None
+    assert [launched_with(tuned) for _ in range(3)] == [32] * 3
+    assert len(autotuner.launches) == 1
+    assert launched_with(tuned, width=9) is None
+    assert launched_with(tuned, torch.ones(3).half()) is None
+    assert len(autotuner.launches) == 3
+
+
+def test_no_tile_is_timed_where_none_may_be(tuned, monkeypatch):
     """Another tile sums in another order; and timing cannot be captured into a CUDA graph."""
-    configs = spmm_kernels.CONFIGS
-    assert spmm_kernels._tuned.early_config_prune is _may_be_timed
-    assert _may_be_timed(configs, {}) == configs
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert _may_be_timed(configs, {}) == configs[:1]
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tuned, autotuner = tuned
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _may_be_timed(configs, {}) == configs[:1]
+    assert launched_with(tuned) == 16
+    assert autotuner.launches == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert launched_with(tuned) is None, "a capture decides nothing for later"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert launched_with(tuned) == 32, "what was found before may be captured"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert launched_with(tuned) == 16, "whatever was found before"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_configuration_or_an_interpreter_needs_no_autotuner(count, monkeypatch):
+    if count == 1:
+        monkeypatch.setattr(configs, "interpreting", lambda: False)
+    else:
+        monkeypatch.setattr(configs, "interpreting", lambda: True)
+    monkeypatch.setattr(triton, "autotune", None)
+    found = [triton.Config({"BLOCK": block}) for block in (16, 32)][:count]
+    assert launched_with(configs.Tuned(Recorded(), found, key=["width"])) == 16

@@ -13,7 +13,7 @@ from nefkern.ops import CSRGraph
 from nefkern.triton import crossover
 from nefkern.triton import spmm as kernels
 from nefkern.triton.crossover import dense_rows, dense_seconds, gathered_seconds, prefers_dense
-from nefkern.triton.rates import GPUS
+from nefkern.triton.rates import GPUS, H100
 from tests.ops.graph_common import assert_half_close, moved, on_backend_device, random_graph
 
 spmm, neuralef_loss = on_backend_device(ops.spmm), on_backend_device(ops.neuralef_loss)
@@ -112,7 +112,7 @@ def test_one_bfloat16_term_would_break_the_promise():
         assert_half_close(rounded, exact, torch.bfloat16)
 
 
-@pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
+@pytest.mark.parametrize("gpu", GPUS, ids=[gpu.name for gpu in GPUS])
 def test_chosen_where_it_should_take_half_as_long(gpu):
     assert not prefers_dense(N, ENTRIES, K, torch.bfloat16, gpu), "the paper's size"
     assert not prefers_dense(N, 0, K, torch.bfloat16, gpu)
@@ -126,7 +126,7 @@ def test_chosen_where_it_should_take_half_as_long(gpu):
 
 
 def test_seconds_by_hand():
-    gpu = GPUS["sm_90"]
+    gpu = H100
     gathered = 2 * ENTRIES * K / (gpu.cache * crossover.CACHE)
     assert gathered_seconds(N, ENTRIES, K, gpu) == pytest.approx(gathered)
     written = (4 * N * N + 128 * ENTRIES) / (3.35e12 * crossover.MEMORY)

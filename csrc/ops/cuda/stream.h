@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 
@@ -17,7 +18,7 @@ class OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor& tensor)
       : guard_(static_cast<int32_t>(tensor.get_device())) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(static_cast<int32_t>(tensor.get_device()), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }

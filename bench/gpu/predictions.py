@@ -1,0 +1,141 @@
+"""Which kernels of the model (bench/roofline.py, docs/gpu.md) an operator's call consists of.
+
+The symbols are patterns of the names that kernels have in a profile; together they tell which
+measured kernels a prediction is of. Two predictions of one kernel are added up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench import roofline
+from bench.device_time import Work
+from bench.roofline import Kernel
+from nefkern.triton.rates import Gpu
+
+#: By part and name of the model's kernels of csrc/cuda.
+CUDA_SYMBOLS = {
+    ("knn, fused", "rows: unit length, centred, float16"): "prepare_rows|find_centre|pack_rows|"
+    "find_largest",
+    ("knn, fused", "scores of the sample"): "estimate_tiles",
+    ("knn, fused", "thresholds"): "set_thresholds",
+    ("knn, fused", "scores, candidates"): "estimate_tiles",
+    ("knn, fused", "re-rank, sort"): "rerank_rows",
+    ("knn, fused", "rows left open: none"): "exact_tile|select_rows|DeviceSelect|Compact",
+    ("knn of pixels", "knn of pixels"): "direct_rows",
+    ("kappa", "pairs written"): "emit_pairs",
+    ("kappa", "sort"): "RadixSort|Onesweep",
+    ("kappa", "rows counted and filled"): "find_rows|count_|fill_|Scan|note_nnz|clear_last",
+    ("objective", "spmm, float32"): "spmm_rows",
+    ("objective", "spmm, bfloat16"): "spmm_rows",
+}
+#: By name of the model's kernels, Triton's.
+TRITON_SYMBOLS = {
+    "knn: scores": "score",
+    "knn: selection": "select",
+    "knn: re-rank": "rerank",
+    "knn: rows rounded": "pack|unpack|elementwise|reduce",
+    "knn: sort, results": "sort|Sort|gather|scatter",
+    "spmm, float32": "spmm|multiply",
+    "spmm, bfloat16": "spmm|multiply",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prediction, or several of the same kernels, beside what ran.
+
+    Attributes:
+        predicted: seconds a call.
+        measured: the same; None: no kernel of such a name ran.
+    """
+
+    name: str
+    predicted: float
+    measured: float | None
+
+
+def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
+    """What the model says a call launches; empty where it has nothing on it."""
+    key = f"{operator}/{dtype}"
+    attention = [_halved(roofline.attention(dtype == "bfloat16"))]
+    mixed = roofline.sparse(dtype, 4 if dtype == "float32" else 2)
+    objective = [k for k in roofline.objective_kernels() if k.name.startswith(("R =", "dL/dU"))]
+    both = {
+        "spmm/float32": [mixed],
+        "spmm/bfloat16": [mixed],
+        "neuralef_loss/float32": [mixed, *objective],
+    }
+    cuda = {
+        "knn cosine/float32": _part("knn, fused"),
+        "knn segments/float32": list(map(_halved, _part("knn of pixels"))),
+        "kappa/float32": _part("kappa"),
+    }
+    triton = {
+        "knn cosine/float32": [k for k in roofline.graph_kernels() if k.name.startswith("knn:")],
+        "normalized_adjacency mean/float32": _graph("normalized_adjacency"),
+        "add/float32": _graph("add"),
+        **{f"linear_attention {m}/{dtype}": attention for m in ("elu", "softmax")},
+    }
+    return {**both, **(cuda if backend == "cuda" else triton)}.get(key, [])
+
+
+def _part(name: str) -> list[Kernel]:
+    return [kernel for kernel in roofline.cuda_kernels() if kernel.part == name]
+
+
+def _graph(name: str) -> list[Kernel]:
+    return [kernel for kernel in roofline.graph_kernels() if kernel.name == name]
+
+
+def _halved(kernel: Kernel) -> Kernel:
+    """One of two calls that the model counts together: blocks of ψ, graphs of pixels."""
+    share = 0.5
+    return Kernel(
+        kernel.part, kernel.name, kernel.kind,
+        {name: count * share for name, count in kernel.flops.items()},
+        kernel.moved * share, kernel.cached * share, kernel.resident,
+        round(kernel.launches * share),
+    )  # fmt: skip
+
+
+def symbols_of(kernel: Kernel, backend: str) -> str | None:
+    if backend == "cuda":
+        return CUDA_SYMBOLS.get((kernel.part, kernel.name))
+    return TRITON_SYMBOLS.get(kernel.name)
+
+
+def expected(kernels: Sequence[Kernel], gpu: Gpu) -> float | None:
+    return sum(kernel.expected(gpu) for kernel in kernels) if kernels else None
+
+
+def compared(
+    kernels: Sequence[Kernel], backend: str, ran: Mapping[str, Work], calls: int, gpu: Gpu
+) -> list[Comparison]:
+    """Predictions beside what ran in ``calls`` calls, by the symbols."""
+    groups: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        if symbols := symbols_of(kernel, backend):
+            groups.setdefault(symbols, []).append(kernel)
+    found = []
+    for symbols, members in groups.items():
+        seconds = [work.seconds for name, work in ran.items() if re.search(symbols, name)]
+        found.append(
+            Comparison(
+                "; ".join(kernel.name for kernel in members),
+                sum(kernel.expected(gpu) for kernel in members),
+                sum(seconds) / calls if seconds else None,
+            )
+        )
+    return found
+
+
+def rates() -> Gpu:
+    """Of the GPU in use; in a rehearsal those of the one that the model is most often asked of."""
+    from nefkern.triton.rates import H200, rates_of
+
+    return rates_of(torch.device("cuda")) if torch.cuda.is_available() else H200

@@ -1,0 +1,97 @@
+"""Stage "training": steps on made-up input; how busy the device is, and what holds up the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench import device_time, roofline
+from bench.gpu import predictions
+from bench.gpu.plan import Settings
+from bench.harness import DEVICE
+from bench.profile_step import group_of
+
+STEPS = {"paper": 30, "small": 3}
+WARM, PROFILED = 3, 3
+
+
+def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
+    """ "psi" (κ, ψ, objective, Adam on given features) or "whole" (with a backbone), and how."""
+    part, how = case.split()
+    step = {"psi": psi_step, "whole": whole_step}[part](settings, how == "amp")
+    for _ in range(WARM):
+        step()
+    yield {"step": seconds_a_step(step, STEPS[settings.size])}
+    kinds = ("cpu_op",) if settings.rehearsal else device_time.DEVICE_WORK
+    trace = device_time.traced(step, PROFILED, kinds)
+    yield summary(trace)
+    if settings.size == "paper":
+        gpu = predictions.rates()
+        kernels = [
+            k for k in roofline.step(how == "amp") if part == "whole" or k.part != "backbone"
+        ]
+        yield {"predicted": predictions.expected(kernels, gpu), "rates of": gpu.name}
+
+
+def seconds_a_step(step: Callable[[], object], steps: int) -> float:
+    """By the wall clock: what training takes."""
+    _wait()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    _wait()
+    return (time.perf_counter() - began) / steps
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def summary(trace: device_time.Trace) -> dict[str, Any]:
+    """Figures of a step."""
+    groups: dict[str, float] = {}
+    for name, work in trace.work.items():
+        groups[group_of(name)] = groups.get(group_of(name), 0.0) + work.seconds / PROFILED
+    longest = sorted(trace.work.items(), key=lambda item: -item[1].seconds)[:25]
+    return {
+        "busy share": trace.busy / trace.span if trace.span else None,
+        "busy": trace.busy / PROFILED,
+        "launches": trace.launches / PROFILED,
+        "waits": {request: count / PROFILED for request, count in trace.waits.items()},
+        "groups": groups,
+        "kernels": {name: {"seconds": work.seconds / PROFILED, "launches": work.count / PROFILED}
+                    for name, work in longest},
+        "peak memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def psi_step(settings: Settings, amp: bool) -> Callable[[], object]:
+    from bench.train_step import Step
+
+    step = Step(settings.size)
+    return lambda: step.ours(amp=amp)
+
+
+def whole_step(settings: Settings, amp: bool) -> Callable[[], object]:
+    """The trainer's step at the paper's size, with a backbone of random weights."""
+    from nefkern.images.features import FeatureCache, load_backbone
+    from nefkern.training.options import TrainOptions
+    from nefkern.training.step import TrainingStep
+
+    paper = {"backbone": "vit_small_patch16_384", "crop": 480, "batch_size": 16}
+    small = {"backbone": "test_vit", "crop": 64, "batch_size": 2, "k": "16",
+             "num_eigenfunctions": 8, "heads": 3, "mlp_hidden": 96}  # fmt: skip
+    chosen = paper if settings.size == "paper" else small
+    options = TrainOptions(data="folder", weights="random", amp=amp, **chosen)
+    backbone = load_backbone(options.backbone, "random", device=DEVICE)
+    step = TrainingStep(options, backbone, FeatureCache(None, backbone, amp=amp))
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, 3, options.crop, options.crop)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    images = images.pin_memory() if torch.cuda.is_available() else images  # as the loader does
+    numbers = iter(range(1, 1_000_000))
+    return lambda: step(images, 0.5, next(numbers))
