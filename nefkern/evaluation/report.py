@@ -135,8 +135,9 @@ def curves(rows: list[dict[str, Any]]) -> str:
         axis.remove()
     for axis, (title, keys, meaning) in zip(axes, panels, strict=False):
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points, strict=True), label=key, linewidth=1.2)
+            having = [row for row in rows if key in row]
+            steps, values = [row["step"] for row in having], [row[key] for row in having]
+            axis.plot(steps, values, label=key, linewidth=1.2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"step; {meaning}", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -89,7 +89,7 @@ class GroupSampler:
         if batch_size < min(2, images):
             raise UserError(
                 f"--batch-size {batch_size}: expected at least 2 with --edges dataset, whose "
-                "batches are pairs of joined images"
+                "batches are made of pairs of images"
             )
         self.seed = seed
         size = _group_size(batch_size)

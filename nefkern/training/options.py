@@ -129,7 +129,8 @@ class TrainOptions:
         0,
         "augmented views of each image, seen in turn, the same for every seed, so that their "
         "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper; "
-        "--method spectral takes all of them for its graph, with 0 one plain crop of each image",
+        "--method spectral and --edges dataset take all of them for their graph, with 0 one plain "
+        "crop of each image",
         "data",
     )
     strict: bool = _option(
@@ -485,10 +486,15 @@ class TrainOptions:
                 raise UserError(
                     f"--teacher-share {self.teacher_share}: expected --teacher spectral beside it"
                 )
+        if self.edges == "dataset" and self.batch_size < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size}: expected at least 2 with --edges dataset, whose "
+                "batches are made of pairs of images"
+            )
         if self.edges == "dataset" and self.accumulate > 1:
             raise UserError(
-                f"--accumulate {self.accumulate}: expected 1 with --edges dataset, whose batches "
-                "have a graph each"
+                f"--accumulate {self.accumulate}: expected 1 with --edges dataset; take a larger "
+                "--batch-size instead"
             )
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nefkern.images.features import Backbone, Features
+from nefkern.images.graph import resolve_neighbours
+from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
 from nefkern.training.options import NEURAL_ONLY, TrainOptions
 from nefkern.training.parts import Parts
@@ -31,6 +33,36 @@ _KEPT_BYTES = 1 << 30
 
 class _TeacherTrainer(SpectralTrainer):
     flag, k_flag, way_out = "--teacher spectral", "--dataset-k", "do without a teacher"
+
+
+def check_data_set(options: TrainOptions, patches: int) -> None:
+    """Refuse what a training cannot have that looks at the data set's κ, if it does.
+
+    Args:
+        options: of the training.
+        patches: of one crop of every image.
+
+    Raises:
+        UserError: several processes, or more neighbours than patches.
+    """
+    if options.teacher == "spectral":
+        asking = "--teacher spectral"
+    elif options.edges == "dataset":
+        asking = "--edges dataset"
+    else:
+        return
+    if distributed.ranks() > 1:
+        raise UserError(
+            f"{asking}: works in one process, not in {distributed.ranks()}; start it without "
+            "torchrun"
+        )
+    resolve_neighbours(
+        options.dataset_k,
+        patches,
+        "the data set",
+        "take more images or a larger --crop",
+        "--dataset-k",
+    )
 
 
 def spectral_options(options: TrainOptions, folder: object, **changes: object) -> TrainOptions:

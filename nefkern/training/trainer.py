@@ -38,7 +38,7 @@ from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
 from nefkern.training.runs import METRICS, Run
 from nefkern.training.step import TrainingStep
-from nefkern.training.teacher import teacher_of
+from nefkern.training.teacher import check_data_set, teacher_of
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +105,12 @@ class Trainer:
         return size
 
     def _check_rows(self) -> None:
-        """Refuse K or k that the rows of a batch cannot carry, before anything is computed."""
+        """Refuse K or k that the rows cannot carry, before anything is computed."""
         crop = self.options.crop
         cells = math.prod(self.backbone.grid((crop, crop)))
         images = self.position.batch_size // (1 if self.step.shared else distributed.ranks())
         rows = images * cells  # of a graph
+        check_data_set(self.options, len(self.dataset) * cells)
         if self.options.batch_kappa:
             resolve_neighbours(self.options.k, rows)
         if self.options.num_eigenfunctions > rows:

@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nefkern import eigenmaps, evaluate, segment, spectrum, summarize, train
+from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.training.options import TrainOptions, resolve
 from nefkern.training.runs import STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.step import TrainingStep
-from nefkern.training.teacher import FOLDER, indicator_rotation, regression_loss
+from nefkern.training.teacher import FOLDER, check_data_set, indicator_rotation, regression_loss
 from nefkern.training.trainer import Trainer
 
 K = 5
@@ -172,8 +174,9 @@ def test_resuming_equals_never_having_stopped(taught, tmp_path, monkeypatch, ste
 
 @pytest.mark.parametrize("stage", ["_pixel_lists", "_kappa", "_model"])
 def test_a_run_stopped_while_the_teacher_is_made_goes_on(taught, tmp_path, monkeypatch, stage):
+    """Gumbel's noise included: a teacher in the making leaves training's generator alone."""
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    start(taught(out=whole)).train()
+    start(taught(out=whole, teacher_share=0.5)).train()
     original = getattr(SpectralTrainer, stage)
 
     def interrupted(self, *args):
@@ -184,8 +187,8 @@ def test_a_run_stopped_while_the_teacher_is_made_goes_on(taught, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(SpectralTrainer, stage, interrupted)
         with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
-            start(taught(out=broken)).train()
-    start(taught(out=broken, resume=True)).train()
+            start(taught(out=broken, teacher_share=0.5)).train()
+    start(taught(out=broken, teacher_share=0.5, resume=True)).train()
     assert_same(whole, broken)
 
 
@@ -215,12 +218,28 @@ def test_what_the_data_set_cannot_carry(taught, changes, message):
         start(taught(**changes)).train()
 
 
+@pytest.mark.parametrize("flag", ["teacher spectral", "edges dataset"])
+def test_several_processes_are_refused(tiny, monkeypatch, flag):
+    name, value = flag.split()
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    with pytest.raises(UserError, match=f"--{flag}: works in one process, not in 2"):
+        check_data_set(tiny(**{name: value}), 160)
+    check_data_set(tiny(), 160)
+
+
+def test_an_impossible_k_leaves_the_folder_free(taught):
+    with pytest.raises(UserError, match="--dataset-k 160: expected fewer"):
+        start(taught(dataset_k="160"))
+    assert not list(Path(taught().out).iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"teacher_share": 0.5}, "--teacher-share 0.5: expected --teacher spectral beside it"),
         ({"teacher": "spectral", "teacher_share": 0.0}, "--teacher-share 0.0: expected more than"),
         ({"teacher": "spectral", "teacher_share": 1.5}, "--teacher-share 1.5: expected more than"),
+        ({"edges": "dataset", "batch_size": 1}, "--batch-size 1: expected at least 2 with --edges"),
         ({"dataset_k": "few"}, "--dataset-k few: expected a number of neighbours"),
         ({"method": "spectral", "teacher": "spectral"}, "--teacher: is an option of --method neu"),
         ({"method": "spectral", "edges": "dataset"}, "--edges: is an option of --method neural"),
@@ -235,3 +254,28 @@ def test_a_graph_of_the_batch_is_asked_for_only_if_there_is_one(taught):
     start(taught(k="999", epochs=1)).train()
     with pytest.raises(UserError, match="--k 999: expected fewer than the 32 rows"):
         start(taught(k="999", epochs=1, teacher_share=0.5, out=taught().out + "-2"))
+
+
+# ---- the commands
+
+
+@pytest.mark.parametrize("flags", [["--no-gumbel"], ["--teacher-share", "0.5"]])
+def test_all_commands_work_on_a_run(annotated, tmp_path, capsys, flags):
+    run = tmp_path / "run"
+    common = ["--data", "folder", "--data-root", str(annotated), "--crop", "64", "--k", "8"]
+    common += ["--backbone", "test_vit", "--weights", "random", "-K", str(K), "--pictures", "2"]
+    common += ["--dataset-k", "8", "--epochs", "4", "--batch-size", "4", "--workers", "0"]
+    common += ["--heads", "3", "--mlp-hidden", "96", "--views", "2"]
+    assert train.main(["--teacher", "spectral", *flags, *common, "--out", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "Regression on the teacher in" in page
+    assert "first from the eigenvectors, computed exactly" in page
+    assert ("Objective" in page) == ("--no-gumbel" not in flags)
+    assert evaluate.main([str(run), "--methods", "ours,ours*", "--size", "64"]) == 0
+    photo = str(annotated / "images" / "val" / "1.png")
+    assert segment.main([str(run), photo, "--out", str(tmp_path / "s")]) == 0
+    assert spectrum.main([str(run), "--images", "6"]) == 0
+    assert eigenmaps.main([str(run), photo]) == 0
+    assert summarize.main([str(run)]) == 0
+    assert "| ours |" in capsys.readouterr().out
+    assert evaluate.main([str(run / FOLDER), "--size", "64"]) == 0  # the teacher itself
