@@ -146,6 +146,7 @@ class TrainLoader:
         pin_memory: whether batches come in page-locked memory, for copies to a GPU.
         shard: (r, n): of every batch only the r-th of n equal slices, one a process; together
             they are the batch that one process would get.
+        steps: which views make a batch; None: all of an epoch's, in random order.
 
     Attributes:
         views, batch_size: as given.

@@ -118,8 +118,10 @@ class GroupSampler:
 
     def inclusion(self, images: Tensor) -> Tensor:
         """π of all pairs of some images, float64 ``[B, B]``: p on the diagonal."""
-        groups = self.groups[:, images]
-        share = (groups[:, :, None] == groups[:, None]).double().mean(0)
+        together = torch.zeros(len(images), len(images), dtype=torch.int64)
+        for groups in self.groups[:, images]:
+            together += groups[:, None] == groups
+        share = together.double() / len(self.groups)
         apart = (self.per_batch - 1) / max(1, self.num_groups - 1)
         return self.probability * (share + (1 - share) * apart)
 
@@ -262,8 +264,8 @@ class DatasetEdges:
         return GroupSampler(self.dataset_graph.weights, batch_size, seed=self.options.seed)
 
     def loader(self, batch_size: int, workers: int, *, pin_memory: bool = False) -> TrainLoader:
-        """Batches of crops as :meth:`graph` has them; an epoch is as many as would show as many
-        crops as there are images."""
+        """Batches of crops, those that :meth:`graph` joins; an epoch has as many as it takes to
+        show as many crops as there are images."""
         options, graph = self.options, self.dataset_graph
         views = _Crops(
             self.dataset,
@@ -288,8 +290,8 @@ class DatasetEdges:
         return self.dataset_graph.part(crops, factors)
 
     def covered(self, batch_size: int) -> tuple[float, float]:
-        """How much of κ between images a batch sees on average, as a multiple of what a batch of
-        images drawn one by one would."""
+        """How much of κ between images a batch sees on average: the share, and how many times that
+        of a batch of images drawn one by one."""
         sampler, weights = self._sampler(batch_size), self.dataset_graph.weights
         images = len(weights)
         seen = (sampler.inclusion(torch.arange(images)) * weights).sum() / weights.sum()

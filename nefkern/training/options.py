@@ -231,9 +231,10 @@ class TrainOptions:
     edges: str = _option(
         "batch",
         "batch: κ is made anew of each batch of random images; dataset: batches are drawn along "
-        "the edges of the data set's κ, groups of joined images together, and see that κ among "
-        "their patches, weighted so that R = Ψκ(F,F)Ψᵀ is estimated without bias; images are then "
-        "seen in the crops that are the graph's nodes: --views of each, with 0 one plain crop",
+        "the edges of the data set's κ (computed once, kept in RUN/graph.safetensors), groups of "
+        "joined images together, and see that κ among their patches, weighted so that R = "
+        "Ψκ(F,F)Ψᵀ is estimated without bias; images are then seen in the crops that are the "
+        "graph's nodes: --views of each, with 0 one plain crop",
         "data set's graph",
         choices=("batch", "dataset"),
     )
