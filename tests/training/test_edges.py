@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import scipy.sparse
 import torch
 
 from nefkern.images.graph import pixel_graph
@@ -36,7 +37,7 @@ def small_graph(images: int, seed: int = 0) -> DatasetGraph:
     place = torch.arange(count) // CELLS // 2
     dense *= torch.where(place[:, None] == place, 10.0, 1.0)
     dense = (dense + dense.T).fill_diagonal_(0)
-    graph = CSRGraph.from_torch(dense.to_sparse_csr())
+    graph = CSRGraph.from_scipy(scipy.sparse.csr_array(dense.numpy()))
     graph = CSRGraph(*graph.tensors(), count, symmetric=True)
     crops = torch.stack([torch.zeros(images, dtype=torch.int64), torch.arange(images)], 1)
     return DatasetGraph(graph, crops)
