@@ -18,7 +18,7 @@ from nefkern.images.features import Backbone, Features
 from nefkern.images.graph import resolve_neighbours
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
-from nefkern.training.options import NEURAL_ONLY, TrainOptions
+from nefkern.training.options import NEURAL_ONLY, SPECTRAL_ONLY, TrainOptions
 from nefkern.training.parts import Parts
 from nefkern.training.runs import Run
 from nefkern.training.spectral import SpectralTrainer
@@ -68,7 +68,8 @@ def check_data_set(options: TrainOptions, patches: int) -> None:
 def spectral_options(options: TrainOptions, folder: object, **changes: object) -> TrainOptions:
     """Those of a run of ``--method spectral`` beside a run that trains ψ: the same images, backbone
     and pixel graphs; ``--dataset-k`` neighbours, and one plain crop of each image."""
-    usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in NEURAL_ONLY}
+    others = NEURAL_ONLY | SPECTRAL_ONLY  # a file may hold any of both
+    usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in others}
     usual |= {"k": options.dataset_k, "views": 0, "resume": True, "out": str(folder)}
     return dataclasses.replace(options, **usual | {"method": "spectral"} | changes)
 

@@ -67,12 +67,13 @@ def test_psi_comes_to_agree_with_its_teacher(taught, loss):
 
 
 def test_the_teacher_is_a_run_of_its_own(taught, images):
-    options = taught(gumbel=False)
+    options = taught(gumbel=False, eigenvectors=3, keep="landmarks:20")  # as a file may have them
     start(options).train()
     teacher = Run(Path(options.out) / FOLDER)
     assert [row["stage"] for row in teacher.metrics()] == list(STAGES)
     assert teacher.metrics()[0]["patches"] == 10 * 16  # plain crops, whatever ψ sees
     assert teacher.options().method == "spectral"
+    assert len(teacher.load()[0]["embedding.rows"]) == 160
     assert Segmenter.load(teacher.folder, "cpu")(images[0]).shape == (70, 100)
 
 
