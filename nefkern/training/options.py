@@ -105,7 +105,8 @@ class TrainOptions:
         "spectral: one κ over all patches of all images, its exact leading eigenvectors, K-means "
         "on them, and their Nyström extension to other images: no training, minutes become "
         "seconds, better segments (docs/quality.md); auto: spectral for samples and folder, unless "
-        "an option of ψ is given or several processes work; neural for the paper's data sets",
+        "an option of ψ or a share for --k is given or several processes work; neural for the "
+        "paper's data sets",
         "method",
         choices=("auto", "neural", "spectral"),
         shown="auto",
@@ -602,6 +603,8 @@ def _method(given: dict[str, Any]) -> str:
     of_psi = sorted(NEURAL_ONLY & set(given))
     if of_psi:
         log.info("--method neural, since --%s is an option of ψ", of_psi[0].replace("_", "-"))
+    elif str(given.get("k", "")).strip().endswith("%"):
+        log.info("--method neural, since --k %s is a share of a batch's patches", given["k"])
     elif os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
         log.info("--method neural, since several processes work")
     else:

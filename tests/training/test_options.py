@@ -83,6 +83,8 @@ def test_samples_preset_applies_only_to_samples_and_gives_way_to_flags():
         (("--data", "folder", "--data-root", "x", "--alpha", "1", "--k", "9"), "spectral"),
         (("--standardize",), "spectral"),
         (("--epochs", "3"), "neural"),  # an option of ψ
+        (("--k", "2%"), "neural"),  # a share of a batch
+        (("--k", "2%", "--method", "spectral"), "spectral"),
         (("--no-gumbel",), "neural"),
         (("--data", "cityscapes", "--data-root", "x"), "neural"),  # the paper's
         (("--data", "cityscapes", "--data-root", "x", "--method", "spectral"), "spectral"),
