@@ -167,8 +167,8 @@ class TrainOptions:
         "graph features: of a transformer final (after the last norm), block:N (a block's output, "
         "before any norm), keys:N (of a block's attention), keys (of the last one's), late (the "
         "block three quarters of the way through, which knows parts best); of other networks "
-        "stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for DINO v1, "
-        "else final [spectral: late]",
+        "stage:N, or late (the last two); N from 0; several side by side, as block:8,block:11; "
+        "auto: keys for DINO v1, else final [spectral: late]",
         "backbone",
         metavar="MAPS",
     )

@@ -228,7 +228,7 @@ class SpectralTrainer:
         tensors, joined = {}, torch.cat(rows)
         del rows
         if self._scaled:
-            scale = ChannelScale.of(joined)
+            scale = ChannelScale.of(joined, () if self._every else self.backbone.high_widths)
             tensors = {f"channels.{name}": tensor for name, tensor in scale.state().items()}
             joined = torch.cat(
                 [unit_rows(scale(part)).to(self._dtype()) for part in joined.split(_BLOCK)]
