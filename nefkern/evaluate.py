@@ -32,6 +32,13 @@ training split; all methods share each pass of the backbone. A linear probe has 
 it is trained on the annotations of the training split, and nothing is matched.
 
 Mean IoU is over the classes that occur in the annotations or in the prediction.
+
+Matching on the images that are scored flatters, the more so the more clusters there are. So each
+score is told a second time with classes matched on one half of the images and scored on the other,
+with the interval in which it would lie for other images of the kind (bootstrap over images,
+matchings held), between what random clusters get (floor) and what the right class of every patch
+would (ceiling: the grid's; bilinear up-sampling may go a little above). A difference between two
+methods is called one only if its own, paired interval excludes zero.
 """
 EXAMPLES = """\
 methods:
@@ -68,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data(result.add_argument_group("data"))
     _add_methods(result.add_argument_group("methods"))
     _add_protocol(result.add_argument_group("protocol"))
+    _add_honesty(result.add_argument_group("how sure the scores are"))
     result.add_argument(
         "--pictures",
         type=int,
@@ -196,6 +204,32 @@ def _add_protocol(group: Any) -> None:
     add_crf_workers(group)
 
 
+def _add_honesty(group: Any) -> None:
+    group.add_argument(
+        "--cross-match",
+        type=int,
+        default=10,
+        metavar="N",
+        help="halve the images at random N times; clusters take their classes on one half and are "
+        "scored on the other, and the mean over halves is told; 0: no such scores [10]",
+    )
+    group.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resamples of the images for 95%% intervals, of scores and of differences between "
+        "methods; 0: none [1000]",
+    )
+    group.add_argument(
+        "--bounds",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="score random clusters and random segments too, as many as the first method has, and "
+        "each patch and each superpixel with its most frequent class [yes]",
+    )
+
+
 def _resize(text: str) -> int | str:
     if text != "none" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"expected pixels or none, got {text!r}")
@@ -222,8 +256,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--fit-passes: only for --fit-images augmented")
     if isinstance(arguments.resize, int) and arguments.resize < 1:
         raise UserError(f"--resize {arguments.resize}: expected at least 1, or none")
-    if arguments.pictures < 0:
-        raise UserError(f"--pictures {arguments.pictures}: expected 0 or more")
+    for name in ("pictures", "cross_match", "bootstrap"):
+        value = getattr(arguments, name)
+        if value < 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
     check_crf_workers(arguments)
     sliding = arguments.window or arguments.stride or arguments.resize
     if arguments.protocol == "crop320" and sliding:
