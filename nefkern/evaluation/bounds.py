@@ -65,8 +65,9 @@ class Bounds:
         )
         grid = (int(rows[-1]) + 1, int(cols[-1]) + 1)
         patches = rows[:, None] * grid[1] + cols
-        own = zlib.crc32(sample.name.encode()) << 31
-        noise = torch.Generator().manual_seed(own ^ self.seed)
+        # PyTorch's generator on the CPU heeds only 32 bits of a seed.
+        own = zlib.crc32(f"{self.seed} {sample.name}".encode())
+        noise = torch.Generator().manual_seed(own)
         cells = math.prod(grid)
         clusters = torch.randint(self.num_clusters, (cells,), generator=noise)
         self._add("random-clusters", clusters[patches], annotation)

@@ -176,7 +176,10 @@ class Evaluator:
     def _write(self, result: dict[str, Any]) -> None:
         path = free_name(self.options.run, result["settings"])
         replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
-        replace_file(path.with_suffix(RESAMPLED), self.honesty.packed())
+        if resampled := self.honesty.packed():
+            replace_file(path.with_suffix(RESAMPLED), resampled)
+        else:
+            path.with_suffix(RESAMPLED).unlink(missing_ok=True)
         self.draw(result, path.with_suffix(""))
         write_report(Run(self.options.run))
         log.info("written: %s", path)

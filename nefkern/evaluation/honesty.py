@@ -162,7 +162,9 @@ class Honesty:
         return list(differences(self.estimates)) if len(self._weights) else []
 
     def packed(self) -> bytes:
-        """The resampled scores as an npz file, for intervals over several runs."""
+        """The resampled scores as an npz file, for intervals over several runs; empty without."""
+        if not len(self._weights):
+            return b""
         arrays = {"|".join(key): e.resampled.float().numpy() for key, e in self.estimates.items()}
         buffer = io.BytesIO()
         images = np.array(fingerprint(self.annotated))

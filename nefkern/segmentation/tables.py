@@ -79,15 +79,16 @@ def honesty(evaluation: dict[str, Any]) -> list[str]:
         return []
     asked, parts = evaluation["resampling"], []
     if asked["bootstrap"] or asked["splits"] or "bounds" in evaluation:
-        how = []
+        how = ["beside what random clusters and the best class of every region get"]
+        how = how if "bounds" in evaluation else []
         if asked["bootstrap"]:
-            how.append(f"[95% intervals by {asked['bootstrap']} resamples of the images]")
+            how.append(f"[95% intervals] by {asked['bootstrap']} resamples of the images")
         if asked["splits"]:
             how.append(
                 "other half: matched on one half of the images, scored on the other, mean of "
                 f"{2 * asked['splits']} halves"
             )
-        parts += ["; ".join(["How sure", *how]) + ":", honest_table(evaluation)]
+        parts += [f"How sure: {'; '.join(how)}", honest_table(evaluation)]
     if evaluation.get("differences"):
         parts += [
             "Differences between methods, on the other half where that was scored; called one only "
@@ -101,7 +102,11 @@ def honest_table(evaluation: dict[str, Any]) -> str:
     """Every method and bound with intervals, on the same images and on the other half."""
     heads = ("accuracy", "mIoU", "other half: accuracy", "mIoU")
     rows = [("method", "CRF on", "matching", *heads)]
-    for name, method in {**evaluation["methods"], **evaluation.get("bounds", {})}.items():
+    bounds = {
+        f"{bound['title'].split(':')[0]}: {name}": bound
+        for name, bound in evaluation.get("bounds", {}).items()
+    }
+    for name, method in {**evaluation["methods"], **bounds}.items():
         for crf, stage in method["stages"].items():
             for matching, result in stage["matchings"].items():
                 same = result | {"interval": stage.get("intervals", {}).get(matching)}
@@ -148,7 +153,7 @@ def difference_cells(found: dict[str, Any]) -> tuple[str, str]:
     value, between = found["difference"], found["interval"]
     text = f"{_percent(value, '+')} {_brackets(between, '+')}" if between else _percent(value, "+")
     if not found["differs"]:
-        return text, "no difference"
+        return text, "not told apart"
     return text, "higher" if between[0] > 0 else "lower"
 
 
