@@ -56,6 +56,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
   python -m nefkern.evaluate runs/imagenet --data cityscapes --data-root DIR
   python -m nefkern.evaluate runs/voc --data-root voc --methods ours,linear-probe --flip
+  python -m nefkern.evaluate runs/spectral --data-root voc --merge 20
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
 the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.png (class indices,
@@ -130,6 +131,13 @@ def _add_methods(group: Any) -> None:
     group.add_argument("--features", choices=("hidden",), help="add ours*, on the hidden features")
     group.add_argument(
         "--untrained", action="store_true", help="add ours*-untrained, the control of ours*"
+    )
+    group.add_argument(
+        "--merge",
+        type=int,
+        metavar="N",
+        help="score the clusters of every K-means merged to N, as segment --classes N merges them "
+        "(--classes here counts those of a data set) [all K]",
     )
     group.add_argument(
         "--fit-images",
@@ -248,7 +256,7 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
 def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option out of range."""
     names = ("limit", "sample_rows", "fit_passes", "classes", "size", "window", "stride")
-    for name in (*names, "batch_size"):
+    for name in (*names, "batch_size", "merge"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")

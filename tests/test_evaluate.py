@@ -638,6 +638,68 @@ def test_all_of_evaluate_takes_a_continuous_run(continuous, folder, options):
     assert list(result["methods"]) == ["ours", "ours-untrained", "ours*"]
 
 
+# ---- merged clusters ----
+
+
+def test_merged_clusters_are_scored_as_segment_merges_them(continuous, folder, tmp_path, capsys):
+    """Counts of the index images of segment --classes, matched by count."""
+    run = tmp_path / "run"
+    shutil.copytree(continuous, run)
+    own = ("--protocol", "sliding", "--resize", "none")
+    methods = ("--methods", "ours,kmeans,probe")
+    whole = evaluate(run, folder, *own, *methods)
+    result = evaluate(run, folder, *own, *methods, "--merge", "3")
+    assert len(list(run.glob("evaluation-*.json"))) == 2
+    assert (result["num_clusters"], result["settings"]["merge"]) == (3, 3)
+    assert "merge" not in whole["settings"]
+    assert "merge" not in whole["asked"]
+    assert len(figures(result)["assignment"]) == len(figures(result, "kmeans")["assignment"]) == 3
+    assert figures(result, "probe", matching="own") == figures(whole, "probe", matching="own")
+    groups = Segmenter.load(run, "cpu").merged(3)
+    assert groups.unique().tolist() == [0, 1, 2]
+    images = str(folder / "images" / "val")
+    for out, options in (("all", []), ("merged", ["--classes", "3"])):
+        assert segment.main([str(run), images, "--out", str(tmp_path / out), *options]) == 0
+    for n in range(4):
+        before, after = (
+            np.array(Image.open(tmp_path / out / f"{n}.clusters.png")) for out in ("all", "merged")
+        )
+        assert np.array_equal(groups.numpy()[before], after)
+    segmenter, counts = Segmenter.load(run, "cpu"), torch.zeros(3, 4, dtype=torch.int64)
+    for sample in open_dataset("folder", root=folder, split="val"):
+        counts += count_matrix(groups[segmenter.logits(sample.image).argmax(0)],
+                               sample.annotation, 3, 4)  # fmt: skip
+    accuracy = counts.amax(1).sum() / counts.sum()
+    assert figures(result, matching="count")["accuracy"] == pytest.approx(accuracy.item(), abs=2e-3)
+    assert "How clusters merge" in (run / "report.html").read_text()
+
+
+def test_a_crf_on_classes_of_merged_clusters(continuous, folder, monkeypatch):
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    crf = ("--crf", "classes", "--crf-workers", "0", "--merge", "2", "--methods", "ours,kmeans")
+    result = evaluate(continuous, folder, *crf)
+    for method in ("ours", "kmeans"):
+        before = figures(result, method, "none", "count")
+        assert figures(result, method, "classes", "count") == before
+
+
+def test_what_cannot_be_merged(run, continuous, folder, tmp_path, capsys):
+    line = failure(capsys, continuous, "--data-root", folder, "--merge", "7")
+    assert "--merge 7: expected 1 to 6, the run's clusters" in line
+    line = failure(capsys, run, "--data-root", folder, "--merge", "3")
+    assert "those of ours are ψ's own outputs" in line
+    photo = str(folder / "images" / "val" / "0.png")
+    for where, count, said in (
+        (run, 3, "--classes 3: merges the clusters of K-means"),
+        (continuous, 7, "--classes 7: expected 1 to 6, the run's clusters"),
+        (continuous, 0, "--classes 0: expected 1 to 6, the run's clusters"),
+    ):
+        asked = [str(where), photo, "--out", str(tmp_path / "out"), "--classes", str(count)]
+        assert segment.main(asked) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the paper's data sets ----
 
 
@@ -846,6 +908,7 @@ def failure(capsys, *arguments: object) -> str:
         (["--fit-images", "plain", "--fit-passes", "2"], "--fit-passes: only for --fit-images"),
         (["--limit", "0"], "--limit 0: expected at least 1"),
         (["--pictures", "-1"], "--pictures -1: expected 0 or more"),
+        (["--merge", "0"], "--merge 0: expected at least 1"),
         (["--bootstrap", "-1"], "--bootstrap -1: expected 0 or more"),
         (["--cross-match", "-1"], "--cross-match -1: expected 0 or more"),
         (["--seed", "-1"], "argument --seed: expected a number from 0"),

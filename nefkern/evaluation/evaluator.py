@@ -92,7 +92,7 @@ class Evaluator:
         self.void_pixels = 0
         self.bounds = None
         if options.bounds:
-            self.bounds = Bounds(self.segmenter.num_clusters, len(self.kept), options.seed)
+            self.bounds = Bounds(self.num_clusters, len(self.kept), options.seed)
         self.honesty: Honesty | None = None
         trained = all(method.trained for method in self.methods)
         self.comparison = Comparison(
@@ -106,6 +106,43 @@ class Evaluator:
             sample_rows=options.sample_rows,
         )
         self._take_clusters()
+        self._check_merge()
+        self.groups: dict[str, Tensor] = {}
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters that are scored: K, or what they are merged to."""
+        return self.options.merge or self.segmenter.num_clusters
+
+    def _check_merge(self) -> None:
+        count, clusters = self.options.merge, self.segmenter.num_clusters
+        if count is None:
+            return
+        if count > clusters:
+            raise UserError(f"--merge {count}: expected 1 to {clusters}, the run's clusters")
+        for name, clusterer in self.comparison.clusterers.items():
+            if isinstance(clusterer, Clusterer) and clusterer.kmeans is None:
+                raise UserError(
+                    f"--merge {count}: merges the clusters of K-means; those of {name} are ψ's own "
+                    "outputs; expected --methods without it"
+                )
+
+    def _merged(self, counts: Counts) -> Counts:
+        """Counts of clusters merged to ``--merge``; those of classes as they are."""
+        return {
+            name: {
+                stage: table.merged(self.groups[name], self.options.merge)
+                if name in self.groups
+                else table
+                for stage, table in tables.items()
+            }
+            for name, tables in counts.items()
+        }
+
+    def _of_clusters(self, name: str, assignments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The class of each cluster, from that of what it is merged to."""
+        groups = self.groups.get(name)
+        return assignments if groups is None else {m: a[groups] for m, a in assignments.items()}
 
     def _take_clusters(self) -> None:
         """Score the clusters that a run keeps: a spectral one, perhaps one of continuous ψ."""
@@ -157,11 +194,17 @@ class Evaluator:
         started = time.perf_counter()
         if self.comparison.needs_fit or self.comparison.needs_labels:
             self.fit()
+        if self.options.merge:
+            self.groups = {
+                name: clusterer.merged(self.options.merge)
+                for name, clusterer in self.comparison.clusterers.items()
+                if isinstance(clusterer, Clusterer)
+            }
         scored = self.score()
         result = {
             "settings": self.settings(),
             "asked": self.asked,
-            "num_clusters": self.segmenter.num_clusters,
+            "num_clusters": self.num_clusters,
             "images": len(self._indices(self.dataset)),
             **scored,
             **({"resampling": self.honesty.settings()} if self.honesty else {}),
@@ -247,7 +290,7 @@ class Evaluator:
                 watch=self._show,
                 done=bar.update,
             )
-        counts, self.shown = gathered(counts), distributed.collected(self.shown)
+        counts, self.shown = self._merged(gathered(counts)), distributed.collected(self.shown)
         totals = summed(counts)
         void = int(distributed.total(torch.tensor(self.void_pixels)))
         pixels = next(iter(totals.values()))["none"].sum(0)
@@ -263,7 +306,10 @@ class Evaluator:
         self.matched = {name: matched["none"] for name, matched in stages.items()}
         refined: Counts = {}
         if crf == "classes":
-            assignments = {name: matched.assignments for name, matched in self.matched.items()}
+            assignments = {
+                name: self._of_clusters(name, matched.assignments)
+                for name, matched in self.matched.items()
+            }
             started = time.perf_counter()
             with distributed.together(), self._bar("CRF") as bar:
                 confusions = self.comparison.count_refined_classes(
@@ -391,6 +437,10 @@ class Evaluator:
 
     def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
         """Count the bounds, and keep this process's share of the first images for :meth:`draw`."""
+        clusters = {
+            name: self.groups[name][found.cpu()] if name in self.groups else found
+            for name, found in clusters.items()
+        }
         if self.bounds is not None:
             segments = len(next(iter(clusters.values())).unique())
             self.bounds.observe(sample, segments, self._patch(sample.image))
@@ -419,6 +469,7 @@ class Evaluator:
             "window": self.comparison.windows.window,
             "stride": self.comparison.windows.stride,
             "flip": self.options.flip or None,
+            **({"merge": self.options.merge} if self.options.merge else {}),
             "resize": self.comparison.windows.shorter,
         }
 
@@ -560,7 +611,8 @@ def asked(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in _FREE
+        # Evaluations from before it could be asked for did not merge.
+        if name not in _FREE and (name, value) != ("merge", None)
     }
 
 

@@ -66,6 +66,15 @@ class ImageCounts:
         total.index_add_(0, cluster * self.num_classes + label, pixels)
         return total.view(self.num_clusters, self.num_classes)
 
+    def merged(self, groups: Tensor, count: int) -> ImageCounts:
+        """The same of groups of clusters: ``groups`` is int64 ``[K]``, 0 to ``count`` − 1."""
+        c, found = self.num_classes, ImageCounts(count, self.num_classes)
+        for flat, pixels in self.images:
+            cells, at = (groups[flat // c] * c + flat % c).unique(return_inverse=True)
+            total = torch.zeros(len(cells), dtype=torch.int64).index_add_(0, at, pixels)
+            found.images.append((cells.int(), total))
+        return found
+
     def annotated(self) -> Tensor:
         """Annotated pixels of each image, int64 ``[I]``."""
         image, _, _, pixels = self.cells()

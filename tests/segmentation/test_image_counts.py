@@ -33,3 +33,12 @@ def test_none_at_all():
     none = ImageCounts(3, 2)
     assert torch.equal(none.total(), torch.zeros(3, 2, dtype=torch.int64))
     assert none.annotated().tolist() == []
+
+
+def test_merged_clusters_are_counted_together():
+    merged = counted().merged(torch.tensor([0, 0]), 1)
+    assert torch.equal(merged.total(), TABLES.sum((0, 1))[None])
+    assert merged.annotated().tolist() == [5, 0, 5]
+    swapped = counted().merged(torch.tensor([2, 0]), 3)
+    assert torch.equal(swapped.total()[[2, 0]], TABLES.sum(0))
+    assert not swapped.total()[1].any()
