@@ -91,7 +91,7 @@ def _facts(found: Survey, dataset: ImageDataset) -> dict[str, Any]:
             "patches": cluster.patches,
             "share": round(cluster.patches / total, 7),
             "images": cluster.images,
-            "confidence": round(cluster.confidence, 4),
+            "margin": round(cluster.margin, 4),
             "rivals": [patch.rival for patch in cluster.doubtful],
             "where": [[index, round(share, 4)] for index, share in cluster.where],
         }

@@ -57,15 +57,16 @@ class Cluster:
     Attributes:
         patches: how many it wins; where windows of a long image overlap, in each of them.
         images: in how many images.
-        confidence: its mean probability where it wins; 0 where it never does.
-        typical: the patches of highest probability, the best first.
+        margin: by how much its logit leads where it wins, over the mean of all patches; 0 where
+            it never does.
+        typical: the patches where it leads most, the best first.
         doubtful: those that are nearest to belonging to another cluster, the nearest first.
         where: images in which it has most patches, and its share of them.
     """
 
     patches: int = 0
     images: int = 0
-    confidence: float = 0.0
+    margin: float = 0.0
     typical: list[Patch] = field(default_factory=list)
     doubtful: list[Patch] = field(default_factory=list)
     where: list[tuple[int, float]] = field(default_factory=list)
@@ -115,8 +116,7 @@ class _Cells:
     side: tuple[float, float]  # of a patch in the image's pixels
     winner: np.ndarray
     rival: np.ndarray
-    share: np.ndarray
-    margin: np.ndarray
+    margin: np.ndarray  # of logits: probabilities are 1 to rounding where K-means is sure
     features: Tensor
 
 
@@ -159,19 +159,17 @@ def _cells(segmenter: Segmenter, pixels: Tensor) -> Iterator[_Cells]:
             h, w = (max(segmenter.patch, round(s * scale)) for s in crop.shape[1:])
             maps = segmenter.maps(resize(crop, [h, w], antialias=True)[None])
             logits = segmenter.cluster_logits(maps)[0].float()
-            shares, order = segmenter.probabilities(logits).topk(min(2, len(logits)), dim=0)
+            best, order = logits.topk(min(2, len(logits)), dim=0)
             rows, cols = logits.shape[1:]
             side = (
                 maps.padded[0] / rows * crop.shape[1] / h,
                 maps.padded[1] / cols * crop.shape[2] / w,
             )
-            # The winner is the argmax of the logits, as everywhere: probabilities may tie.
             yield _Cells(
                 *(top, left, (crop.shape[1], crop.shape[2]), side),
                 winner=logits.argmax(0).cpu().numpy(),
                 rival=order[-1].cpu().numpy(),
-                share=shares[0].cpu().numpy(),
-                margin=(shares[0] - shares[-1]).cpu().numpy(),
+                margin=(best[0] - best[-1]).cpu().numpy(),
                 features=F.normalize(maps.graph[0].float(), dim=0).cpu(),
             )
 
@@ -183,7 +181,7 @@ class _Seen:
         self.count, self.per_image = 0, per_image
         self.patches = np.zeros(num_clusters, np.int64)
         self.images = np.zeros(num_clusters, np.int64)
-        self.shares = np.zeros(num_clusters)
+        self.margins = np.zeros(num_clusters)
         self.sums: Tensor | None = None
         self.typical = [_Best(PATCHES) for _ in range(num_clusters)]
         self.doubtful = [_Best(PATCHES) for _ in range(num_clusters)]
@@ -214,13 +212,13 @@ class _Seen:
             (col + 0.5) * cells.side[1] < cells.size[1]
         )
         row, col = row[inside], col[inside]
-        winner, share = cells.winner[row, col], cells.share[row, col]
+        winner, margin = cells.winner[row, col], cells.margin[row, col]
         features = cells.features[:, row, col].T.double()
         if self.sums is None:
             self.sums = features.new_zeros(num_clusters, features.shape[1])
         self.sums.index_add_(0, torch.from_numpy(winner), features)
-        self.shares += np.bincount(winner, share, num_clusters)
-        for best, score in ((self.typical, share), (self.doubtful, -cells.margin[row, col])):
+        self.margins += np.bincount(winner, margin, num_clusters)
+        for best, score in ((self.typical, margin), (self.doubtful, -margin)):
             for at in _leading(winner, score, self.per_image):
                 box = _box(cells, int(row[at]), int(col[at]))
                 patch = Patch(index, box, int(cells.rival[row[at], col[at]]))
@@ -229,11 +227,12 @@ class _Seen:
 
     def result(self) -> Survey:
         """All of it, summed up."""
+        average = max(self.margins.sum() / self.patches.sum(), 1e-12)
         clusters = [
             Cluster(
                 patches=int(count),
                 images=int(self.images[k]),
-                confidence=float(self.shares[k] / max(1, count)),
+                margin=float(self.margins[k] / max(1, count) / average),
                 typical=self.typical[k].items(),
                 doubtful=self.doubtful[k].items(),
                 where=self.where[k].items(),

@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import threading
+import types
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -19,7 +22,7 @@ from nefkern.atlas import chosen, main
 from nefkern.naming.atlas_page import AtlasPage
 from nefkern.naming.names import Names, fingerprint, read_names, write_names
 from nefkern.naming.server import AtlasServer
-from nefkern.naming.survey import survey
+from nefkern.naming.survey import IMAGES, PATCHES, Cluster, Patch, Survey, survey
 from nefkern.segmentation.segmenter import Segmenter
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>\"'&"
@@ -331,6 +334,44 @@ def test_the_file_alone_downloads_names_and_keeps_drafts(tab, page, run, tmp_pat
     assert found.checkpoint == fingerprint(run)
     assert dict(enumerate(values)) == {k: found.names.get(k, "") for k in range(6)}
     assert len({tuple(c) for c in found.palette().tolist()}) == 2
+
+
+def crowd(clusters: int, images: int, photograph) -> tuple[Survey, object]:
+    """A survey of as many clusters and images, with all the patches that are shown, and a data set
+    of one photograph."""
+    random = np.random.default_rng(0)
+
+    def patches() -> list[Patch]:
+        at = random.integers(0, 40, (PATCHES, 2)).tolist()
+        return [
+            Patch(
+                int(random.integers(images)), (y, x, y + 9, x + 9), int(random.integers(clusters))
+            )
+            for y, x in at
+        ]
+
+    def where() -> list[tuple[int, float]]:
+        return [(int(i), 0.1) for i in random.choice(images, min(IMAGES, images), replace=False)]
+
+    found = [Cluster(9, 3, 1.0, patches(), patches(), where()) for _ in range(clusters)]
+    maps = {i: random.integers(0, clusters, (12, 16)) for c in found for i, _ in c.where}
+    pixels = torch.from_numpy(np.array(photograph(160, 120, 0))).permute(2, 0, 1)
+    dataset = types.SimpleNamespace(image=lambda _: pixels, paths=[Path("a.png")] * images)
+    return Survey(found, np.eye(clusters, dtype=np.float32), maps, images), dataset
+
+
+@pytest.mark.browser
+def test_many_clusters_are_drawn_as_they_come_into_sight(tab, photograph, tmp_path):
+    names, path = Names(256, {}, {}, "crowd"), tmp_path / "atlas.html"
+    path.write_text(AtlasPage("crowd", *crowd(256, 40, photograph), names).html(names), "utf-8")
+    tab.goto(path.as_uri())
+    drawn = "document.querySelectorAll('.sheet').length"
+    tab.wait_for_function(f"{drawn} > 0")
+    assert tab.locator(".card").count() == 256
+    assert tab.evaluate(drawn) < 32
+    tab.evaluate("scrollTo(0, document.body.scrollHeight)")
+    tab.wait_for_function("document.querySelectorAll('#c255 .where canvas').length > 0")
+    assert tab.evaluate(drawn) < 64
 
 
 @pytest.mark.browser

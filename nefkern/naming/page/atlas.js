@@ -5,7 +5,7 @@ const data = JSON.parse(byId("data").textContent);
 let stored = JSON.parse(byId("names").textContent);
 const DRAFT = `nefkern-names-${data.checkpoint}`;
 const similarity = Uint8Array.from(atob(data.similarity), (c) => c.charCodeAt(0));
-const order = ["size", "number", "name", "confidence", "alike"];
+const order = ["size", "number", "name", "margin", "alike"];
 
 let names = new Map(); // cluster -> name
 let colours = new Map(); // name -> #rrggbb, in the order of the classes
@@ -121,7 +121,7 @@ function card(number) {
   const percent = (100 * cluster.share).toFixed(cluster.share < 0.001 ? 3 : 1);
   const facts = cluster.patches
     ? `${percent}% of the patches, in ${cluster.images} images, `
-      + `mean probability ${cluster.confidence.toFixed(2)}`
+      + `decided ${cluster.margin.toFixed(2)}× as clearly as the average`
     : "wins no patch of these images";
   const body = element("div", { className: "body" });
   const made = element("section", { className: "card", id: `c${number}` },
@@ -206,7 +206,7 @@ function showNames() {
     const go = element("button", { textContent: name });
     go.addEventListener("click", () => { byId("search").value = `=${name}`; arrange(); });
     return element("div", {}, colour, go, element("span", {
-      textContent: `${members.length} clusters, ${(100 * share).toFixed(1)}%` }));
+      textContent: `${members.length} cluster${members.length === 1 ? "" : "s"}, ${(100 * share).toFixed(1)}%` }));
   }));
   if (!known.length) byId("classes").textContent = "none yet: type a name beside a cluster";
 }
@@ -229,7 +229,7 @@ function arrange() {
     number: () => 0,
     name: (a, b) => (names.has(b) - names.has(a))
       || (names.get(a) ?? "").localeCompare(names.get(b) ?? ""),
-    confidence: (a, b) => (!c[a].patches - !c[b].patches) || c[a].confidence - c[b].confidence,
+    margin: (a, b) => (!c[a].patches - !c[b].patches) || c[a].margin - c[b].margin,
     alike: (a, b) => (b === selected) - (a === selected) || alike(selected, b) - alike(selected, a),
   };
   const wanted = byId("search").value.trim().toLowerCase();
