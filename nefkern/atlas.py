@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -167,7 +168,8 @@ def serve(arguments: argparse.Namespace, page: Callable[..., str], names: Names)
 
     with AtlasServer(arguments.port, page, names, arguments.names) as server:
         print(f"{server.url}  saves to {arguments.names}; Ctrl-C ends it", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @command

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 #: How the names of what is written end.
 OVERLAY, CLUSTERS = ".overlay.png", ".clusters.png"
-WRITTEN = (OVERLAY, CLUSTERS, ".classes.png", ".confidence.png")
+WRITTEN = (OVERLAY, CLUSTERS, ".classes.png", ".confidence.png", ".legend.png")
 
 DESCRIPTION = """\
 Segment images with a trained run, each at its own resolution. For NAME.jpg it writes
@@ -55,7 +55,8 @@ one), it writes classes instead of clusters:
   NAME.overlay.png     in the classes' colours
   NAME.classes.png     pixel values are class indices, 255 where the cluster has no name
   NAME.confidence.png  how probable the class is, 255 for certain (before a CRF's refinement)
-  legend.png, classes.txt   the classes' colours and names; the line is the index, from 0
+  classes.legend.png   the classes' colours and names
+  classes.txt          their names; the line is the index, from 0
 and with --formats what annotation tools read, each connected region of a class an instance:
 {formats}
 """
@@ -176,9 +177,14 @@ def _found(given: list[Path], *, recursive: bool) -> list[tuple[Path, Path]]:
 
 def _images_in(root: Path, *, recursive: bool) -> Iterator[tuple[Path, Path]]:
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
+        folders[:] = sorted(f for f in folders if recursive and not _is_left_out(folder, f))
         for name in sorted(filter(_is_wanted, names)):
             yield Path(folder, name), Path(folder).relative_to(root)
+
+
+def _is_left_out(folder: str, name: str) -> bool:
+    """Whether a folder is hidden, or holds index images as ``--formats voc`` writes them."""
+    return name.startswith(".") or Path(folder, name, "labelmap.txt").is_file()
 
 
 def _is_wanted(name: str) -> bool:

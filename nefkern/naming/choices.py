@@ -7,7 +7,7 @@ from nefkern.runtime.errors import UserError
 FORMATS = {
     "coco": "coco.json: polygons, areas and boxes of all images",
     "coco-rle": "coco-rle.json: the same with run-length encoded masks: exactly the pixels",
-    "labelme": "NAME.json of polygons for each image, which LabelMe opens with it",
+    "labelme": "labelme/NAME.json of polygons for each image, which LabelMe opens with it",
     "cvat": 'cvat.xml: masks of all images, as "CVAT for images 1.1"',
     "voc": "voc/: SegmentationClass, SegmentationObject, Annotations, ImageSets, labelmap.txt",
 }

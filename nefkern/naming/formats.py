@@ -124,11 +124,12 @@ class CocoRLE(Coco):
 
 
 class LabelMe(Format):
-    """A JSON of polygons for each image, which it points to."""
+    """A JSON of polygons for each image, which it points to; in a folder, since an image may be
+    called as another format's file."""
 
     def add(self, image: Annotated) -> None:
         height, width = image.size
-        path = self.folder / f"{image.name}.json"
+        path = self.folder / "labelme" / f"{image.name}.json"
         content = {
             "version": "5.0.0",
             "flags": {},

@@ -20,7 +20,7 @@ from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.windows import Replay, sliding_tiles
 
 CLASSES, CONFIDENCE, OVERLAY = ".classes.png", ".confidence.png", ".overlay.png"
-LEGEND, CLASS_LIST = "legend.png", "classes.txt"
+LEGEND, CLASS_LIST = "classes.legend.png", "classes.txt"
 
 Confidence = Callable[[np.ndarray], np.ndarray]
 """From classes ``[H, W]`` (255 void) to the probability of each pixel's, uint8 in 1/255."""
@@ -107,11 +107,12 @@ def confidence(
             merged = shares.new_zeros(groups, *shares.shape[1:]).index_add_(0, group_of, shares)
             return merged.movedim(0, 1), extent
 
-        index = torch.from_numpy(np.where(classes == VOID, groups - 1, classes).astype(np.int64))
         found = torch.empty(classes.shape, dtype=torch.uint8)
         for tile in sliding_tiles(predict, pixels, window, stride, batch_size=1):
             rows, cols = slice(*tile.rows), slice(*tile.cols)
-            share = tile.logits.gather(0, index[rows, cols][None])[0]
+            part = classes[rows, cols].astype(np.int64)
+            index = torch.from_numpy(np.where(part == VOID, groups - 1, part))
+            share = tile.logits.gather(0, index[None])[0]
             found[rows, cols] = (255 * share).round_().clamp_(0, 255).byte()
         return found.numpy()
 

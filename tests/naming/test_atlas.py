@@ -23,6 +23,7 @@ from nefkern.naming.atlas_page import AtlasPage
 from nefkern.naming.names import Names, fingerprint, read_names, write_names
 from nefkern.naming.server import AtlasServer
 from nefkern.naming.survey import IMAGES, PATCHES, Cluster, Patch, Survey, survey
+from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>\"'&"
@@ -207,6 +208,29 @@ def test_the_command_writes_the_page(run, tmp_path, caplog):
     assert json.loads(blocks.scripts["names"])["names"] == {"3": "sky"}
     assert json.loads(blocks.scripts["names"])["checkpoint"] == fingerprint(run)
     assert len(json.loads(blocks.scripts["data"])["images"]) == 2
+
+
+def test_serve_prints_the_address_and_ends_by_an_interrupt(run, tmp_path, monkeypatch, capsys):
+    """The page it serves can save; the file it wrote cannot."""
+    served = []
+
+    def interrupted(server) -> None:
+        served.append((server.url, server.page(server.names)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AtlasServer, "serve_forever", interrupted)
+    options = ["--out", str(tmp_path / "a.html"), "--names", str(tmp_path / "n.yaml")]
+    assert main([str(run), *options, "--serve", "--first", "1"]) == 0
+    ((url, text),) = served
+    assert f"{url}  saves to {tmp_path / 'n.yaml'}; Ctrl-C ends it" in capsys.readouterr().out
+    assert json.loads(parsed(text).scripts["data"])["serve"] is True
+    alone = parsed((tmp_path / "a.html").read_text("utf-8"))
+    assert json.loads(alone.scripts["data"])["serve"] is False
+
+
+def test_a_port_that_is_taken_is_one_line(server, page):
+    with pytest.raises(UserError, match=f"--port {server.server_port}: cannot be listened at"):
+        AtlasServer(server.server_port, page.html, server.names, server.path)
 
 
 def test_first_is_spread_over_the_set():

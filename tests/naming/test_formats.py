@@ -15,7 +15,7 @@ from nefkern.data import read_image
 from nefkern.naming.choices import FORMATS
 from nefkern.naming.formats import WRITERS, voc_colours
 from nefkern.naming.names import read_names
-from nefkern.segment import main
+from nefkern.segment import image_files, main
 from nefkern.segmentation.segmenter import Segmenter
 
 CLASSES = ["road & <b>", "sky"]
@@ -57,8 +57,8 @@ def test_classes_are_those_of_the_clusters(run, pictures, names, tmp_path, optio
     clusters = pixels(plain / "large.clusters.png")
     assert np.array_equal(pixels(out / "large.classes.png"), read_names(names).class_of()[clusters])
     assert sorted(p.name for p in out.iterdir()) == [
-        "classes.txt", "large.classes.png", "large.confidence.png", "large.overlay.png",
-        "legend.png",
+        "classes.legend.png", "classes.txt", "large.classes.png", "large.confidence.png",
+        "large.overlay.png",
     ]  # fmt: skip
     assert (out / "classes.txt").read_text().splitlines() == CLASSES
     shown = np.array(Image.open(out / "large.classes.png").convert("RGB"))
@@ -114,12 +114,12 @@ def test_coco_is_read_by_pycocotools(written):
 def test_labelme_is_read_by_labelme(written, monkeypatch):
     monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
     out = written("labelme")
-    files = sorted(out.glob("trip/*.json"))
+    files = sorted(out.glob("labelme/trip/*.json"))
     assert [f.name for f in files] == ["large.json", "tall.json", "wide.json"]
     reader = pytest.importorskip("labelme._label_file", exc_type=ImportError)
     for file in files:
         label = reader.read_label_file(str(file))
-        classes = pixels(file.with_name(f"{file.stem}.classes.png"))
+        classes = pixels(out / "trip" / f"{file.stem}.classes.png")
         assert label.image_data  # found beside
         drawn = np.full_like(classes, 255)
         for shape in label.shapes:
@@ -177,6 +177,21 @@ def assert_masks(dataset, out: Path) -> None:
             if name != "background":
                 drawn[annotation.image.astype(bool)] = CLASSES.index(name)
         assert np.array_equal(drawn, classes)
+
+
+def test_what_was_written_is_not_read_again(run, pictures, names, tmp_path):
+    """Also where it lies among the photographs, in folders that are called as an image is."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("pycocotools")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(pictures / "wide.png", folder / "coco.png")
+    more = ["--formats", ",".join(FORMATS), "--names", str(names), "--recursive"]
+    for _ in range(2):
+        assert main([str(run), str(folder), "--out", str(folder), *more]) == 0
+        assert image_files([folder], recursive=True) == [folder / "coco.png"]
+    assert len(json.loads((folder / "coco.json").read_text())["images"]) == 1
+    assert (folder / "labelme" / "coco.json").exists()
 
 
 def test_voc_colours_are_the_publishers():
