@@ -164,6 +164,10 @@ def test_keys_are_those_of_the_last_attention(images):
         ("vit_small_patch16_224.dino", "final", "final"),
         ("test_vit", "auto", "final"),
         ("test_vit", "keys", "keys:5"),
+        ("test_vit", "late", "block:4"),
+        ("vit_small_patch14_dinov2", "late", "block:9"),
+        ("vit_small_patch16_224.dino", "late", "keys:11"),
+        ("test_resnet", "late", "stage:4"),
     ],
 )
 def test_only_dino_takes_keys_by_itself(name, high, taken):
