@@ -116,9 +116,7 @@ def polygon(instance: Instance, tolerance: float = TOLERANCE) -> list[tuple[floa
     rings = skimage.measure.find_contours(mask, 0.5, fully_connected="low")
     rings = [_simplified(ring[:-1], tolerance) for ring in rings]
     rings.sort(key=lambda ring: -np.ptp(ring, axis=0).prod())
-    joined, holes = rings[0], rings[1:]
-    while holes:
-        joined = _joined(joined, holes)
+    joined = _joined(rings[0], rings[1:])
     # A pixel's centre is half a pixel from its corner; the padding is one.
     offset = (instance.top - 0.5, instance.left - 0.5)
     return [(float(x), float(y)) for y, x in (joined + offset).tolist()]
@@ -132,16 +130,33 @@ def _simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def _joined(ring: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
-    """The ring with the hole nearest to it, which is taken out of the list."""
+    """The ring with all holes, the nearest to what is joined first: no slit then meets another
+    hole."""
+    if not holes:
+        return ring
+    vertices = np.concatenate(holes)
+    hole_of = np.repeat(np.arange(len(holes)), [len(hole) for hole in holes])
+    distance, end = _nearest(vertices, ring)
+    for _ in holes:
+        start = int(distance.argmin())
+        of = hole_of == hole_of[start]
+        hole = np.roll(vertices[of], -int(of[:start].sum()), axis=0)
+        cut = int(np.flatnonzero((ring == end[start]).all(1))[0])
+        ring = np.concatenate([ring[: cut + 1], hole, hole[:1], ring[cut:]])
+        distance[of] = np.inf  # done
+        left = np.flatnonzero(distance < np.inf)
+        new, place = _nearest(vertices[left], hole)
+        closer = new < distance[left]
+        distance[left[closer]], end[left[closer]] = new[closer], place[closer]
+    return ring
+
+
+def _nearest(vertices: np.ndarray, ring: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each vertex is from the ring's nearest one, and where that is."""
     from scipy.spatial import cKDTree
 
-    tree = cKDTree(ring)
-    found = [tree.query(hole) for hole in holes]
-    nearest = min(range(len(holes)), key=lambda i: found[i][0].min())
-    distance, at = found[nearest]
-    start = int(distance.argmin())
-    hole, cut = np.roll(holes.pop(nearest), -start, axis=0), int(at[start])
-    return np.concatenate([ring[: cut + 1], hole, hole[:1], ring[cut:]])
+    distance, at = cKDTree(ring).query(vertices)
+    return distance, ring[at]
 
 
 def coco_rle(instance: Instance, size: tuple[int, int]) -> dict[str, Any]:

@@ -331,7 +331,9 @@ def test_open_name_merge_save_reload(tab, server):
         name_input(tab, cluster).press("Escape")
     assert "2 clusters" in tab.locator("#classes div", has_text="sky").inner_text()
     tab.keyboard.press("Control+s")
-    tab.wait_for_function("document.getElementById('status').textContent.includes('saved to')")
+    tab.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('saved to')"
+    )
     assert read_names(server.path).names == {1: EVIL, 2: "sky", 4: "sky"}
     tab.reload()
     assert [name_input(tab, k).input_value() for k in (1, 2, 4, 5)] == [EVIL, "sky", "sky", ""]
@@ -390,11 +392,11 @@ def test_many_clusters_are_drawn_as_they_come_into_sight(tab, photograph, tmp_pa
     path.write_text(AtlasPage("crowd", *crowd(256, 40, photograph), names).html(names), "utf-8")
     tab.goto(path.as_uri())
     drawn = "document.querySelectorAll('.sheet').length"
-    tab.wait_for_function(f"{drawn} > 0")
+    tab.wait_for_function(f"() => {drawn} > 0")
     assert tab.locator(".card").count() == 256
     assert tab.evaluate(drawn) < 32
     tab.evaluate("scrollTo(0, document.body.scrollHeight)")
-    tab.wait_for_function("document.querySelectorAll('#c255 .where canvas').length > 0")
+    tab.wait_for_function("() => document.querySelectorAll('#c255 .where canvas').length > 0")
     assert tab.evaluate(drawn) < 64
 
 
