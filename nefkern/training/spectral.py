@@ -228,7 +228,7 @@ class SpectralTrainer:
         tensors, joined = {}, torch.cat(rows)
         del rows
         if self._scaled:
-            scale = ChannelScale.of(joined)
+            scale = ChannelScale.of(joined, () if self._every else self.backbone.high_widths)
             tensors = {f"channels.{name}": tensor for name, tensor in scale.state().items()}
             joined = torch.cat(
                 [unit_rows(scale(part)).to(self._dtype()) for part in joined.split(_BLOCK)]
@@ -330,7 +330,9 @@ class SpectralTrainer:
                 f"eigenvalues, of which {count} of {asked} are above it; lower it"
             )
         if count < asked:
-            log.warning(
+            level = logging.WARNING if self.options.eigenvectors else logging.INFO
+            log.log(
+                level,
                 "%d of %d eigenvectors are left out: their eigenvalues are not above α = %g, and "
                 "they have no extension to other images; a lower --alpha keeps more",
                 *(asked - count, asked, found.alpha),

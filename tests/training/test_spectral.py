@@ -23,6 +23,7 @@ from nefkern.spectral.embedding import adjacency, neighbour_lists
 from nefkern.training.options import TrainOptions, resolve
 from nefkern.training.runs import CHECKPOINT, STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
+from nefkern.training.spectral_model import ChannelScale
 
 K = 5
 
@@ -144,6 +145,14 @@ def test_features_as_far_as_the_eigenvectors_span_them(spectral):
     expected = torch.nn.functional.normalize(vectors @ (vectors.mT @ rows), dim=1)
     found = model.cluster_rows(model.embedding.vectors)[:, model.num_functions :]
     assert torch.allclose(found.double() / 0.7, expected, atol=1e-4)
+
+
+def test_maps_side_by_side_have_the_same_weight():
+    rows = torch.randn(500, 8) * torch.tensor([9.0, 4, 3, 2, 1, 5, 6, 7]) + 3
+    scaled = ChannelScale.of(rows, (2, 6))(rows)
+    assert torch.allclose(scaled.mean(0), torch.zeros(8), atol=1e-5)
+    variances = scaled.var(0)
+    assert torch.allclose(variances, torch.tensor([2.0] * 2 + [2 / 3] * 6), atol=1e-4)
 
 
 def test_clusters_of_the_eigenvectors_alone(spectral, images):
