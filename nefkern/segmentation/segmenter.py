@@ -354,11 +354,14 @@ class Segmenter:
                 f"patch, {self.patch} × {self.patch}"
             )
 
+    def training_scale(self, pixels: Tensor) -> float:
+        """By how much :meth:`__call__` enlarges ``[3, H, W]`` pixels."""
+        short, long = sorted(pixels.shape[1:])
+        return min(self.options.crop / short, max(1.0, LONGEST * self.options.crop / long))
+
     def at_training_scale(self, pixels: Tensor) -> tuple[Predictor, Tensor, int, int]:
         """How :meth:`__call__` looks at ``[3, H, W]`` pixels: predictor, pixels, window, stride."""
-        short, long = sorted(pixels.shape[1:])
-        enlarged = self.options.crop / short
-        scale = min(enlarged, max(1.0, LONGEST * self.options.crop / long))
+        scale = self.training_scale(pixels)
 
         def predict(crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
             size = [max(self.patch, round(side * scale)) for side in crops.shape[2:]]

@@ -1,0 +1,236 @@
+"""segment --names, and its annotations read back by the tools' own readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nefkern.data import read_image
+from nefkern.naming.choices import FORMATS
+from nefkern.naming.formats import WRITERS, voc_colours
+from nefkern.naming.names import read_names
+from nefkern.segment import image_files, main
+from nefkern.segmentation.segmenter import Segmenter
+
+CLASSES = ["road & <b>", "sky"]
+MIN_AREA = 40
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+@pytest.fixture
+def written(run, pictures, names, tmp_path):
+    """written("coco"): what the command wrote of photographs in a folder of the given folder."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("pycocotools")
+
+    def write(formats: str) -> Path:
+        out, images = tmp_path / "out", tmp_path / "photos"
+        shutil.copytree(pictures, images / "trip")
+        more = ["--formats", formats, "--min-area", str(MIN_AREA), "--recursive"]
+        arguments = [str(run), str(images), "--out", str(out), "--names", str(names), *more]
+        assert main(arguments) == 0
+        return out
+
+    return write
+
+
+def test_writers_are_those_the_help_lists():
+    assert list(WRITERS) == list(FORMATS)
+
+
+@pytest.mark.parametrize("options", [[], ["--sliding"], ["--crf"]])
+def test_classes_are_those_of_the_clusters(run, pictures, names, tmp_path, options):
+    if "--crf" in options:
+        pytest.importorskip("pydensecrf")
+    out, plain, image = tmp_path / "out", tmp_path / "plain", str(pictures / "large.png")
+    assert main([str(run), image, "--out", str(out), "--names", str(names), *options]) == 0
+    assert main([str(run), image, "--out", str(plain), *options]) == 0
+    clusters = pixels(plain / "large.clusters.png")
+    assert np.array_equal(pixels(out / "large.classes.png"), read_names(names).class_of()[clusters])
+    assert sorted(p.name for p in out.iterdir()) == [
+        "classes.legend.png", "classes.txt", "large.classes.png", "large.confidence.png",
+        "large.overlay.png",
+    ]  # fmt: skip
+    assert (out / "classes.txt").read_text().splitlines() == CLASSES
+    shown = np.array(Image.open(out / "large.classes.png").convert("RGB"))
+    sky = pixels(out / "large.classes.png") == 1
+    if sky.any():
+        assert (shown[sky] == [0, 128, 255]).all()
+
+
+def test_confidence_is_the_classes_probability(run, pictures, names, tmp_path):
+    """Where patches are certain it is high; summed over all classes it would be 1 everywhere."""
+    image = pictures / "large.png"
+    assert main([str(run), str(image), "--out", str(tmp_path / "o"), "--names", str(names)]) == 0
+    found = pixels(tmp_path / "o" / "large.confidence.png") / 255.0
+    classes = pixels(tmp_path / "o" / "large.classes.png")
+    segmenter = Segmenter.load(run, "cpu")
+    predict, image_pixels, *_ = segmenter.at_training_scale(read_image(image))
+    logits, _ = predict(image_pixels[None])
+    shares = segmenter.probabilities(logits[0].float())
+    table = read_names(names).class_of()
+    for label in np.unique(classes):
+        coarse = shares[np.flatnonzero(table == label)].sum(0)
+        inside = found[classes == label]
+        assert coarse.min() - 0.003 <= inside.min()
+        assert inside.max() <= coarse.max() + 0.003
+    assert found.max() > found.min()
+
+
+def test_coco_is_read_by_pycocotools(written):
+    """Areas and boxes are the pixels'; runs are exact, polygons nearly."""
+    COCO = pytest.importorskip("pycocotools.coco").COCO
+    out = written("coco,coco-rle")
+    for file, least in (("coco.json", 0.9), ("coco-rle.json", 1.0)):
+        coco = COCO(str(out / file))
+        assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == CLASSES
+        assert len(coco.getImgIds()) == 3
+        for image in coco.loadImgs(coco.getImgIds()):
+            assert image["file_name"] in ("trip/wide.png", "trip/tall.jpg", "trip/large.png")
+            name = Path(image["file_name"]).with_suffix("")
+            classes = pixels(out / f"{name}.classes.png")
+            assert classes.shape == (image["height"], image["width"])
+            drawn = np.full_like(classes, 255)
+            for annotation in coco.loadAnns(coco.getAnnIds(image["id"])):
+                mask = coco.annToMask(annotation).astype(bool)
+                drawn[mask] = annotation["category_id"] - 1
+                if least == 1:
+                    assert annotation["area"] == mask.sum() >= MIN_AREA
+                    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                    box = [cols[0], rows[0], np.ptp(cols) + 1, np.ptp(rows) + 1]
+                    assert annotation["bbox"] == box
+            assert (drawn == classes).mean() >= least
+
+
+def test_labelme_is_read_by_labelme(written, monkeypatch):
+    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+    out = written("labelme")
+    files = sorted(out.glob("labelme/trip/*.json"))
+    assert [f.name for f in files] == ["large.json", "tall.json", "wide.json"]
+    reader = pytest.importorskip("labelme._label_file", exc_type=ImportError)
+    for file in files:
+        label = reader.read_label_file(str(file))
+        classes = pixels(out / "trip" / f"{file.stem}.classes.png")
+        assert label.image_data  # found beside
+        drawn = np.full_like(classes, 255)
+        for shape in label.shapes:
+            from labelme.utils import shape_to_mask
+
+            drawn[shape_to_mask(classes.shape, shape["points"], "polygon")] = CLASSES.index(
+                shape["label"]
+            )
+        assert (drawn == classes).mean() > 0.85
+
+
+def test_cvat_is_read_by_datumaro(written, tmp_path):
+    datumaro = pytest.importorskip("datumaro")
+    out = written("cvat")
+    os.symlink(tmp_path / "photos", out / "images")
+    found = datumaro.Dataset.import_from(str(out / "cvat.xml"), "cvat")
+    assert_masks(found, out)
+
+
+def test_voc_is_read_by_datumaro(written):
+    datumaro = pytest.importorskip("datumaro")
+    out = written("voc")
+    for reader in ("voc_instance_segmentation", "voc_segmentation"):
+        found = datumaro.Dataset.import_from(str(out / "voc"), reader)
+        assert_masks(found, out)
+    boxes = datumaro.Dataset.import_from(
+        str(out / "voc"), "voc_detection", coordinate_mode="voc-one-based"
+    )
+    for item in boxes:
+        classes = pixels(out / f"{item.id}.classes.png")
+        labels = boxes.categories()[datumaro.AnnotationType.label]
+        for box in item.annotations:
+            x, y, w, h = map(int, box.get_bbox())
+            label = CLASSES.index(labels[box.label].name)
+            inside = classes[y : y + h, x : x + w] == label
+            assert inside[0].any()
+            assert inside[-1].any()
+            assert inside[:, 0].any()
+            assert inside[:, -1].any()
+
+
+def assert_masks(dataset, out: Path) -> None:
+    """The masks of every image are its classes."""
+    import datumaro
+
+    labels = dataset.categories()[datumaro.AnnotationType.label]
+    assert len(dataset) == 3
+    for item in dataset:
+        classes = pixels(out / f"{item.id}.classes.png")
+        drawn = np.full_like(classes, 255)
+        for annotation in item.annotations:
+            if annotation.type != datumaro.AnnotationType.mask:
+                continue
+            name = labels[annotation.label].name
+            if name != "background":
+                drawn[annotation.image.astype(bool)] = CLASSES.index(name)
+        assert np.array_equal(drawn, classes)
+
+
+def test_what_was_written_is_not_read_again(run, pictures, names, tmp_path):
+    """Also where it lies among the photographs, in folders that are called as an image is."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("pycocotools")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(pictures / "wide.png", folder / "coco.png")
+    more = ["--formats", ",".join(FORMATS), "--names", str(names), "--recursive"]
+    for _ in range(2):
+        assert main([str(run), str(folder), "--out", str(folder), *more]) == 0
+        assert image_files([folder], recursive=True) == [folder / "coco.png"]
+    assert len(json.loads((folder / "coco.json").read_text())["images"]) == 1
+    assert (folder / "labelme" / "coco.json").exists()
+
+
+def test_voc_colours_are_the_publishers():
+    assert voc_colours()[[0, 1, 2, 3, 15, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [224, 224, 192],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--formats", "coco"], "--formats coco: expected --names FILE beside it"),
+        (["--min-area", "9"], "--min-area 9: expected --names FILE beside it"),
+        (["--min-area", "-1"], "--min-area -1: expected 0 or more pixels"),
+        (["--names", "no.yaml"], "no.yaml: no such file; python -m nefkern.atlas"),
+        (["--names", "NAMES", "--formats", "coco,yolo"], "--formats 'yolo': expected some of coco"),
+    ],
+)
+def test_mistakes_are_one_line(run, pictures, names, tmp_path, capsys, options, line):
+    options = [str(names) if option == "NAMES" else option for option in options]
+    out = tmp_path / "o"
+    assert main([str(run), str(pictures), "--out", str(out), *options]) == 2
+    assert line in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_names_of_another_run_are_refused(run, pictures, names, tmp_path, capsys):
+    names.write_text(names.read_text().replace("checkpoint: ", "checkpoint: other"))
+    arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
+    assert main(arguments) == 2
+    assert "checkpoint: names the clusters of another training" in capsys.readouterr().err
+
+
+def test_a_name_that_voc_cannot_hold(run, pictures, names, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    pytest.importorskip("pycocotools")
+    names.write_text(names.read_text().replace("sky", "sky:blue"))
+    arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
+    assert main([*arguments, "--formats", "voc"]) == 2
+    assert "--formats voc: the name 'sky:blue' cannot stand in" in capsys.readouterr().err
+    assert main([*arguments, "--formats", "coco"]) == 0
+    assert json.loads((tmp_path / "o" / "coco.json").read_text())["categories"][1]["name"]

@@ -1,0 +1,109 @@
+"""What the atlas says of clusters, against the segmenter's own answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nefkern.data import open_dataset
+from nefkern.naming.survey import PATCHES, TILE, _leading, pictures, survey
+from nefkern.runtime.errors import UserError
+from nefkern.segmentation.segmenter import Segmenter
+
+
+@pytest.fixture(scope="module")
+def surveyed(run, pictures):
+    segmenter, dataset = Segmenter.load(run, "cpu"), open_dataset("folder", root=pictures)
+    return segmenter, dataset, survey(segmenter, dataset, range(3), 3)
+
+
+def test_every_patch_is_counted_once(surveyed):
+    """Of an image that is one window."""
+    segmenter, dataset, _ = surveyed
+    index = dataset.names.index("large")
+    predict, pixels, window, _ = segmenter.at_training_scale(dataset.image(index))
+    assert max(pixels.shape[1:]) <= window
+    logits, extent = predict(pixels[None])
+    rows, cols = logits.shape[2:]
+    y = (torch.arange(rows) + 0.5) * extent[0] / rows < pixels.shape[1]
+    x = (torch.arange(cols) + 0.5) * extent[1] / cols < pixels.shape[2]
+    winner = logits[0].argmax(0)[y][:, x]
+    found = survey(segmenter, dataset, [index], 1)
+    total = winner.flatten().bincount(minlength=6).tolist()
+    assert [cluster.patches for cluster in found.clusters] == total
+    assert [cluster.images for cluster in found.clusters] == [int(n > 0) for n in total]
+
+
+def test_patches_lie_in_their_cluster(surveyed):
+    """The typical ones at least: at their centre the up-sampled map has their cluster."""
+    segmenter, dataset, found = surveyed
+    maps = {index: segmenter(dataset.image(index)) for index in range(3)}
+    right, wrong = 0, 0
+    for number, cluster in enumerate(found.clusters):
+        assert len(cluster.typical) == len(cluster.doubtful) == min(PATCHES, len(cluster.typical))
+        assert bool(cluster.patches) == bool(cluster.typical)
+        for patch in cluster.typical:
+            top, left, bottom, right_side = patch.box
+            height, width = maps[patch.image].shape
+            y = min(int((top + bottom) / 2), height - 1)
+            x = min(int((left + right_side) / 2), width - 1)
+            hit = maps[patch.image][y, x] == number
+            right, wrong = right + int(hit), wrong + int(not hit)
+        assert all(patch.rival != number for patch in cluster.doubtful)
+        assert cluster.where == sorted(cluster.where, key=lambda place: -place[1])
+    assert right > 5 * wrong
+
+
+def test_maps_show_the_clusters(surveyed):
+    segmenter, dataset, found = surveyed
+    for index, chart in found.maps.items():
+        clusters = segmenter(dataset.image(index)).numpy()
+        y = ((np.arange(chart.shape[0]) + 0.5) * clusters.shape[0] / chart.shape[0]).astype(int)
+        x = ((np.arange(chart.shape[1]) + 0.5) * clusters.shape[1] / chart.shape[1]).astype(int)
+        assert (chart == clusters[np.ix_(y, x)]).mean() > 0.6
+
+
+def test_similarity_is_that_of_centres(surveyed):
+    *_, found = surveyed
+    used = [cluster.patches > 0 for cluster in found.clusters]
+    assert np.allclose(np.diag(found.similarity)[used], 1, atol=1e-5)
+    assert np.allclose(found.similarity, found.similarity.T, atol=1e-6)
+    assert not found.similarity[~np.array(used)].any()
+
+
+def test_sheets_and_thumbnails(surveyed):
+    _, dataset, found = surveyed
+    sheets, thumbnails = pictures(found, dataset)
+    assert set(sheets) == {k for k, cluster in enumerate(found.clusters) if cluster.patches}
+    assert set(thumbnails) == set(found.maps)
+    for number, sheet in sheets.items():
+        assert sheet.size == (PATCHES * TILE, 2 * TILE)
+        tile = np.array(sheet)[:TILE, :TILE]
+        assert found.clusters[number].typical
+        assert (tile == [255, 255, 0]).all(-1).any(), "the patch is outlined"
+
+
+def test_leading_of_every_winner():
+    winner = np.array([2, 0, 2, 0, 2, 5])
+    score = np.array([0.1, 0.5, 0.9, 0.7, 0.8, 0.2])
+    assert _leading(winner, score, 1).tolist() == [3, 2, 5]
+    assert _leading(winner, score, 2).tolist() == [3, 1, 2, 4, 5]
+
+
+def test_long_images_and_bad_ones(run, photograph, tmp_path, caplog):
+    photograph(400, 40, 1).save(tmp_path / "strip.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    segmenter, dataset = Segmenter.load(run, "cpu"), open_dataset("folder", root=tmp_path)
+    found = survey(segmenter, dataset, range(2), 2)
+    assert "left out: " in caplog.text
+    assert found.images == 1
+    (chart,) = found.maps.values()
+    assert chart.shape == (6, 64)
+    clusters = segmenter(tmp_path / "strip.png").numpy()
+    x = ((np.arange(64) + 0.5) * 400 / 64).astype(int)
+    assert (chart[3] == clusters[23][x]).mean() > 0.5
+    Image.new("RGB", (3, 3)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match="none of the images could be read"):
+        survey(segmenter, dataset, range(2), 2)
