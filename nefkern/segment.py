@@ -140,8 +140,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
         raise UserError(f"--min-area {arguments.min_area}: expected 0 or more pixels")
     if arguments.names is not None and arguments.classes is not None:
         raise UserError(
-            f"--classes {arguments.classes}: expected none with --names, whose equal names say which "
-            "clusters are one"
+            f"--classes {arguments.classes}: expected none with --names, where equal names "
+            "say which clusters are one"
         )
     given = {"--formats": arguments.formats, "--min-area": arguments.min_area}
     for name, value in given.items():

@@ -206,6 +206,7 @@ def test_voc_colours_are_the_publishers():
         (["--formats", "coco"], "--formats coco: expected --names FILE beside it"),
         (["--min-area", "9"], "--min-area 9: expected --names FILE beside it"),
         (["--min-area", "-1"], "--min-area -1: expected 0 or more pixels"),
+        (["--names", "x.yaml", "--classes", "4"], "--classes 4: expected none with --names"),
         (["--names", "no.yaml"], "no.yaml: no such file; python -m nefkern.atlas"),
         (["--names", "NAMES", "--formats", "coco,yolo"], "--formats 'yolo': expected some of coco"),
     ],
