@@ -24,6 +24,10 @@ segmentation. With no option at all: a short run on photographs that come inside
 --method spectral computes instead of learning: one graph over the patches of all images, its exact
 leading eigenvectors, K-means on them, and their extension to any other image by Nyström's formula.
 For up to some thousand images; the folder it leaves serves every other command like a trained run.
+
+Between the two: --teacher spectral computes those eigenvectors first (RUN/teacher) and lets ψ learn
+them by regression, on augmented views too; --edges dataset trains by the paper's objective, on
+batches of images that the data set's graph joins, with its edges instead of the batch's own.
 """
 EXAMPLES = """\
 examples:
@@ -34,6 +38,8 @@ examples:
   python -m nefkern.train --data cityscapes --data-root DIR    one of the paper's data sets
   python -m nefkern.train --method spectral --data folder --data-root voc \\
       --backbone vit_small_patch14_dinov2 --high block:9 --crop 280 -K 128 --alpha 1 --amp
+  python -m nefkern.train --teacher spectral --no-gumbel --data folder --data-root voc \
+      --backbone vit_small_patch14_dinov2 --crop 280 -K 128 --views 2 --epochs 12 --amp
   torchrun --standalone --nproc_per_node=2 -m nefkern.train --data folder --data-root voc ...
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
   python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume

@@ -64,6 +64,7 @@ NEURAL_ONLY = frozenset((
     "graph_scope", "psi", "blocks", "heads", "head_dim", "mlp_hidden", "feature_map",
     "orthogonal_head", "gumbel", "temperature", "beta", "t", "min_norm", "epochs",
     "accumulate", "lr", "final_lr", "compile", "checkpoint_seconds",
+    "teacher", "teacher_share", "teacher_loss", "edges", "dataset_k",
 ))  # fmt: skip
 SPECTRAL_ONLY = frozenset(("eigenvectors", "cluster_on", "graph_images", "keep"))
 
@@ -71,6 +72,7 @@ SPECTRAL_ONLY = frozenset(("eigenvectors", "cluster_on", "graph_images", "keep")
 _GROUPS = {
     "eigenfunctions": "of ψ: --method neural; but -K is for both",
     "objective": "--method neural",
+    "data set's graph": "κ of the patches of all images, computed once: --method neural",
     "optimisation": "--method neural; but --batch-size, --amp, --device and --seed are for both",
     "eigenvectors": "--method spectral",
 }
@@ -137,7 +139,8 @@ class TrainOptions:
         0,
         "augmented views of each image, seen in turn, the same for every seed, so that their "
         "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper; "
-        "--method spectral takes all of them for its graph, with 0 one plain crop of each image",
+        "--method spectral and --edges dataset take all of them for their graph, with 0 one plain "
+        "crop of each image",
         "data",
     )
     strict: bool = _option(
@@ -216,6 +219,46 @@ class TrainOptions:
         "process's share of the batch; global, those of the whole batch",
         "graph",
         choices=("rank", "global"),
+    )
+
+    # data set's graph
+    teacher: str = _option(
+        "none",
+        "spectral: compute the leading eigenvectors of the data set's κ, as --method spectral does "
+        "(one plain crop of each image; kept in RUN/teacher, a run of its own), and let ψ learn "
+        "them by regression: every training view, augmented or not, is labelled by Nyström's "
+        "extension. What comes after those steps (--teacher-share) is training as usual, from that "
+        "start; with --no-gumbel K-means on ψ's outputs makes the clusters, else their argmax",
+        "data set's graph",
+        choices=("none", "spectral"),
+    )
+    teacher_share: float | None = _option(
+        None,
+        "share of the steps, the first ones, that are regression, in (0, 1] [1]",
+        "data set's graph",
+    )
+    teacher_loss: str = _option(
+        "rows",
+        "of the regression: rows, 1 − cosine of a patch's outputs and targets; values, their "
+        "squared difference",
+        "data set's graph",
+        choices=("rows", "values"),
+    )
+    edges: str = _option(
+        "batch",
+        "batch: κ is made anew of each batch of random images; dataset: batches are drawn along "
+        "the edges of the data set's κ (computed once, kept in RUN/graph.safetensors), groups of "
+        "joined images together, and see that κ among their patches, weighted so that R = "
+        "Ψκ(F,F)Ψᵀ is estimated without bias; images are then seen in the crops that are the "
+        "graph's nodes: --views of each, with 0 one plain crop",
+        "data set's graph",
+        choices=("batch", "dataset"),
+    )
+    dataset_k: str = _option(
+        "64",
+        "feature neighbours of a patch in the data set's κ, among the patches of all images: a "
+        "number, or a share of them; for --teacher and --edges dataset",
+        "data set's graph",
     )
 
     # eigenvectors
@@ -380,7 +423,8 @@ class TrainOptions:
     @property
     def augmented(self) -> bool:
         """Whether views are augmented: those of the data set's κ are only if asked for."""
-        return self.augment and (self.method == "neural" or self.views > 0)
+        new_views = self.method == "neural" and self.edges == "batch"
+        return self.augment and (new_views or self.views > 0)
 
     @property
     def kind(self) -> str:
@@ -393,6 +437,18 @@ class TrainOptions:
     def num_views(self) -> int:
         """Different views of each image; 0: new ones in every epoch."""
         return self.views if self.augmented else 1
+
+    @property
+    def regression_share(self) -> float:
+        """Share of the steps, the first ones, in which ψ learns from its teacher; 0 without one."""
+        if self.teacher == "none":
+            return 0.0
+        return 1.0 if self.teacher_share is None else self.teacher_share
+
+    @property
+    def batch_kappa(self) -> bool:
+        """Whether a step of the training makes κ of its batch."""
+        return self.edges == "batch" and self.regression_share < 1
 
     def kept(self, rows: int) -> int:
         """How many of the patches ``--keep`` keeps for the extension.
@@ -445,7 +501,33 @@ class TrainOptions:
         parse_input_size(self.input_size)
         self.graph()
         self.temperatures()
+        self._check_dataset_graph()
         self.kept(sys.maxsize)
+
+    def _check_dataset_graph(self) -> None:
+        """Refuse what makes no sense of a teacher, and of the data set's edges."""
+        from nefkern.images.graph import resolve_neighbours
+
+        resolve_neighbours(self.dataset_k, sys.maxsize, flag="--dataset-k")
+        if self.teacher_share is not None:
+            if not 0 < self.teacher_share <= 1:
+                raise UserError(
+                    f"--teacher-share {self.teacher_share}: expected more than 0 and at most 1"
+                )
+            if self.teacher == "none":
+                raise UserError(
+                    f"--teacher-share {self.teacher_share}: expected --teacher spectral beside it"
+                )
+        if self.edges == "dataset" and self.batch_size < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size}: expected at least 2 with --edges dataset, whose "
+                "batches are made of pairs of images"
+            )
+        if self.edges == "dataset" and self.accumulate > 1:
+            raise UserError(
+                f"--accumulate {self.accumulate}: expected 1 with --edges dataset; take a larger "
+                "--batch-size instead"
+            )
 
 
 _LEAST = {

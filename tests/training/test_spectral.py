@@ -288,22 +288,6 @@ def test_defaults_of_the_method_give_way_to_what_is_said():
 # ---- the commands ----
 
 
-@pytest.fixture
-def annotated(photos):
-    """The photographs with annotations of two classes."""
-    for split in ("train", "val"):
-        (photos / "annotations" / split).mkdir(parents=True)
-        (photos / "images" / split).mkdir(exist_ok=True)
-    for path in (photos / "images" / "train").iterdir():
-        image = Image.open(path)
-        image.save(photos / "images" / "val" / path.name)
-        labels = Image.fromarray((np.array(image)[..., 0] > 100).astype(np.uint8))
-        for split in ("train", "val"):
-            labels.save(photos / "annotations" / split / path.name)
-    (photos / "classes.txt").write_text("dark\nlight\n")
-    return photos
-
-
 def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     run = tmp_path / "run"
     common = ["--data", "folder", "--data-root", str(annotated), "--crop", "64", "--k", "8"]
