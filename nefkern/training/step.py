@@ -259,5 +259,5 @@ class Graph(NamedTuple):
 
 
 def _packed(graphs: list[Graph]) -> Tensor:
-    """``[graphs, 6 + K]``: one message from the device a step; each would wait for all before it."""
+    """``[graphs, 6 + K]``: one message from the device a step, not one a figure."""
     return torch.stack([torch.cat([figures, live.to(figures.dtype)]) for figures, live in graphs])
