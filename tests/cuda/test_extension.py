@@ -63,6 +63,7 @@ def test_cuda_kernels_are_the_first_choice_on_a_gpu(monkeypatch, name):
             "add": (*graph, *graph, 1.0),
             "spmm": (*graph, x, True),
             "kappa": (indices, None, indices, 4, 0.3, 0.0),
+            "kappa_padded": (indices, None, indices, 4, 0.3, 0.0),
             "quadratic_form": (*graph, x, None, True),
             "neuralef_loss": (*graph, x, 0.1, 0.01),
         }[name]
