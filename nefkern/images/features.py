@@ -197,9 +197,8 @@ class Backbone(nn.Module):
         Convolutional networks are laid out channels last on a GPU, whose tensor cores want it. (On
         the CPU another layout would round differently.)
         """
-        model = _with_bfloat16_weights(self.model) if amp else self.model
-        if self.mean.is_cuda and not self.is_transformer:
-            model = model.to(memory_format=torch.channels_last)
+        channels_last = self.mean.is_cuda and not self.is_transformer
+        model = _prepared(self.model, half=amp, channels_last=channels_last)
         maps = functools.partial(self._maps, model)
         return functools.partial(self.maps_by, torch.compile(maps) if compiled else maps)
 
@@ -592,22 +591,27 @@ def _interpolation(model: nn.Module) -> str:
     return "bilinear" if told == "bilinear" else "bicubic"
 
 
-def _with_bfloat16_weights(model: nn.Module) -> nn.Module:
-    """The model, with bfloat16 weights in the layers that autocast runs in bfloat16.
+def _prepared(model: nn.Module, *, half: bool, channels_last: bool) -> nn.Module:
+    """The model with some of its weights in another form; it shares the others with the one given,
+    which stays as it is.
 
-    Autocast rounds the weights of such a layer in every call (it keeps the rounded ones only of
-    weights that are trained): half the kernels of a ViT's forward pass. All other parameters, and
-    the model given, stay as they are and are shared.
+    Args:
+        half: those of the layers that autocast runs in bfloat16 in bfloat16. Autocast rounds the
+            weights of such a layer in every call (it keeps the rounded ones only of weights that
+            are trained): half the kernels of a ViT's forward pass.
+        channels_last: those of convolutions laid out so.
     """
     shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared)
     for module in twin.modules():
         # Not of classes derived from these: they may compute something of their weights.
-        if type(module) not in (nn.Linear, nn.Conv2d):
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            rounded = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
-            setattr(module, name, rounded)
+        rounded = half and type(module) in (nn.Linear, nn.Conv2d)
+        for name, weight in list(module.named_parameters(recurse=False)):
+            form = weight.to(torch.bfloat16) if rounded else weight
+            if channels_last and weight.ndim == 4:
+                form = form.contiguous(memory_format=torch.channels_last)
+            if form is not weight:
+                setattr(module, name, nn.Parameter(form.detach(), requires_grad=False))
     return twin
 
 

@@ -11,7 +11,7 @@ from nefkern import backends, ops
 from nefkern.ops import registry
 
 #: Operators with a CUDA kernel of their own; the others are made of these and of dense products.
-KERNELS = ("knn_cuda", "normalized_adjacency", "add", "kappa", "spmm")
+KERNELS = ("knn_cuda", "normalized_adjacency", "add", "kappa", "kappa_padded", "spmm")
 SERVED = ("knn", *KERNELS[1:], "quadratic_form", "neuralef_loss")
 
 
