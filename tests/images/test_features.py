@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -564,44 +566,38 @@ def test_no_folder_no_cache(backbone, images):
 
 
 class Casts(TorchDispatchMode):
-    """Counts conversions to another dtype."""
+    """Counts weights of linear and convolutional layers that are converted to another dtype."""
 
-    count = 0
+    def __init__(self, model):
+        super().__init__()
+        layers = [m for m in model.modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
+        self.weights = {w.data_ptr() for m in layers for w in m.parameters()}
+        self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default:
-            self.count += result.dtype != args[0].dtype
+        if function is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype:
+            self.count += args[0].data_ptr() in self.weights
         return result
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "test_vit", "test_efficientnet", "test_convnext", "resnet18"]
-)
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "resnet18"])
 def test_bfloat16_weights_are_autocasts(name):
-    """Bit for bit, and with the casts of activations alone."""
+    """Bit for bit, and without a cast of a weight in a call."""
     backbone = load_backbone(name, "random")
     weights = {key: w.clone() for key, w in backbone.state_dict().items()}
-    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     cache = FeatureCache(None, backbone, amp=True)
     cache(images)
-    with Casts() as plain, torch.autocast("cpu", torch.bfloat16):
+    with Casts(backbone) as plain, torch.autocast("cpu", torch.bfloat16):
         expected = backbone(images)
-    with Casts() as prepared:
+    with Casts(backbone) as prepared:
         found = cache(images)
     assert torch.equal(found.concat, expected.concat)
-    layers = [m for m in backbone.modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
-    saved = sum(
-        len(list(m.parameters(recurse=False))) for m in layers if m is not _unused(backbone)
-    )
-    assert plain.count - prepared.count == saved
+    assert plain.count > 5
+    assert prepared.count == 0
     assert all(torch.equal(w, weights[key]) for key, w in backbone.state_dict().items())
     assert {w.dtype for w in backbone.parameters()} == {torch.float32}
-
-
-def _unused(backbone: Backbone) -> torch.nn.Module | None:
-    """A layer that maps are had without."""
-    return getattr(backbone.model, "head", None)
 
 
 def test_weights_of_derived_layers_and_channels_last():
@@ -621,7 +617,8 @@ def test_weights_of_derived_layers_and_channels_last():
     torch.testing.assert_close(last(x), model(x))
 
 
-def test_a_compiled_backbone_gives_the_same_maps(images):
+def test_a_compiled_backbone_gives_the_same_maps(images, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     backbone = load_backbone("test_vit", "random")
     found = FeatureCache(None, backbone, compiled=True)(images)
     torch.testing.assert_close(found.concat, backbone(images).concat, rtol=1e-4, atol=1e-4)
