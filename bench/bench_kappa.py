@@ -1,9 +1,12 @@
-"""kappa from the neighbour lists of both graphs, against scipy.sparse and dense PyTorch."""
+"""kappa from the neighbour lists of both graphs, and its gradient, against scipy and PyTorch."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import scipy.sparse
+import torch
 
 from bench.graph_inputs import (
     ALPHA,
@@ -15,6 +18,7 @@ from bench.graph_inputs import (
     sizes_of,
 )
 from bench.harness import DEVICE, Work, on_reference
+from nefkern import backend
 
 
 def scipy_kappa(neighbours, similarities, pixels):
@@ -66,3 +70,30 @@ def test_kappa(race, size):
         sizes=sizes_of(size, graph),
         work=Work(moved),
     )
+
+
+def backward_of(values, weights, gradient):
+    """A call of it is the backward pass alone: from the values' gradient to the weights'."""
+    return lambda: torch.autograd.grad(values, weights, gradient, retain_graph=True)[0]
+
+
+def test_kappa_backward(race, size):
+    neighbours, similarities, pixels = lists(size)
+    weights = similarities.clone().requires_grad_()
+    graph = kappa(neighbours, weights, pixels)
+    values = graph.values
+    gradient = torch.randn(graph.nnz, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    ours = backward_of(values, weights, gradient)
+    contestants = {"nefkern": ours}
+    with backend("reference"):  # a backward pass is the backend's that its forward pass was
+        values = kappa(neighbours, weights, pixels).values
+    contestants["reference"] = backward_of(values, weights, gradient)
+    exact = contestants["reference"]()
+    assert (ours() - exact).abs().max() <= 1e-5 * exact.abs().max()
+    if graph.num_nodes <= DENSE_ROWS:
+        dense = dense_kappa(neighbours, weights, pixels)
+        whole = dataclasses.replace(graph, values=gradient).to_dense()
+        contestants["dense autograd"] = backward_of(dense, weights, whole)
+    moved = 8.0 * graph.nnz + neighbours.nbytes + 2.0 * similarities.nbytes
+    sizes = sizes_of(size, graph)
+    race("kappa, gradient of the similarities", contestants, sizes=sizes, work=Work(moved))

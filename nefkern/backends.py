@@ -26,8 +26,8 @@ AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 #: What the extension registers as ``torch.ops.nefkern_native``.
 NATIVE_OPERATORS = (
-    *("knn", "normalized_adjacency", "add", "kappa", "spmm", "sddmm"),
-    *("linear_attention", "linear_attention_backward"),
+    *("knn", "normalized_adjacency", "add", "kappa", "spmm", "sddmm", "linear_attention"),
+    *("normalized_adjacency_backward", "add_backward", "linear_attention_backward"),
 )
 #: And these, where it is built with CUDA.
 NATIVE_CUDA_OPERATORS = ("knn_cuda", "kappa_padded")

@@ -37,11 +37,11 @@ def describe() -> str:
         )
     lines.append("operators")
     for name, found in registry.implemented().items():
-        lines.append(f"  {name:<26} {', '.join(found)}")
+        lines.append(f"  {name:<30} {', '.join(found)}")
     lines.append("packaged backbones")
     for name, package in weights.PACKAGES.items():
         state = "installed" if package.path() else f"not installed: {package.install}"
-        lines.append(f"  {name:<26} {state}")
+        lines.append(f"  {name:<30} {state}")
     return "\n".join(lines)
 
 

@@ -81,6 +81,17 @@ void fill(const Row& longer, const Row& shorter, int32_t* columns, float* values
       });
 }
 
+// The gradient at the matrix's places of a row of the sum; false if one is missing there.
+bool gather(const Row& sum, const int32_t* columns, int64_t size, float* values) {
+  int64_t place = 0;
+  for (int64_t e = 0; e < size; ++e, ++place) {
+    place = gallop(sum, place, columns[e]);
+    if (place >= sum.size || sum.columns[place] != columns[e]) return false;
+    values[e] = sum.values[place];
+  }
+  return true;
+}
+
 // f(row number, longer row, shorter row) for all rows, in parallel.
 template <class F>
 void for_each_pair(const AddArgs& args, const F& f) {
@@ -115,6 +126,23 @@ void add_fill(const AddArgs& args) {
     fill(longer, shorter, args.columns + args.row_offsets[row],
          args.values + args.row_offsets[row]);
   });
+}
+
+bool add_backward(const AddBackwardArgs& args) {
+  const int64_t pieces = (args.num_nodes + kRowsAPiece - 1) / kRowsAPiece;
+  const int64_t work = args.sum.row_offsets[args.num_nodes] + args.num_nodes;
+  std::atomic<bool> valid{true};
+  for_each_piece(pieces, work < 16384 ? 1 : num_threads(), [&](int64_t piece, int64_t) {
+    const int64_t begin = piece * kRowsAPiece;
+    bool good = true;
+    for (int64_t row = begin; row < begin + kRowsAPiece && row < args.num_nodes; ++row) {
+      const int64_t first = args.row_offsets[row];
+      good &= gather(row_of(args.sum, 1.0f, row), args.columns + first,
+                     args.row_offsets[row + 1] - first, args.values + first);
+    }
+    if (!good) valid.store(false, std::memory_order_relaxed);
+  });
+  return valid.load();
 }
 
 }  // namespace nefkern::cpu::NEFKERN_ISA

@@ -45,6 +45,20 @@ size_t rerank_bytes(int64_t k, const FusedSizes& sizes) {
   return rerank_size(k) * sizeof(uint64_t) + sizes.capacity * sizeof(float);
 }
 
+// Rows [begin, end) of the queries, and their candidates: rows [first, last) of all.
+struct Segment {
+  int64_t begin, end, first, last;
+
+  int64_t rows() const { return end - begin; }
+  int64_t candidates() const { return last - first; }
+};
+
+Segment segment_of(const KnnArgs& args, int64_t s) {
+  const int64_t begin = args.offsets[s], end = args.offsets[s + 1];
+  if (!args.across()) return {begin, end, begin, end};
+  return {begin, end, args.n + args.database_offsets[s], args.n + args.database_offsets[s + 1]};
+}
+
 struct Memory {
   Rows rows{};
   Estimates estimates{};
@@ -61,24 +75,30 @@ bool direct(const KnnArgs& args) { return args.channels <= kDirectChannels; }
 Memory cut(const KnnArgs& args, void* memory) {
   Workspace workspace(memory);
   Memory space;
-  const int64_t n = args.n, depth = direct(args) ? round_up(std::max<int64_t>(args.channels, 1), 4)
-                                                 : round_up(args.channels, kStageDepth);
+  const int64_t n = args.n, all = n + (args.across() ? args.database_rows : 0);
+  const int64_t depth = direct(args) ? round_up(std::max<int64_t>(args.channels, 1), 4)
+                                     : round_up(args.channels, kStageDepth);
   space.rows = {args.features,
+                args.database,
                 args.channels,
-                workspace.take<float>(n * depth),
-                workspace.take<unsigned char>(n),
+                workspace.take<float>(all * depth),
+                workspace.take<unsigned char>(all),
+                workspace.take<int>(args.metric == KnnMetric::kInnerProduct ? all : 0),
                 workspace.take<int>(n),
                 workspace.take<int>(n),
                 workspace.take<unsigned>(1),
                 n,
+                args.across() ? n : 0,
+                all,
                 depth};
   int64_t longest = 1, fused_rows = 0, capacity = 0;
   for (int64_t s = 0; s < args.segments; ++s) {
-    const int64_t length = args.offsets[s + 1] - args.offsets[s];
-    longest = std::max(longest, length);
-    if (!knn_fuses(args, length)) continue;
-    fused_rows = std::max(fused_rows, std::min(length, args.tuning.chunk_rows));
-    capacity = std::max(capacity, fused_sizes(args, length).capacity);
+    const Segment segment = segment_of(args, s);
+    if (segment.rows() == 0) continue;
+    longest = std::max(longest, segment.candidates());
+    if (!knn_fuses(args, segment.candidates())) continue;
+    fused_rows = std::max(fused_rows, std::min(segment.rows(), args.tuning.chunk_rows));
+    capacity = std::max(capacity, fused_sizes(args, segment.candidates()).capacity);
   }
   if (!direct(args)) {
     space.width = round_up(longest, 4);
@@ -88,9 +108,9 @@ Memory cut(const KnnArgs& args, void* memory) {
     space.scores = workspace.take<float>(space.score_rows * space.width);
   }
   if (fused_rows > 0) {
-    space.estimates = {workspace.take<__half>(n * depth), workspace.take<float>(depth),
-                       workspace.take<float>(n),          workspace.take<float>(n),
-                       workspace.take<float>(n),          workspace.take<Maxima>(1)};
+    space.estimates = {workspace.take<__half>(all * depth), workspace.take<float>(depth),
+                       workspace.take<float>(all),          workspace.take<float>(all),
+                       workspace.take<float>(all),          workspace.take<Maxima>(1)};
     space.candidate_floats = 2 * fused_rows * capacity;
     float* both = workspace.take<float>(space.candidate_floats);
     space.candidates = {workspace.take<float>(fused_rows),
@@ -105,31 +125,32 @@ Memory cut(const KnnArgs& args, void* memory) {
   return space;
 }
 
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 class Knn {
  public:
   Knn(const KnnArgs& args, void* workspace, cudaStream_t stream)
       : args_(args),
         space_(cut(args, workspace)),
-        out_{args.values, args.indices, args.k, args.tuning.keep},
+        out_{args.values, args.indices, args.k, args.tuning.keep, space_.rows.candidates},
         select_size_(selection_size(std::min(args.k, args.tuning.keep))),
         launch_(stream) {}
 
   cudaError_t run() {
     prepare();
     if (direct(args_)) {
-      launch_(direct_rows<kEuclidean>, args_.n, kSelectThreads, select_bytes(), space_.rows,
+      launch_(direct_rows<kMetric>, args_.n, kSelectThreads, select_bytes(), space_.rows,
               args_.include_self, select_size_, out_);
       return launch_.error();
     }
     if (space_.candidate_floats > 0) estimate();
     int64_t waiting = 0;  // rows from here on are the baseline's
     for (int64_t s = 0; s < args_.segments; ++s) {
-      const int64_t begin = args_.offsets[s], end = args_.offsets[s + 1];
-      if (!knn_fuses(args_, end - begin)) continue;
+      const Segment segment = segment_of(args_, s);
+      const int64_t begin = segment.begin, end = segment.end;
+      if (begin == end || !knn_fuses(args_, segment.candidates())) continue;
       baseline(waiting, begin);
-      for (int64_t first = begin; first < end; first += args_.tuning.chunk_rows)
-        fused({begin, end, first, std::min(first + args_.tuning.chunk_rows, end)});
+      for (int64_t row = begin; row < end; row += args_.tuning.chunk_rows)
+        fused({segment.first, segment.last, row, std::min(row + args_.tuning.chunk_rows, end)});
       waiting = end;
     }
     baseline(waiting, args_.n);
@@ -140,42 +161,62 @@ class Knn {
   size_t select_bytes() const { return select_size_ * sizeof(uint64_t); }
 
   void prepare() {
-    const int64_t size = args_.n * args_.channels;
-    if constexpr (kEuclidean) {
+    if constexpr (kMetric != KnnMetric::kCosine) {
       launch_.zero(space_.rows.largest, sizeof(unsigned));
-      launch_(find_largest, std::min<int64_t>(tiles(size, 4 * kRowThreads), 2048), kRowThreads, 0,
-              args_.features, size, space_.rows.largest);
+      if (kMetric == KnnMetric::kEuclidean || !args_.across()) largest_of(args_.features, args_.n);
+      if (args_.across()) largest_of(args_.database, args_.database_rows);
     }
-    launch_(prepare_rows<kEuclidean>, tiles(args_.n, kRowWarps), kRowThreads, 0, args_.features,
-            args_.channels, args_.device_offsets, args_.segments, space_.rows);
+    launch_(prepare_rows<kMetric>, tiles(space_.rows.n, kRowWarps), kRowThreads, 0, space_.rows,
+            args_.device_offsets, args_.device_database_offsets, args_.segments);
+  }
+
+  void largest_of(const float* features, int64_t rows) {
+    const int64_t size = rows * args_.channels;
+    launch_(find_largest, std::min<int64_t>(tiles(size, 4 * kRowThreads), 2048), kRowThreads, 0,
+            features, size, space_.rows.largest);
   }
 
   void estimate() {
     launch_.zero(space_.estimates.maxima, sizeof(Maxima));
-    launch_(find_centre, space_.rows.depth / 32, kRowThreads, 0, space_.rows,
-            space_.estimates.centre);
-    launch_(pack_rows<kEuclidean>, tiles(args_.n, kRowWarps), kRowThreads, 0, space_.rows,
+    if constexpr (kMetric == KnnMetric::kInnerProduct) {
+      launch_.zero(space_.estimates.centre, space_.rows.depth * sizeof(float));
+    } else {
+      launch_(find_centre, space_.rows.depth / 32, kRowThreads, 0, space_.rows,
+              space_.estimates.centre);
+    }
+    launch_(pack_rows<kMetric>, tiles(space_.rows.n, kRowWarps), kRowThreads, 0, space_.rows,
             space_.estimates);
   }
 
   void baseline(int64_t first, int64_t last) {
-    if (first == last) return;
-    int64_t longest = 0;
-    for (int64_t s = 0; s < args_.segments; ++s)
-      if (args_.offsets[s] >= first && args_.offsets[s + 1] <= last)
-        longest = std::max(longest, args_.offsets[s + 1] - args_.offsets[s]);
-    // A tile's rows reach into the segments on both of its sides.
-    const int64_t columns = std::min(last - first, kTile + 2 * longest);
-    for (int64_t row = first; row < last; row += space_.score_rows)
-      exact({nullptr, nullptr, row, std::min(row + space_.score_rows, last)}, columns,
-            space_.scores);
+    for (int64_t row = first; row < last; row += space_.score_rows) {
+      const int64_t end = std::min(row + space_.score_rows, last);
+      exact({nullptr, nullptr, row, end}, tile_columns(row, end), space_.scores);
+    }
+  }
+
+  // The most columns of a tile of these rows: all that there are from its first row's candidates to
+  // its last row's.
+  int64_t tile_columns(int64_t first, int64_t last) const {
+    int64_t most = 0;
+    for (int64_t row = first; row < last; row += kTile) {
+      const int64_t end = segment_of(args_, segment_at(std::min(row + kTile, last) - 1)).last;
+      most = std::max(most, end - segment_of(args_, segment_at(row)).first);
+    }
+    return most;
+  }
+
+  // The segment that a row is in.
+  int64_t segment_at(int64_t row) const {
+    const int64_t* end = args_.offsets + args_.segments + 1;
+    return std::upper_bound(args_.offsets, end, row) - args_.offsets - 1;
   }
 
   void exact(const RowBlock& block, int64_t columns, float* scores) {
     const int64_t rows = block.last - block.first, column_tiles = tiles(columns, kTile);
-    launch_(exact_tile<kEuclidean>, tiles(rows, kTile) * column_tiles, kTileThreads, 0, space_.rows,
+    launch_(exact_tile<kMetric>, tiles(rows, kTile) * column_tiles, kTileThreads, 0, space_.rows,
             block, column_tiles, args_.include_self, scores, space_.width);
-    launch_(select_rows<kEuclidean>, rows, kSelectThreads, select_bytes(), space_.rows, block,
+    launch_(select_rows<kMetric>, rows, kSelectThreads, select_bytes(), space_.rows, block,
             static_cast<const float*>(scores), space_.width, select_size_, out_);
   }
 
@@ -191,8 +232,8 @@ class Knn {
             TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, chunk,
                      args_.include_self, Sample{}, column_tiles},
             static_cast<float*>(nullptr), candidates);
-    launch_(rerank_rows<kEuclidean>, rows, kSelectThreads, rerank_bytes(args_.k, sizes),
-            space_.rows, space_.estimates, chunk, candidates, rerank_size(args_.k), out_);
+    launch_(rerank_rows<kMetric>, rows, kSelectThreads, rerank_bytes(args_.k, sizes), space_.rows,
+            space_.estimates, chunk, candidates, rerank_size(args_.k), out_);
     redo(rows, length);
   }
 
@@ -212,9 +253,9 @@ class Knn {
               TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, part,
                        args_.include_self, sample, column_tiles},
               space_.scores, candidates);
-      launch_(set_thresholds<kEuclidean>, part.last - first, kSelectThreads,
-              size * sizeof(uint64_t), space_.rows, space_.estimates, part,
-              static_cast<const float*>(space_.scores), sizes.sample, sizes.rank, size, candidates);
+      launch_(set_thresholds<kMetric>, part.last - first, kSelectThreads, size * sizeof(uint64_t),
+              space_.rows, space_.estimates, part, static_cast<const float*>(space_.scores),
+              sizes.sample, sizes.rank, size, candidates);
     }
   }
 
@@ -240,8 +281,11 @@ class Knn {
 // Whether sizes and tuning make sense. What the offsets say is the caller's to see to.
 bool valid(const KnnArgs& args) {
   const KnnTuning& tuning = args.tuning;
-  return args.n >= 0 && args.n < int64_t{1} << 31 && args.channels >= 0 && args.segments >= 0 &&
-         args.k > 0 && (args.n == 0 || args.segments == 1 || args.device_offsets) &&
+  const bool known = args.device_offsets != nullptr;
+  const bool other_known = args.device_database_offsets != nullptr;
+  return args.n >= 0 && args.database_rows >= 0 && args.n + args.database_rows < int64_t{1} << 31 &&
+         args.channels >= 0 && args.segments >= 0 && args.k > 0 &&
+         (args.n == 0 || args.segments == 1 || known) && (!args.across() || known == other_known) &&
          tuning.fused_share > 0 && tuning.sample_share > 0 && tuning.keep > 0 &&
          tuning.keep <= kMaxKeep && tuning.chunk_rows > 0 && tuning.chunk_rows % kTile == 0;
 }
@@ -261,8 +305,15 @@ size_t knn_workspace(const KnnArgs& args) { return valid(args) ? cut(args, nullp
 cudaError_t knn(const KnnArgs& args, void* workspace, cudaStream_t stream) {
   if (!valid(args)) return cudaErrorInvalidValue;
   if (args.n == 0) return cudaSuccess;
-  return args.euclidean ? Knn<true>(args, workspace, stream).run()
-                        : Knn<false>(args, workspace, stream).run();
+  switch (args.metric) {
+    case KnnMetric::kCosine:
+      return Knn<KnnMetric::kCosine>(args, workspace, stream).run();
+    case KnnMetric::kEuclidean:
+      return Knn<KnnMetric::kEuclidean>(args, workspace, stream).run();
+    case KnnMetric::kInnerProduct:
+      return Knn<KnnMetric::kInnerProduct>(args, workspace, stream).run();
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace nefkern::cuda

@@ -1,4 +1,5 @@
-// k nearest neighbours by cosine similarity or Euclidean distance, within segments, on a GPU.
+// k nearest neighbours by cosine, Euclidean distance or inner product, within segments, on a GPU:
+// among the same rows, or in a database.
 //
 // Nothing here allocates, waits for the device or uses a stream but the one given.
 #pragma once
@@ -9,6 +10,8 @@
 #include "cuda/runtime.h"
 
 namespace nefkern::cuda {
+
+enum class KnnMetric { kCosine, kEuclidean, kInnerProduct };
 
 // How neighbours are found; the results are the same to the last bit.
 enum class KnnMethod {
@@ -36,16 +39,25 @@ struct KnnArgs {
   const int64_t* device_offsets;  // the same on the device; null if there is one segment
   int64_t segments;
   int64_t k;
-  bool euclidean;
-  bool include_self;
+  KnnMetric metric;
+  bool include_self;  // without a database
   KnnMethod method;
-  float* values;     // device, [n, k], best first; -inf (cosine) or +inf (euclidean) where missing.
-                     // A distance beyond the largest float is +inf, too
+  float* values;     // device, [n, k], best first; -inf, of distances +inf, where missing. What is
+                     // beyond the largest float is infinite, too
   int32_t* indices;  // device, [n, k]; -1 where missing
   KnnTuning tuning = {};
+  // The candidates, where they are not the rows themselves: [rows, channels], and their segments,
+  // as many. Every row of segment s is one for every row of segment s of the features.
+  const float* database = nullptr;  // device
+  int64_t database_rows = 0;        // with n below 2^31
+  // Host; not null: there is a database, maybe an empty one.
+  const int64_t* database_offsets = nullptr;
+  const int64_t* device_database_offsets = nullptr;  // the same; null if there is one segment
+
+  bool across() const { return database_offsets != nullptr; }
 };
 
-// Whether kAuto takes tensor cores for a segment of `length` rows.
+// Whether a segment of `length` candidates takes tensor cores.
 bool knn_fuses(const KnnArgs& args, int64_t length);
 
 // Bytes of the workspace that a call with these sizes needs; reads no device memory. 0 where knn()

@@ -11,18 +11,18 @@ namespace nefkern::cuda {
 constexpr int64_t kDirectChannels = 16;  // up to here
 
 // A block a row. Rows are so short that the candidates' come from the first-level cache.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __global__ void __launch_bounds__(kSelectThreads, 6)
     direct_rows(Rows rows, bool include_self, int size, Output out) {
   const int64_t i = blockIdx.x, begin = rows.begin[i];
-  const float unscale = kEuclidean ? 1 / scale_of(rows) : 1;
+  const float unscale = unscale_of<kMetric>(rows);
   const auto key_of = [&](int64_t at) {
     const int64_t j = begin + at;
     if (!rows.present[j] || (j == i && !include_self)) return kNoKey;
-    return sort_key(pair_value<kEuclidean>(rows, i, j, unscale), static_cast<int>(j));
+    return sort_key(pair_value<kMetric>(rows, i, j, unscale), static_cast<int>(j));
   };
   const int64_t total = rows.present[i] ? rows.end[i] - begin : 0;
-  write_lowest<kEuclidean>(out, i, dynamic_shared<uint64_t>(), size, total, key_of);
+  write_lowest<kMetric>(out, i, dynamic_shared<uint64_t>(), size, total, key_of);
 }
 
 // ---- many channels: a block of rows' scores by tiles, then a selection ----
@@ -95,8 +95,8 @@ __device__ __forceinline__ void write_four(float* scores, int64_t at, int64_t le
 
 // One tile of scores[r][j - begin of row r], the values of the block's rows with their segments'
 // rows, or kSmall; NaN for what is no candidate. Block (x, y): rows from 128 y on; columns from 128
-// x on, counted from the first row's segment.
-template <bool kEuclidean>
+// x on, counted from the first of the first row's candidates.
+template <KnnMetric kMetric>
 __global__ void __launch_bounds__(kTileThreads, 2)
     exact_tile(Rows rows, RowBlock block, int64_t column_tiles, bool include_self, float* scores,
                int64_t width) {
@@ -130,13 +130,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 #pragma unroll
       for (int p = 0; p < kEach; ++p)
 #pragma unroll
-        for (int q = 0; q < kEach; ++q)
-          total[p][q] = add_channel<kEuclidean>(total[p][q], x[p], y[q]);
+        for (int q = 0; q < kEach; ++q) total[p][q] = add_channel<kMetric>(total[p][q], x[p], y[q]);
     }
     __syncthreads();
   }
 
-  const float unscale = kEuclidean ? 1 / scale_of(rows) : 1;
+  const float unscale = unscale_of<kMetric>(rows);
 #pragma unroll
   for (int p = 0; p < kEach; ++p) {
     const int64_t r = r0 + ty + p % 4 + p / 4 * 64;
@@ -150,7 +149,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       for (int e = 0; e < 4; ++e) {
         const bool candidate = j + e < rows.n && rows.present[i] && rows.present[j + e] &&
                                (include_self || i != j + e);
-        value[e] = candidate ? value_of<kEuclidean>(total[p][4 * h + e], unscale) : kNoScore;
+        value[e] =
+            candidate ? value_of<kMetric>(rows, total[p][4 * h + e], i, j + e, unscale) : kNoScore;
       }
       write_four(scores + r * width, j - begin, length, value);
     }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 }
 
 // A block a row of the block of rows: its k best by their scores.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __global__ void __launch_bounds__(kSelectThreads, 8)
     select_rows(Rows rows, RowBlock block, const float* scores, int64_t width, int size,
                 Output out) {
@@ -169,10 +169,10 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   const auto key_of = [&](int64_t at) {
     float score = row[at];
     if (score != score) return kNoKey;
-    if (kEuclidean && score > 0) score = -small_distance(rows, i, begin + at);
+    if (kMetric == KnnMetric::kEuclidean && score > 0) score = -small_distance(rows, i, begin + at);
     return sort_key(score, static_cast<int>(begin + at));
   };
-  write_lowest<kEuclidean>(out, i, dynamic_shared<uint64_t>(), size, rows.end[i] - begin, key_of);
+  write_lowest<kMetric>(out, i, dynamic_shared<uint64_t>(), size, rows.end[i] - begin, key_of);
 }
 
 }  // namespace nefkern::cuda

@@ -18,7 +18,8 @@
 
 namespace nefkern::cuda {
 
-// Rows [first, last) of the segment [begin, end); `first - begin` is a multiple of kTile.
+// Rows [first, last), whose candidates are rows [begin, end): those of a database, all of them
+// further on, or their own segment's. Then `first - begin` is a multiple of kTile.
 struct Chunk {
   int64_t begin, end, first, last;
 };
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 // ---- thresholds ----
 
 // A block a row of the chunk: the `rank`-th best of its sample's scores, less twice the margin.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __global__ void __launch_bounds__(kSelectThreads, 8)
     set_thresholds(Rows rows, Estimates estimates, Chunk chunk, const float* sample_scores,
                    int64_t sample_size, int rank, int size, Candidates candidates) {
@@ -354,7 +355,7 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   if (threadIdx.x != 0) return;
   float threshold = kAnything;
   if (found == rank)
-    threshold = margin_of<kEuclidean>(rows, estimates, i).threshold_from(key_value(keys[rank - 1]));
+    threshold = margin_of<kMetric>(rows, estimates, i).threshold_from(key_value(keys[rank - 1]));
   candidates.threshold[r] = rows.present[i] ? threshold : kNothing;
   candidates.count[r] = 0;
 }
@@ -418,14 +419,14 @@ __device__ __forceinline__ float about_kth(const float* scores, int count, int k
 }
 
 // A block a row of the chunk: results, or a place on the list of rows to redo.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __global__ void __launch_bounds__(kSelectThreads, 8)
     rerank_rows(Rows rows, Estimates estimates, Chunk chunk, Candidates candidates, int size,
                 Output out) {
   const int64_t r = blockIdx.x, i = chunk.first + r;
   const int count = candidates.count[r], k = static_cast<int>(out.k);
   const float threshold = candidates.threshold[r];
-  if (!rows.present[i]) return write_places<kEuclidean>(out, i, 0, out.k, nullptr, 0);
+  if (!rows.present[i]) return write_places<kMetric>(out, i, 0, out.k, nullptr, 0);
   const auto redo = [&] {
     if (threadIdx.x == 0)
       candidates.redo[atomicAdd(candidates.redo_count, 1)] = static_cast<int>(i);
@@ -440,7 +441,7 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   if (threadIdx.x == 0) sums.kept = 0;
   __syncthreads();
   const float kth = about_kth(scores, count, k, sums);
-  const float bound = margin_of<kEuclidean>(rows, estimates, i).threshold_from(kth);
+  const float bound = margin_of<kMetric>(rows, estimates, i).threshold_from(kth);
   if (bound < threshold) return redo();
   const int kept = count_reached(scores, count, bound, sums);
   if (kept > size) return redo();
@@ -448,13 +449,13 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
     if (scores[c] >= bound)
       keys[atomicAdd(&sums.kept, 1)] = candidates.index[r * candidates.capacity + c];
   __syncthreads();
-  const float unscale = kEuclidean ? 1 / scale_of(rows) : 1;
+  const float unscale = unscale_of<kMetric>(rows);
   for (int c = threadIdx.x; c < kept; c += kSelectThreads) {
     const int j = static_cast<int>(keys[c]);
-    keys[c] = sort_key(pair_value<kEuclidean>(rows, i, j, unscale), j);
+    keys[c] = sort_key(pair_value<kMetric>(rows, i, j, unscale), j);
   }
   sort_keys(keys, kept);
-  write_places<kEuclidean>(out, i, 0, out.k, keys, min(kept, k));
+  write_places<kMetric>(out, i, 0, out.k, keys, min(kept, k));
 }
 
 }  // namespace nefkern::cuda

@@ -5,7 +5,8 @@
 //     <y_i, y_j>         = <d_i, d_j> + u_i + u_j,   u_i = <c, y_i> - |c|²/2
 //     -|y_i - y_j|² / 2  = <d_i, d_j> + u_i + u_j,   u_i = -|d_i|²/2
 // so one product of tiles serves both metrics. c is (about) the mean row: the d_i are short, and so
-// is the error.
+// is the error. Of inner products c is 0, and the y_i are features times powers of two: a query's
+// own, or one for all candidates.
 //
 // Margin. Only p_i, d_i rounded to float16, is multiplied: entries are below 4 whatever the input,
 // so its range suffices, and it has three bits more than bfloat16 at the same speed. With u = 2^-24
@@ -21,7 +22,8 @@
 // their maxima gives the margin m_i for all j. Numbers below float32's normal range count as lost:
 // C 2^-120 is far more than they can add up to. A distance is decided on as it is given back,
 // without the scale, where it may be rounded below the normal range: by 2^-150, which moves the
-// score by that, scaled, times the distance.
+// score by that, scaled, times the distance. So is an inner product, which has been summed with a
+// power of two taken out of either row, whatever the size of the others: within h |x_i| |x_j|.
 //
 // Small distances. The squares of differences below 2^-63 of the largest entry vanish, so where the
 // sum is below kSmallSquare the distance is computed from the rows as they came, in double: no
@@ -29,7 +31,9 @@
 //
 // Selection. Let s be a score that at least k candidates reach. Their values are at least s - m, so
 // the k-th best is, and whoever is among the k best has a score of at least s - 2m; for euclidean
-// the relative error of a squared value takes off 2.1 h (|s| + m) more.
+// the relative error of a squared value takes off 2.1 h (|s| + m) more. Values beyond the largest
+// float tie: of those at the upper end s is taken down to that float, and at the lower end everyone
+// is a candidate.
 #pragma once
 
 #include <cfloat>
@@ -37,6 +41,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cuda/knn.h"
 #include "cuda/warp.cuh"
 
 namespace nefkern::cuda {
@@ -58,16 +63,26 @@ __device__ __forceinline__ void atomic_max(unsigned* target, float x) {
 
 // ---- the rows that decide ----
 
+// Queries, then the database's rows where there is one.
 struct Rows {
-  const float* features;  // [n, channels]: as they came
+  const float* features;  // [queries, channels]: as they came
+  const float* database;  // [n - queries, channels]
   int64_t channels;
   float* values;           // y: [n, depth], padded with zeros; zeros where not finite
   unsigned char* present;  // [n]: whether all entries are finite
-  int* begin;              // [n]: the row's segment
+  int* exponent;           // [n]: of the power of two that was taken out of a row (inner product)
+  int* begin;              // [queries]: the row's candidates are rows [begin, end)
   int* end;
-  unsigned* largest;  // [1]: bits of the largest finite entry (euclidean)
+  unsigned* largest;   // [1]: bits of the largest finite entry (euclidean), of the candidates'
+                       // (inner product)
+  int64_t queries;     // n without a database
+  int64_t candidates;  // the first of all candidates: 0 or, with a database, `queries`
   int64_t n;
   int64_t depth;
+
+  __device__ const float* row(int64_t i) const {
+    return i < queries ? features + i * channels : database + (i - queries) * channels;
+  }
 };
 
 // The largest finite entry of `size`, in absolute value, into *largest, which is 0 before.
@@ -95,50 +110,16 @@ __device__ __forceinline__ float scale_of(const Rows& rows) {
   return power_of_two(__uint_as_float(*rows.largest));
 }
 
-// One warp a row: y_i, and its segment. A row of unit length has its largest entry divided out
-// first: no square overflows or vanishes.
-template <bool kEuclidean>
-__global__ void __launch_bounds__(kRowThreads)
-    prepare_rows(const float* features, int64_t channels, const int64_t* offsets, int64_t segments,
-                 Rows rows) {
-  const int64_t i = global_warp();
-  if (i >= rows.n) return;
-  const int lane = lane_id();
-  const float* x = features + i * channels;
-  float* y = rows.values + i * rows.depth;
-  float largest = 0;
-  bool finite = true;
-  for (int64_t c = lane; c < channels; c += kWarp) {
-    const float entry = fabsf(x[c]);
-    finite = finite && entry <= FLT_MAX;
-    largest = fmaxf(largest, entry);
-  }
-  finite = __all_sync(kAllLanes, finite);
-  float scale = 1, norm = 1;
-  if constexpr (kEuclidean) {
-    scale = scale_of(rows);
-  } else {
-    largest = warp_max(largest);
-    double total = 0;
-    if (finite && largest > 0) {
-      for (int64_t c = lane; c < channels; c += kWarp) {
-        const float entry = x[c] / largest;
-        total += static_cast<double>(entry) * entry;
-      }
-    } else {
-      largest = 1;
-    }
-    total = warp_sum(total);
-    if (total > 0) norm = static_cast<float>(sqrt(total));
-  }
-  for (int64_t c = lane; c < rows.depth; c += kWarp) {
-    const float entry = finite && c < channels ? x[c] : 0.0f;
-    y[c] = kEuclidean ? entry * scale : entry / largest / norm;
-  }
-  if (lane != 0) return;
-  rows.present[i] = finite;
+// The exponent that brings `largest` into [1, 2).
+__device__ __forceinline__ int exponent_of(float largest) {
+  return largest == 0 ? 0 : ilogbf(largest);
+}
+
+// Where row i's candidates are. `offsets`: of the queries' segments; `others`: of the database's.
+__device__ __forceinline__ void find_candidates(const Rows& rows, int64_t i, const int64_t* offsets,
+                                                const int64_t* others, int64_t segments) {
   if (!offsets) {  // one segment
-    rows.begin[i] = 0;
+    rows.begin[i] = static_cast<int>(rows.candidates);
     rows.end[i] = static_cast<int>(rows.n);
     return;
   }
@@ -151,13 +132,69 @@ __global__ void __launch_bounds__(kRowThreads)
       high = middle;
     }
   }
-  rows.begin[i] = static_cast<int>(offsets[low]);
-  rows.end[i] = static_cast<int>(offsets[low + 1]);
+  const int64_t* bounds = others ? others : offsets;
+  rows.begin[i] = static_cast<int>(rows.candidates + bounds[low]);
+  rows.end[i] = static_cast<int>(rows.candidates + bounds[low + 1]);
+}
+
+// One warp a row: y_i, and its candidates. A row of unit length has its largest entry divided out
+// first: no square overflows or vanishes.
+template <KnnMetric kMetric>
+__global__ void __launch_bounds__(kRowThreads)
+    prepare_rows(Rows rows, const int64_t* offsets, const int64_t* others, int64_t segments) {
+  const int64_t i = global_warp();
+  if (i >= rows.n) return;
+  const int lane = lane_id();
+  const float* x = rows.row(i);
+  float* y = rows.values + i * rows.depth;
+  float largest = 0;
+  bool finite = true;
+  for (int64_t c = lane; c < rows.channels; c += kWarp) {
+    const float entry = fabsf(x[c]);
+    finite = finite && entry <= FLT_MAX;
+    largest = fmaxf(largest, entry);
+  }
+  finite = __all_sync(kAllLanes, finite);
+  float scale = 1, norm = 1;
+  int exponent = 0;
+  if constexpr (kMetric == KnnMetric::kEuclidean) {
+    scale = scale_of(rows);
+  } else if constexpr (kMetric == KnnMetric::kInnerProduct) {
+    largest = warp_max(largest);
+    if (finite) exponent = exponent_of(largest);
+  } else {
+    largest = warp_max(largest);
+    double total = 0;
+    if (finite && largest > 0) {
+      for (int64_t c = lane; c < rows.channels; c += kWarp) {
+        const float entry = x[c] / largest;
+        total += static_cast<double>(entry) * entry;
+      }
+    } else {
+      largest = 1;
+    }
+    total = warp_sum(total);
+    if (total > 0) norm = static_cast<float>(sqrt(total));
+  }
+  for (int64_t c = lane; c < rows.depth; c += kWarp) {
+    const float entry = finite && c < rows.channels ? x[c] : 0.0f;
+    if constexpr (kMetric == KnnMetric::kEuclidean) {
+      y[c] = entry * scale;
+    } else if constexpr (kMetric == KnnMetric::kInnerProduct) {
+      y[c] = ldexpf(entry, -exponent);
+    } else {
+      y[c] = entry / largest / norm;
+    }
+  }
+  if (lane != 0) return;
+  rows.present[i] = finite;
+  if constexpr (kMetric == KnnMetric::kInnerProduct) rows.exponent[i] = exponent;
+  if (i < rows.queries) find_candidates(rows, i, offsets, others, segments);
 }
 
 // ---- estimates ----
 
-// Bits of the largest |u|, |d|, r of all rows.
+// Bits of the largest |u|, |d|, r of all candidates.
 struct Maxima {
   unsigned offset, length, residual;
 };
@@ -190,16 +227,24 @@ __global__ void __launch_bounds__(kRowThreads) find_centre(Rows rows, float* cen
   centre[c] = sum / static_cast<float>(count);
 }
 
+// The exponent of the power of two by which x_i was divided for the estimates of inner products:
+// all candidates' is the same, so that a row's scores compare.
+__device__ __forceinline__ int packed_exponent(const Rows& rows, int64_t i) {
+  return i < rows.candidates ? rows.exponent[i] : exponent_of(__uint_as_float(*rows.largest));
+}
+
 // One warp a row: p, u, |d| and r.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __global__ void __launch_bounds__(kRowThreads) pack_rows(Rows rows, Estimates estimates) {
   const int64_t i = global_warp();
   if (i >= rows.n) return;
   const int lane = lane_id();
   const float* y = rows.values + i * rows.depth;
-  double length = 0, residual = 0, along = 0, middle = 0;
+  double unit = 1, length = 0, residual = 0, along = 0, middle = 0;
+  if constexpr (kMetric == KnnMetric::kInnerProduct)
+    unit = ldexp(1.0, rows.exponent[i] - packed_exponent(rows, i));
   for (int64_t c = lane; c < rows.depth; c += kWarp) {
-    const double entry = y[c], centre = estimates.centre[c], d = entry - centre;
+    const double entry = y[c] * unit, centre = estimates.centre[c], d = entry - centre;
     const __half p = __float2half_rn(static_cast<float>(d));
     const double rest = d - static_cast<double>(__half2float(p));
     estimates.packed[i * rows.depth + c] = p;
@@ -215,11 +260,12 @@ __global__ void __launch_bounds__(kRowThreads) pack_rows(Rows rows, Estimates es
   if (lane != 0) return;
   constexpr double kUp = 1 + 1e-6;  // covers the rounding of these sums and of the casts
   const bool there = rows.present[i];
-  const float u = static_cast<float>(kEuclidean ? -0.5 * length : along - 0.5 * middle);
+  const float u =
+      static_cast<float>(kMetric == KnnMetric::kEuclidean ? -0.5 * length : along - 0.5 * middle);
   estimates.offset[i] = there ? u : -kNothing;
   estimates.length[i] = there ? static_cast<float>(sqrt(length) * kUp) : 0.0f;
   estimates.residual[i] = there ? static_cast<float>(sqrt(residual) * kUp) : 0.0f;
-  if (!there) return;
+  if (!there || i < rows.candidates) return;
   atomic_max(&estimates.maxima->offset, fabsf(u));
   atomic_max(&estimates.maxima->length, estimates.length[i]);
   atomic_max(&estimates.maxima->residual, estimates.residual[i]);
@@ -229,18 +275,19 @@ __global__ void __launch_bounds__(kRowThreads) pack_rows(Rows rows, Estimates es
 struct Margin {
   double absolute;
   double relative;
-  double lowest;  // scores from here down are of distances beyond the largest float, which all tie
+  double lowest;   // scores from here down, and from `highest` up, are of values beyond the largest
+  double highest;  // float, which all tie
 
   // The threshold once k candidates reach `score`.
   __device__ float threshold_from(float score) const {
-    const double bound =
-        score - 2 * absolute - relative * (fabs(static_cast<double>(score)) + absolute);
+    const double reached = fmin(static_cast<double>(score), highest);
+    const double bound = reached - 2 * absolute - relative * (fabs(reached) + absolute);
     if (bound <= lowest) return kAnything;
     return fmaxf(kAnything, nextafterf(static_cast<float>(bound), -kNothing));
   }
 };
 
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __device__ Margin margin_of(const Rows& rows, const Estimates& estimates, int64_t i) {
   constexpr double kUnit = 1.0 / (1 << 24);
   const int64_t depth = rows.depth;
@@ -255,24 +302,32 @@ __device__ Margin margin_of(const Rows& rows, const Estimates& estimates, int64_
   const double rounding = residual * max_length + packed * max_residual;
   const double summing = gamma * packed * max_packed +
                          4 * kUnit * (fabs(static_cast<double>(estimates.offset[i])) + max_offset) +
-                         (kEuclidean ? 0 : 1.01 * value);
-  double lost = static_cast<double>(depth) * 0x1p-120, lowest = -HUGE_VAL;
-  if constexpr (kEuclidean) {
+                         (kMetric == KnnMetric::kCosine ? 1.01 * value : 0) +
+                         (kMetric == KnnMetric::kInnerProduct ? value * length * max_length : 0);
+  double lost = static_cast<double>(depth) * 0x1p-120, lowest = -HUGE_VAL, highest = HUGE_VAL;
+  if constexpr (kMetric == KnnMetric::kEuclidean) {
     const double smallest = 0x1p-149 * scale_of(rows);  // of values, scaled
     lost += smallest * (packed + max_packed + smallest);
     const double largest = 0x1.fffffep127 * scale_of(rows);  // the largest float, scaled
     lowest = -0.5 * (1 - 1e-5) * largest * largest;
   }
-  return {(rounding + summing + lost) * (1 + 1e-6), kEuclidean ? 2.1 * value : 0, lowest};
+  if constexpr (kMetric == KnnMetric::kInnerProduct) {
+    const int exponent = exponent_of(__uint_as_float(*rows.largest)) + packed_exponent(rows, i);
+    lost += ldexp(1.0, -149 - exponent);
+    highest = (1 - 1e-5) * ldexp(0x1.fffffep127, -exponent);
+    lowest = -highest;
+  }
+  return {(rounding + summing + lost) * (1 + 1e-6),
+          kMetric == KnnMetric::kEuclidean ? 2.1 * value : 0, lowest, highest};
 }
 
 // ---- values ----
 
 // One more channel of a pair's sum. Symmetric in x and y, and every sum is one chain in the order
 // of the channels: copies of a row tie exactly, and no tile or thread changes a value.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __device__ __forceinline__ float add_channel(float total, float x, float y) {
-  if constexpr (kEuclidean) {
+  if constexpr (kMetric == KnnMetric::kEuclidean) {
     const float difference = __fsub_rn(x, y);
     return __fmaf_rn(difference, difference, total);
   } else {
@@ -283,19 +338,33 @@ __device__ __forceinline__ float add_channel(float total, float x, float y) {
 constexpr float kSmallSquare = 0x1p-64f;
 constexpr float kSmall = 1;  // stands for the value of such a pair: no distance's minus is positive
 
-// What decides, greater is better: the cosine, or minus the distance, inf beyond the largest float;
-// kSmall where small_distance must say. `unscale`: 1 / scale_of(rows).
-template <bool kEuclidean>
-__device__ __forceinline__ float value_of(float total, float unscale) {
-  if constexpr (!kEuclidean) return total;
-  return total >= kSmallSquare ? -(__fsqrt_rn(total) * unscale) : kSmall;
+// What decides, greater is better: the cosine, the inner product, or minus the distance, infinite
+// beyond the largest float; kSmall where small_distance must say. `total`: of rows i and j;
+// `unscale`: 1 / scale_of(rows).
+template <KnnMetric kMetric>
+__device__ __forceinline__ float value_of(const Rows& rows, float total, int64_t i, int64_t j,
+                                          float unscale) {
+  if constexpr (kMetric == KnnMetric::kEuclidean) {
+    return total >= kSmallSquare ? -(__fsqrt_rn(total) * unscale) : kSmall;
+  } else if constexpr (kMetric == KnnMetric::kInnerProduct) {
+    return ldexpf(total, rows.exponent[i] + rows.exponent[j]);
+  } else {
+    return total;
+  }
+}
+
+template <KnnMetric kMetric>
+__device__ __forceinline__ float unscale_of(const Rows& rows) {
+  if constexpr (kMetric == KnnMetric::kEuclidean) return 1 / scale_of(rows);
+  return 1;
 }
 
 // |x_i - x_j|, of rows that are near for the size of their entries: no difference overflows.
 __device__ __forceinline__ float small_distance(const Rows& rows, int64_t i, int64_t j) {
-  const float* x = rows.features + i * rows.channels;
-  const float* y = rows.features + j * rows.channels;
+  const float* x = rows.row(i);
+  const float* y = rows.row(j);
   double total = 0;
+#pragma unroll 1  // rare, and registers are not
   for (int64_t c = 0; c < rows.channels; ++c) {
     const double difference = __fsub_rn(x[c], y[c]);
     total += difference * difference;
@@ -304,7 +373,7 @@ __device__ __forceinline__ float small_distance(const Rows& rows, int64_t i, int
 }
 
 // The value of rows i and j.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __device__ __forceinline__ float pair_value(const Rows& rows, int64_t i, int64_t j, float unscale) {
   const int64_t depth = rows.depth;  // rows are aligned to 16 bytes
   const float4* a = reinterpret_cast<const float4*>(rows.values + i * depth);
@@ -313,13 +382,13 @@ __device__ __forceinline__ float pair_value(const Rows& rows, int64_t i, int64_t
 #pragma unroll 4
   for (int64_t c = 0; c < depth / 4; ++c) {
     const float4 p = __ldg(a + c), q = __ldg(b + c);
-    total = add_channel<kEuclidean>(total, p.x, q.x);
-    total = add_channel<kEuclidean>(total, p.y, q.y);
-    total = add_channel<kEuclidean>(total, p.z, q.z);
-    total = add_channel<kEuclidean>(total, p.w, q.w);
+    total = add_channel<kMetric>(total, p.x, q.x);
+    total = add_channel<kMetric>(total, p.y, q.y);
+    total = add_channel<kMetric>(total, p.z, q.z);
+    total = add_channel<kMetric>(total, p.w, q.w);
   }
-  const float value = value_of<kEuclidean>(total, unscale);
-  return kEuclidean && value > 0 ? -small_distance(rows, i, j) : value;
+  const float value = value_of<kMetric>(rows, total, i, j, unscale);
+  return kMetric == KnnMetric::kEuclidean && value > 0 ? -small_distance(rows, i, j) : value;
 }
 
 }  // namespace nefkern::cuda

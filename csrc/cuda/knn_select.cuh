@@ -100,25 +100,26 @@ struct Output {
   float* values;  // [n, k]
   int* indices;   // [n, k]
   int64_t k;
-  int64_t keep;  // places found in one pass
+  int64_t keep;        // places found in one pass
+  int64_t candidates;  // the row that has index 0
 };
 
 // Writes places [first, last) of row i: `found` sorted keys, and marks for the missing ones.
-template <bool kEuclidean>
+template <KnnMetric kMetric>
 __device__ __forceinline__ void write_places(const Output& out, int64_t i, int64_t first,
                                              int64_t last, const uint64_t* keys, int found) {
   for (int64_t place = first + threadIdx.x; place < last; place += blockDim.x) {
     const bool there = place - first < found;
     const uint64_t key = there ? keys[place - first] : kNoKey;
     const float value = there ? key_value(key) : -kNothing;
-    out.values[i * out.k + place] = kEuclidean ? -value + 0.0f : value;
-    out.indices[i * out.k + place] = there ? key_index(key) : -1;
+    out.values[i * out.k + place] = kMetric == KnnMetric::kEuclidean ? -value + 0.0f : value;
+    out.indices[i * out.k + place] = there ? key_index(key) - static_cast<int>(out.candidates) : -1;
   }
 }
 
 // All k places of row i from a stream of its candidates' keys: `keep` at a time, each time those
 // after the last. So any k works, at the cost of ceil(k / keep) passes.
-template <bool kEuclidean, class KeyOf>
+template <KnnMetric kMetric, class KeyOf>
 __device__ __forceinline__ void write_lowest(const Output& out, int64_t i, uint64_t* keys, int size,
                                              int64_t total, const KeyOf& key_of) {
   uint64_t floor = 0;  // the key of a NaN: below all
@@ -127,7 +128,7 @@ __device__ __forceinline__ void write_lowest(const Output& out, int64_t i, uint6
     const int found = select_lowest(keys, size, keep, floor, total, key_of);
     // Once the candidates are exhausted only marks are left to write.
     const int64_t last = found < keep ? out.k : first + keep;
-    write_places<kEuclidean>(out, i, first, last, keys, found);
+    write_places<kMetric>(out, i, first, last, keys, found);
     if (found < keep) return;
     floor = keys[found - 1];
   }

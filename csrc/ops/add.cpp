@@ -50,12 +50,45 @@ std::tuple<Tensor, Tensor, Tensor, bool> add(const Tensor& row_offsets_a, const 
   return nefkern::assemble(a[1], args.num_nodes, args, count, nefkern::cpu::add_fill_for(isa));
 }
 
+// The gradient `grad` of a sum's values at the places of one of its two matrices, and whether the
+// sum has them all.
+std::tuple<Tensor, bool> add_backward(const Tensor& grad, const Tensor& row_offsets,
+                                      const Tensor& columns, const Tensor& own_offsets,
+                                      const Tensor& own_columns) {
+  const Tensor sum[] = {torch::stable::contiguous(row_offsets), torch::stable::contiguous(columns),
+                        torch::stable::contiguous(grad)};
+  const Tensor offsets = torch::stable::contiguous(own_offsets);
+  const Tensor column = torch::stable::contiguous(own_columns);
+  Tensor values = nefkern::large_empty(sum[2], {column.numel()}, sum[2].scalar_type());
+  STD_TORCH_CHECK(nefkern::is_csr(sum[0], sum[1], sum[2]) &&
+                      nefkern::is_csr(offsets, column, values) && sum[0].numel() == offsets.numel(),
+                  "add_backward: expected two graphs of as many nodes and a float32 gradient");
+  if (!nefkern::never_falls(sum[0], sum[1].numel()) ||
+      !nefkern::never_falls(offsets, column.numel()))
+    return {values, false};
+  const nefkern::cpu::AddBackwardArgs args{
+      .num_nodes = offsets.numel() - 1,
+      .sum = {sum[0].const_data_ptr<int64_t>(), sum[1].const_data_ptr<int32_t>(),
+              sum[2].const_data_ptr<float>()},
+      .row_offsets = offsets.const_data_ptr<int64_t>(),
+      .columns = column.const_data_ptr<int32_t>(),
+      .values = values.mutable_data_ptr<float>(),
+  };
+  return {values, nefkern::cpu::add_backward_for(nefkern::cpu::best_isa())(args)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nefkern_native, m) {
   m.def(
       "add(Tensor row_offsets_a, Tensor columns_a, Tensor values_a, Tensor row_offsets_b, Tensor "
       "columns_b, Tensor values_b, float alpha) -> (Tensor, Tensor, Tensor, bool)");
+  m.def(
+      "add_backward(Tensor grad, Tensor row_offsets, Tensor columns, Tensor own_offsets, Tensor "
+      "own_columns) -> (Tensor, bool)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(nefkern_native, CPU, m) { m.impl("add", TORCH_BOX(&add)); }
+STABLE_TORCH_LIBRARY_IMPL(nefkern_native, CPU, m) {
+  m.impl("add", TORCH_BOX(&add));
+  m.impl("add_backward", TORCH_BOX(&add_backward));
+}

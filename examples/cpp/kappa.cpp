@@ -118,7 +118,8 @@ void find(OnGpu<float>& points, int64_t n, int64_t channels, bool euclidean, Nei
   args.offsets = offsets;
   args.segments = 1;
   args.k = found.k;
-  args.euclidean = euclidean;
+  args.metric =
+      euclidean ? nefkern::cuda::KnnMetric::kEuclidean : nefkern::cuda::KnnMetric::kCosine;
   args.values = found.values.data();
   args.indices = found.indices.data();
   OnGpu<char> workspace(static_cast<int64_t>(knn_workspace(args)), stream);

@@ -7,7 +7,7 @@ import torch
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import CSRGraph, check_graph
-from nefkern.reference.csr import check_content, place_of, raise_invalid_content, row_of_entry
+from nefkern.reference.csr import check_content, raise_invalid_content
 
 
 def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
@@ -85,6 +85,46 @@ def _triton(*args):
     return add(*args)
 
 
+registry.define(
+    "add_backward(Tensor grad, Tensor row_offsets, Tensor columns, Tensor own_offsets, "
+    "Tensor own_columns) -> Tensor",
+    fake=lambda grad, _, __, own_offsets, own_columns: grad.new_empty(own_columns.shape),
+)
+
+
+@registry.kernel("add_backward", "cuda")
+@registry.kernel("add_backward", "triton")
+@registry.kernel("add_backward", "reference")
+def _reference_backward(*args):
+    """On a GPU as well: neither has a kernel of its own."""
+    return reference.add_backward(*args)
+
+
+@registry.kernel("add_backward", "cpu", accepts=lambda grad, *_: grad.dtype == torch.float32)
+def _cpu_backward(*args):
+    values, valid = torch.ops.nefkern_native.add_backward(*args)
+    if not valid:
+        raise_invalid_content()
+    return values
+
+
+def _setup_second(ctx, inputs, output) -> None:
+    grad, *structures = inputs
+    ctx.save_for_backward(grad, *structures)
+
+
+def _second(ctx, cotangent):
+    """The transposed selection, as the reference's derivative."""
+    if cotangent is None:
+        return (None,) * 5
+    grad, *structures = ctx.saved_tensors
+    pull_back = torch.func.vjp(lambda g: reference.add_backward(g, *structures), grad)[1]
+    return *pull_back(cotangent), None, None, None, None
+
+
+registry.autograd("add_backward", _second, _setup_second)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *graphs, ctx.alpha = inputs
     ctx.save_for_backward(*graphs, *output[:2])
@@ -97,10 +137,9 @@ def _backward(ctx, _offsets, _columns, grad):
     for first, weight in ((0, 1.0), (3, ctx.alpha)):
         if grad is None or not ctx.needs_input_grad[first + 2]:
             continue
-        own_offsets, own_columns, values = graphs[first : first + 3]
-        rows = row_of_entry(own_offsets, own_columns.shape[0])
-        place = place_of(row_offsets, columns, rows, own_columns)
-        found[first + 2] = (grad[place] * weight).to(values.dtype)
+        *own, values = graphs[first : first + 3]
+        part = registry.call("add_backward", grad, row_offsets, columns, *own)
+        found[first + 2] = (part * weight).to(values.dtype)
     return tuple(found)
 
 

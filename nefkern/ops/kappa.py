@@ -16,7 +16,7 @@ from nefkern.ops.normalized_adjacency import (
     fake_graph,
     triton_accepts,
 )
-from nefkern.reference.normalized_adjacency import check_indices, normalized_adjacency_gradient
+from nefkern.reference.normalized_adjacency import check_indices
 
 
 def kappa(
@@ -223,7 +223,9 @@ def _backward(ctx, _offsets, _columns, grad):
     """The pixel graph is a constant beside the feature graph, whose places are among kappa's."""
     if grad is None:
         return (None,) * 7
-    found = normalized_adjacency_gradient(grad, *ctx.saved_tensors, "mean", ctx.clamp_min)
+    found = registry.call(
+        "normalized_adjacency_backward", grad, *ctx.saved_tensors, "mean", ctx.clamp_min
+    )
     return None, found, None, None, None, None, None
 
 

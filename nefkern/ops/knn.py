@@ -45,8 +45,7 @@ def knn(
 
     On a GPU there are two ways, of the same accuracy: all values in IEEE float32, or only those of
     candidates that tensor cores choose. NEFKERN_KNN_CUDA ("baseline", "fused") and
-    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one. There a database and
-    "inner_product" are Triton's, or the reference's where Triton is missing.
+    NEFKERN_KNN_TRITON ("ieee", "preselect") insist on one.
 
     Args:
         features: [N, C], float16, bfloat16, float32 (all computed in float32) or float64.
@@ -215,7 +214,7 @@ TRITON_METHODS = ("auto", "ieee", "preselect")
 
 
 def _by_triton(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
-    rows = len(features) + (0 if database is None else len(database))  # counted together
+    rows = _counted_together(features, database)
     return _in_float32(features) and rows < 2**31
 
 
@@ -249,23 +248,27 @@ def _method(variable: str, methods: tuple[str, ...]) -> str:
 
 
 def _by_cuda(features, k, metric, segments, include_self, check_finite, database, *_) -> bool:
-    return _in_float32(features) and metric != "inner_product" and database is None
+    return _in_float32(features) and _counted_together(features, database) < 2**31
+
+
+def _counted_together(features: Tensor, database: Tensor | None) -> int:
+    """Rows of both, which the GPU's kernels number as one array."""
+    return len(features) + (0 if database is None else len(database))
 
 
 @registry.kernel("knn", "cuda", accepts=_by_cuda)
-def _cuda(features, k, metric, segments, include_self, check_finite, *_):
-    bounds = _check_values(features, segments, check_finite)[0]
-    segments = _on_device(segments, bounds, features.device)
-    method = CUDA_METHODS.index(_method("NEFKERN_KNN_CUDA", CUDA_METHODS))
-    return torch.ops.nefkern_native.knn_cuda(
-        features.float(),
-        torch.tensor(bounds),
-        segments,
-        k,
-        metric == "euclidean",
-        include_self,
-        method,
+def _cuda(features, k, metric, segments, include_self, check_finite, database, database_segments):
+    bounds = _check_values(features, segments, check_finite, database, database_segments)
+    offsets, other_offsets = (None if each is None else torch.tensor(each) for each in bounds)
+    there, other_there = (
+        _on_device(each, on_host, features.device)
+        for each, on_host in zip((segments, database_segments), bounds, strict=True)
     )
+    return torch.ops.nefkern_native.knn_cuda(
+        features.float(), offsets, there, k, METRICS.index(metric), include_self,
+        None if database is None else database.float(), other_offsets, other_there,
+        CUDA_METHODS.index(_method("NEFKERN_KNN_CUDA", CUDA_METHODS)),
+    )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,7 +8,8 @@ from torch import Tensor
 from nefkern import reference
 from nefkern.ops import checks, registry
 from nefkern.ops.csr import _MAX_NODES, CSRGraph
-from nefkern.reference.normalized_adjacency import check_indices, normalized_adjacency_gradient
+from nefkern.reference.csr import raise_invalid_content
+from nefkern.reference.normalized_adjacency import check_indices
 
 _SYMMETRIZE = ("mean", "union")
 
@@ -36,9 +37,9 @@ def normalized_adjacency(
     computed in exact arithmetic, and multiplying all weights by a number does not change it.
 
     The graph's values carry the gradient of ``weights``, as often as wanted, with the edges held
-    fixed: in closed form, in float64 and O(N k) memory. Where weights compete (duplicates, the two
-    directions of a union), it goes to the largest, evenly among equals. Weights that were clamped
-    and edges that were dropped have gradient 0.
+    fixed: in closed form, by float64 sums and O(N k) memory. Where weights compete (duplicates, the
+    two directions of a union), it goes to the largest, evenly among equals. Weights that were
+    clamped and edges that were dropped have gradient 0.
 
     Args:
         indices: int32 or int64 [N, k]; values -1 to N - 1.
@@ -176,6 +177,62 @@ def _triton(indices, weights, num_nodes, symmetrize, clamp_min, check_finite):
     return normalized_adjacency(indices, weights, num_nodes, symmetrize, clamp_min)
 
 
+registry.define(
+    "normalized_adjacency_backward(Tensor grad, Tensor indices, Tensor weights, "
+    "Tensor row_offsets, Tensor columns, str symmetrize, float clamp_min) -> Tensor",
+    fake=lambda grad, indices, weights, *_: torch.empty_like(
+        weights, memory_format=torch.contiguous_format
+    ),
+)
+
+
+@registry.kernel("normalized_adjacency_backward", "cuda")
+@registry.kernel("normalized_adjacency_backward", "triton")
+@registry.kernel("normalized_adjacency_backward", "reference")
+def _reference_backward(*args):
+    """On a GPU as well: neither has a kernel of its own."""
+    return reference.normalized_adjacency_backward(*args)
+
+
+def _cpu_backward_accepts(grad, indices, weights, *_) -> bool:
+    return torch.float64 not in (grad.dtype, weights.dtype)
+
+
+@registry.kernel("normalized_adjacency_backward", "cpu", accepts=_cpu_backward_accepts)
+def _cpu_backward(grad, indices, weights, row_offsets, columns, symmetrize, clamp_min):
+    found, valid = torch.ops.nefkern_native.normalized_adjacency_backward(
+        grad.float(), indices, weights.float(), row_offsets, columns, symmetrize == "union",
+        clamp_min,
+    )  # fmt: skip
+    if not valid:
+        check_indices(indices, indices.shape[0])
+        raise_invalid_content()
+    return found.to(weights.dtype)
+
+
+def _setup_second(ctx, inputs, output) -> None:
+    *tensors, ctx.symmetrize, ctx.clamp_min = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second(ctx, cotangent):
+    """Second derivatives, by differentiating the reference's formula for the first."""
+    if cotangent is None:
+        return (None,) * 7
+    grad, indices, weights, *graph = ctx.saved_tensors
+
+    def first(grad, weights):
+        return reference.normalized_adjacency_backward(
+            grad, indices, weights, *graph, ctx.symmetrize, ctx.clamp_min
+        )
+
+    of_grad, of_weights = torch.func.vjp(first, grad, weights)[1](cotangent)
+    return of_grad, None, of_weights, None, None, None, None
+
+
+registry.autograd("normalized_adjacency_backward", _second, _setup_second)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     indices, weights, _, ctx.symmetrize, ctx.clamp_min, _ = inputs
     ctx.save_for_backward(indices, weights, *output[:2])
@@ -184,7 +241,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, _offsets, _columns, grad):
     if grad is None:
         return (None,) * 6
-    found = normalized_adjacency_gradient(grad, *ctx.saved_tensors, ctx.symmetrize, ctx.clamp_min)
+    found = registry.call(
+        "normalized_adjacency_backward", grad, *ctx.saved_tensors, ctx.symmetrize, ctx.clamp_min
+    )
     return None, found, None, None, None, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nefkern.reference.csr import compress, merge_entries, row_of_entry
+from nefkern.reference.csr import compress, merge_entries, place_of, row_of_entry
 
 
 def add(
@@ -33,3 +33,11 @@ def add(
         "sum",
     )
     return compress(rows, num_nodes), columns.to(torch.int32), values.to(dtype)
+
+
+def add_backward(
+    grad: Tensor, row_offsets: Tensor, columns: Tensor, own_offsets: Tensor, own_columns: Tensor
+) -> Tensor:
+    """The gradient ``grad`` [nnz] of a sum's values at the places of one of its two matrices."""
+    rows = row_of_entry(own_offsets, own_columns.shape[0])
+    return grad[place_of(row_offsets, columns, rows, own_columns)]

@@ -71,14 +71,14 @@ def _edges(indices: Tensor, weights: Tensor | None, clamp_min: float) -> tuple[T
     return rows[kept], columns[kept], clamped[kept]
 
 
-def normalized_adjacency_gradient(
+def normalized_adjacency_backward(
     grad: Tensor,
     indices: Tensor,
     weights: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
     symmetrize: str,
-    clamp_min: float | Tensor,
+    clamp_min: float,
 ) -> Tensor:
     """dL/dweights [N, k] from ``grad`` = dL/dvalues [nnz], the structure held fixed.
 

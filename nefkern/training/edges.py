@@ -380,7 +380,10 @@ def edges_of(options: TrainOptions, run: Run, parts: Parts) -> DatasetEdges:
     """
     graph = DatasetGraph.load(run) if run.is_begun else None  # else perhaps of other options
     if graph is None:
-        asked = spectral_options(options, run.folder, views=options.views if options.augment else 0)
+        views = options.views if options.augment else 0
+        # The κ of the batches, seen whole: features as they come, of every image.
+        whole = {"standardize": False, "graph_images": len(parts.dataset)}
+        asked = spectral_options(options, run.folder, views=views, **whole)
         graph = _GraphTrainer(asked, run, parts).graph()
         graph.save(run)
     edges = DatasetEdges(graph.to(parts.device), parts.dataset, options)

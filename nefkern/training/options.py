@@ -106,7 +106,8 @@ class TrainOptions:
         "spectral: one κ over all patches of all images, its exact leading eigenvectors, K-means "
         "on them, and their Nyström extension to other images: no training, minutes become "
         "seconds, better segments (docs/quality.md); auto: spectral for samples and folder, unless "
-        "an option of ψ is given or several processes work; neural for the paper's data sets",
+        "an option of ψ or a share for --k is given or several processes work; neural for the "
+        "paper's data sets",
         "method",
         choices=("auto", "neural", "spectral"),
         shown="auto",
@@ -167,8 +168,8 @@ class TrainOptions:
         "graph features: of a transformer final (after the last norm), block:N (a block's output, "
         "before any norm), keys:N (of a block's attention), keys (of the last one's), late (the "
         "block three quarters of the way through, which knows parts best); of other networks "
-        "stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for DINO v1, "
-        "else final [spectral: late]",
+        "stage:N, or late (the last two); N from 0; several side by side, as block:8,block:11; "
+        "auto: keys for DINO v1, else final [spectral: late]",
         "backbone",
         metavar="MAPS",
     )
@@ -593,29 +594,32 @@ def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
         UserError: an unknown key, a value of the wrong type, an option out of range.
     """
     given = {**(read_config(config) if config else {}), **flags}
-    given["method"] = _method(given)
+    given["method"], why = _method(given)
     _check_method(given["method"], flags)
     usual = SPECTRAL if given["method"] == "spectral" else {}
     options = TrainOptions(**{**PRESETS[given.get("data", "samples")], **usual, **given})
     options.check()
+    if why:
+        log.info("--method %s, since %s", options.method, why)
     return options
 
 
-def _method(given: dict[str, Any]) -> str:
-    """What ``--method auto`` stands for."""
+def _method(given: dict[str, Any]) -> tuple[str, str]:
+    """What ``--method auto`` stands for, and why if it is not for the data alone."""
     asked = given.get("method", "auto")
     if asked != "auto":
-        return asked
+        return asked, ""
     if given.get("data", "samples") not in OWN_PICTURES:
-        return "neural"
+        return "neural", ""
     of_psi = sorted(NEURAL_ONLY & set(given))
     if of_psi:
-        log.info("--method neural, since --%s is an option of ψ", of_psi[0].replace("_", "-"))
-    elif os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
-        log.info("--method neural, since several processes work")
-    else:
-        return "spectral"
-    return "neural"
+        return "neural", f"--{of_psi[0].replace('_', '-')} is an option of ψ"
+    k = str(given.get("k", "")).strip()
+    if k.endswith("%"):
+        return "neural", f"--k {k} is a share of a batch's patches"
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
+        return "neural", "several processes work"
+    return "spectral", ""
 
 
 def _check_method(method: str, flags: dict[str, Any]) -> None:

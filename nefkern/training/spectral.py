@@ -76,9 +76,9 @@ class SpectralTrainer:
         self.parts = parts or Parts.of(options, run)
         self.dataset, self.backbone = self.parts.dataset, self.parts.backbone
         self.interrupts = Interrupts()
-        self.indices: list[int] = []  # of the images, crop by crop, once they are read
         self.chosen = self._chosen()
         self._check(self._views() * len(self.chosen) * self._cells())
+        self.indices: list[int] = []  # of the images, crop by crop, once they are read
         self.tensors, self.reached = self._open()
 
     @property
@@ -228,7 +228,7 @@ class SpectralTrainer:
         tensors, joined = {}, torch.cat(rows)
         del rows
         if self._scaled:
-            scale = ChannelScale.of(joined)
+            scale = ChannelScale.of(joined, () if self._every else self.backbone.high_widths)
             tensors = {f"channels.{name}": tensor for name, tensor in scale.state().items()}
             joined = torch.cat(
                 [unit_rows(scale(part)).to(self._dtype()) for part in joined.split(_BLOCK)]

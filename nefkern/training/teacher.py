@@ -70,6 +70,7 @@ def spectral_options(options: TrainOptions, folder: object, **changes: object) -
     and pixel graphs; ``--dataset-k`` neighbours, and one plain crop of each image."""
     others = NEURAL_ONLY | SPECTRAL_ONLY  # a file may hold any of both
     usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in others}
+    usual |= {"eigenvectors": options.num_eigenfunctions, "cluster_on": "vectors"}  # ψ's K
     usual |= {"k": options.dataset_k, "views": 0, "resume": True, "out": str(folder)}
     return dataclasses.replace(options, **usual | {"method": "spectral"} | changes)
 

@@ -116,11 +116,12 @@ def recorded(op: str, **numbers: float) -> Recorded:
 #: Every kernel runs in one of these, at the paper's size: N = 14,400, k = 256, K = 256.
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 BASELINE, FUSED = 1, 2
+COSINE, EUCLIDEAN, INNER_PRODUCT = METRICS = 0, 1, 2
 PAPER = [
-    *(("knn", {"n": 14400, "k": 256, "method": m, "euclidean": e})
-      for m in (BASELINE, FUSED) for e in (0, 1)),
-    *(("knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16, "euclidean": e})
-      for e in (0, 1)),
+    *(("knn", {"n": 14400, "k": 256, "method": m, "metric": e})
+      for m in (BASELINE, FUSED) for e in METRICS),
+    *(("knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16, "metric": e})
+      for e in METRICS),
     *(("normalized_adjacency", {"n": 14400, "k": 256, "wide": w}) for w in (0, 1)),
     *(("kappa", {"n": 14400, "k": 256, "near": 15, "wide": w}) for w in (0, 1)),
     ("add", {"n": 14400, "nnz": 4_550_000}),

@@ -42,10 +42,21 @@ cudaError_t run_knn() {
   args.device_offsets = args.segments > 1 ? device<int64_t>() : nullptr;
   args.features = device<float>(4);
   args.k = number("k");
-  args.euclidean = number("euclidean") != 0;
+  args.metric = static_cast<KnnMetric>(number("metric"));
   args.method = static_cast<KnnMethod>(number("method"));
   args.values = device<float>();
   args.indices = device<int32_t>();
+  std::vector<int64_t> others;
+  args.database_rows = number("database", -1);
+  if (args.database_rows >= 0) {
+    for (int64_t s = 0; s <= args.segments; ++s)
+      others.push_back(s * args.database_rows / args.segments);
+    args.database = device<float>(4);
+    args.database_offsets = others.data();
+    args.device_database_offsets = args.segments > 1 ? device<int64_t>() : nullptr;
+  } else {
+    args.database_rows = 0;
+  }
   args.tuning.chunk_rows = number("chunk_rows", args.tuning.chunk_rows);
   args.tuning.sample_share = number("sample_share", args.tuning.sample_share);
   args.tuning.fused_share = number("fused_share", args.tuning.fused_share);

@@ -74,6 +74,18 @@ def test_cuda_kernels_are_the_first_choice_on_a_gpu(monkeypatch, name):
             assert registry.select(name, *wide) is registry._kernels[name]["reference"][0]
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner_product"])
+@pytest.mark.parametrize("among", ["own rows", "database"])
+def test_knn_is_the_cuda_kernels_whatever_the_metric(monkeypatch, metric, among):
+    monkeypatch.setattr(backends, "why_not", lambda name: None)
+    with FakeTensorMode():
+        x = torch.empty(4, 6, device="cuda")
+        y, offsets = torch.empty(9, 6, device="cuda"), _int(3, torch.int64)
+        others = (None, None) if among == "own rows" else (y, offsets)
+        chosen = registry.select("knn", x, 2, metric, offsets, False, False, *others)
+        assert chosen is registry._kernels["knn"]["cuda"][0]
+
+
 def _int(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="cuda")
 

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from tests.cuda import launchers, resources
-from tests.cuda.launchers import BASELINE, FUSED, PAPER, recorded
+from tests.cuda.launchers import BASELINE, EUCLIDEAN, FUSED, INNER_PRODUCT, PAPER, recorded
 
 if missing := launchers.missing_tool():
     pytest.skip(missing, allow_module_level=True)
@@ -27,8 +27,12 @@ OPERATORS = [
     ("kappa", ASSEMBLIES["kappa"] | {"padded": 1}),
     ("spmm", {"n": 300, "columns": 100, "nnz": 900}),
     ("knn", {"n": 300, "k": 4, "channels": 5}),
-    ("knn", {"n": 300, "k": 4, "channels": 40, "method": BASELINE, "euclidean": 1}),
+    ("knn", {"n": 300, "k": 4, "channels": 40, "method": BASELINE, "metric": EUCLIDEAN}),
     ("knn", {"n": 300, "k": 4, "channels": 40, "method": FUSED, "chunk_rows": 128}),
+    *(
+        ("knn", {"n": 90, "database": 300, "k": 4, "channels": 40, "method": m, "metric": e})
+        for m, e in ((BASELINE, EUCLIDEAN), (FUSED, INNER_PRODUCT))
+    ),
 ]
 each_operator = pytest.mark.parametrize(
     ("op", "sizes"), OPERATORS, ids=[f"{op}-{i}" for i, (op, _) in enumerate(OPERATORS)]
@@ -120,6 +124,36 @@ def test_knn_of_millions_of_rows(method):
     assert found.workspace < n * (channels * 8 + 1_000), "O(N k) and a fixed part"
 
 
+@pytest.mark.parametrize("method", [BASELINE, FUSED])
+def test_knn_of_few_rows_in_millions(method):
+    """The workspace is O(rows of both), and no grid has tiles for pairs that are none."""
+    n, m, k, channels = 1_000, 3_000_000, 8, 64
+    found = recorded("knn", n=n, database=m, k=k, channels=channels, method=method)
+    assert found.returned == 0
+    assert m * channels * 4 < found.workspace < m * (channels * 8 + 1_000)
+    tiles = [launch for launch in found.launches if "tile" in launch.kernel]
+    assert max(launch.grid[0] for launch in tiles) <= 8 * -(-m // 128)
+    assert any("estimate_tiles" in launch.kernel for launch in tiles) == (method == FUSED)
+
+
+@pytest.mark.parametrize("database", [-1, 50_000])
+def test_the_tiles_of_segments_are_those_of_their_candidates(database):
+    """Of the rows of one tile and all their segments, however many segments there are."""
+    n, segments = 20_000, 2_000
+    sizes = {"n": n, "segments": segments, "k": 4, "channels": 40, "method": BASELINE}
+    found = recorded("knn", **sizes, database=database)
+    tiles = [launch for launch in found.launches if "exact_tile" in launch.kernel]
+    reach = (128 // 10 + 2) * (10 if database < 0 else 25)
+    assert 0 < sum(launch.grid[0] for launch in tiles) <= -(-n // 128) * -(-reach // 128)
+
+
+def test_an_empty_database_needs_no_scores():
+    found = recorded("knn", n=300, database=0, k=4, channels=40)
+    assert found.returned == 0
+    assert not any("tile" in launch.kernel for launch in found.launches)
+    assert any("select_rows" in launch.kernel for launch in found.launches)  # which write the marks
+
+
 def test_pairs_beyond_32_bits():
     n, k = 30_000_000, 256
     found = recorded("normalized_adjacency", n=n, k=k)
@@ -137,7 +171,8 @@ def test_more_nodes_than_int32_are_refused(op):
 
 @pytest.mark.parametrize(
     "tuning", [{"chunk_rows": 100}, {"chunk_rows": 0}, {"sample_share": 0}, {"fused_share": 0},
-               {"keep": 0}, {"keep": 5000}, {"k": 0}, {"n": 2**31}, {"n": -1}],
+               {"keep": 0}, {"keep": 5000}, {"k": 0}, {"n": 2**31}, {"n": -1},
+               {"database": 2**31 - 300}],
 )  # fmt: skip
 def test_knn_refuses_what_it_cannot_follow(tuning):
     found = recorded("knn", **{"n": 300, "k": 4, **tuning})
@@ -171,7 +206,7 @@ def test_nothing_is_nothing_to_do(op):
         ("knn, fused", "knn", {"n": 14400, "k": 256, "method": FUSED}, 1),
         ("knn, baseline", "knn", {"n": 14400, "k": 256, "method": BASELINE}, 1),
         ("knn of pixels", "knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16,
-                                  "euclidean": 1}, 2),
+                                  "metric": EUCLIDEAN}, 2),
         ("kappa", "kappa", {"n": 14400, "k": 256, "near": 15}, 1),
     ],
 )  # fmt: skip

@@ -18,9 +18,15 @@ void run_knn(Case& one) {
   args.offsets = offsets;
   if (args.segments > 1) args.device_offsets = offsets;
   args.k = one.number("k");
-  args.euclidean = one.number("euclidean");
+  args.metric = static_cast<KnnMetric>(one.number("metric"));
   args.include_self = one.number("include_self");
   args.method = static_cast<KnnMethod>(one.number("method"));
+  args.database_offsets = one.input<int64_t>("database_offsets");
+  if (args.across()) {
+    args.database_rows = args.database_offsets[args.segments];
+    if (args.database_rows * args.channels > 0) args.database = one.input<float>("database");
+    if (args.segments > 1) args.device_database_offsets = args.database_offsets;
+  }
   args.values = one.output<float>("values", args.n * args.k);
   args.indices = one.output<int32_t>("indices", args.n * args.k);
   args.tuning.score_bytes = one.number("score_bytes");

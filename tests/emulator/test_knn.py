@@ -11,7 +11,7 @@ import torch
 from nefkern import reference
 from tests.emulator import emulated
 
-METRICS = ("cosine", "euclidean")
+METRICS = ("cosine", "euclidean", "inner_product")  # the order of KnnMetric
 METHODS = ("auto", "baseline", "fused")  # the order of KnnMethod
 # Small enough that blocks of rows, chunks and passes have several of them in a small input.
 TUNING = {"score_bytes": 1 << 16, "chunk_rows": 128, "sample_share": 2, "keep": 2048}
@@ -24,7 +24,7 @@ def knn(tmp_path):
 
 def run_knn(
     folder, x, k, metric="cosine", *, method="auto", segments=None, include_self=False,
-    order=None, **tuning,
+    database=None, database_segments=None, order=None, **tuning,
 ):  # fmt: skip
     """Values, indices [n, k], and how many rows of the last chunk estimates left open.
 
@@ -34,11 +34,16 @@ def run_knn(
     x = np.ascontiguousarray(x, dtype=np.float32)
     n, channels = x.shape
     offsets = np.array([0, n] if segments is None else segments, dtype=np.int64)
+    inputs = {"features": x, "offsets": offsets}
+    if database is not None:
+        bounds = [0, len(database)] if database_segments is None else database_segments
+        inputs["database"] = np.ascontiguousarray(database, dtype=np.float32)
+        inputs["database_offsets"] = np.array(bounds, dtype=np.int64)
     arguments = {
-        "inputs": {"features": x, "offsets": offsets},
+        "inputs": inputs,
         "outputs": {"values": np.float32, "indices": np.int32, "redone": np.int32},
         "n": n, "channels": channels, "segments": len(offsets) - 1, "k": k,
-        "euclidean": int(metric == "euclidean"), "include_self": int(include_self),
+        "metric": METRICS.index(metric), "include_self": int(include_self),
         "method": METHODS.index(method), **TUNING, **tuning,
     }  # fmt: skip
     chosen = {"order": order} if order else {}
@@ -49,20 +54,30 @@ def run_knn(
     return got["values"].reshape(n, k), got["indices"].reshape(n, k), int(got["redone"][0])
 
 
-def expected(x, k, metric="cosine", segments=None, include_self=False):
-    x = torch.from_numpy(np.asarray(x, dtype=np.float64))
-    values, indices = reference.knn(x, k, metric, segments, include_self)
+def expected(
+    x, k, metric="cosine", segments=None, include_self=False, database=None, database_segments=None
+):
+    x, y = (
+        None if rows is None else torch.from_numpy(np.asarray(rows, dtype=np.float64))
+        for rows in (x, database)
+    )
+    values, indices = reference.knn(x, k, metric, segments, include_self, y, database_segments)
     return values.numpy(), indices.numpy()
 
 
-def assert_best(got, x, k, metric="cosine", *, segments=None, include_self=False, tolerance=2e-6):
+def assert_best(got, x, k, metric="cosine", *, tolerance=2e-6, **options):
     """Values near the k best in float64; the neighbours' own values, in order, ties by index."""
     values, indices, _ = got
-    best, _ = expected(x, k, metric, segments, include_self)
+    best, _ = expected(x, k, metric, **options)
+    if metric == "inner_product":  # right to the rounding of |x| |y|
+        others = x if options.get("database") is None else options["database"]
+        lengths = [np.linalg.norm(rows, axis=1).max(initial=0) for rows in (x, others)]
+        tolerance = max(tolerance * lengths[0] * lengths[1], 1e-30)
     np.testing.assert_allclose(values, best, atol=tolerance, rtol=2e-6)
     missing = np.isinf(best)
     np.testing.assert_array_equal(indices == -1, missing)
-    own, where = expected(x, len(x), metric, segments, include_self)
+    count = len(x if options.get("database") is None else options["database"])
+    own, where = expected(x, count, metric, **options)
     for i in range(len(x)):
         by_index = dict(zip(where[i], own[i], strict=True))
         neighbours = indices[i][~missing[i]]
@@ -190,7 +205,7 @@ def test_not_finite_and_zero_rows(knn, channels, method, metric):
     bad = [7, 30, 31]
     kept = np.setdiff1d(np.arange(60), bad)
     assert (indices[bad] == -1).all()
-    assert (values[bad] == (-np.inf if metric == "cosine" else np.inf)).all()
+    assert (values[bad] == (np.inf if metric == "euclidean" else -np.inf)).all()
     assert not np.isin(indices, bad).any()
     renumbered = np.full(60, -1)
     renumbered[kept] = np.arange(57)
@@ -201,9 +216,12 @@ def test_not_finite_and_zero_rows(knn, channels, method, metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_scales(knn, metric, scale):
     x = normal(40, 33)
+    if metric == "inner_product":
+        scale = scale**0.5  # its square is the products'
     values, indices, _ = knn(x * np.float32(scale), 4, metric, method="fused", order="forward")
-    if metric == "euclidean":
-        values = (values / np.float64(scale)).astype(np.float32)
+    if metric != "cosine":
+        unit = scale if metric == "euclidean" else scale**2
+        values = (values / np.float64(unit)).astype(np.float32)
     assert_best((values, indices, 0), x, 4, metric)
 
 

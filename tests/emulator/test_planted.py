@@ -43,7 +43,7 @@ def knn(folder, **options):
     x = np.random.default_rng(0).standard_normal((130, 100), dtype=np.float32)
     return emulated.run(
         "knn", "knn", folder, inputs={"features": x, "offsets": np.array([0, 130])},
-        outputs={"indices": np.int32}, n=130, channels=100, segments=1, k=4, euclidean=0,
+        outputs={"indices": np.int32}, n=130, channels=100, segments=1, k=4, metric=0,
         include_self=0, method=2, **TUNING, order="forward", **options,
     )  # fmt: skip
 

@@ -9,9 +9,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from nefkern import backend, ops
-from nefkern.ops import feature_kappa, neighbour_similarities
-from tests.ops.graph_common import backends_of, moved, random_graph, random_lists
+from nefkern import backend, backends, ops, reference
+from nefkern.ops import feature_kappa, neighbour_similarities, registry
+from tests.ops.graph_common import backends_of, moved, on_threads, random_graph, random_lists
 
 N = 8
 LISTS, PIXELS = random_lists(N, 4, dtype=torch.float64)[0], random_lists(N, 2, seed=5)[0]
@@ -197,6 +197,173 @@ def test_weights_in_float32_on_every_backend(name):
     with backend(name):
         found = gradient(*moved(name, indices, weights, pixels))
     assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def crowded_lists(n, k):
+    """Short ranges of nodes and few distinct weights: duplicates, self loops, ties both ways."""
+    indices, weights = random_lists(n, k)
+    near = torch.where(indices < 0, -1, (torch.arange(n)[:, None] + indices % 4) % n)
+    return near.to(indices.dtype), (weights * 2).round() / 2
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lists", [random_lists, crowded_lists])
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@pytest.mark.parametrize("name", backends_of("normalized_adjacency_backward"))
+def test_every_backend_has_the_gradient_of_the_reference(name, symmetrize, lists, index_dtype):
+    """At the places of the lists' own graph, and of one with more places than that."""
+    for n, k in ((1, 1), (2, 3), (60, 7), (200, 30)):
+        indices, weights = lists(n, k)
+        indices = indices.to(index_dtype)
+        for clamp_min in (0.0, 0.5):
+            options = {"num_nodes": n, "symmetrize": symmetrize, "clamp_min": clamp_min}
+            own = ops.normalized_adjacency(indices, weights, **options)
+            for graph in (own, ops.add(own, random_graph(n, 3), 1.0)):
+                grad = torch.randn(graph.nnz, generator=torch.Generator().manual_seed(n))
+                call = grad, indices, weights, *graph.tensors()[:2]
+                exact = reference.normalized_adjacency_backward(
+                    grad.double(), indices, weights.double(), *call[3:], symmetrize, clamp_min
+                )
+                with backend(name):
+                    found = registry.call(
+                        "normalized_adjacency_backward", *moved(name, *call), symmetrize, clamp_min
+                    ).cpu()
+                assert found.dtype == torch.float32
+                limit = 1e-9 + 1e-6 * exact.abs().max()  # of what cancels
+                assert ((found - exact).abs() <= limit).all()
+                assert not found[(indices < 0) | (weights < clamp_min)].any()
+
+
+@pytest.mark.parametrize("name", backends_of("add_backward"))
+def test_every_backend_gathers_the_gradient_of_a_sum(name):
+    for n in (1, 5, 300):
+        graphs = random_graph(n, 20), random_graph(n, 2, seed=3, symmetric=False)
+        total = ops.add(*graphs, 0.5)
+        grad = torch.randn(total.nnz)
+        dense = dataclasses.replace(total, values=grad).to_dense()
+        for graph in graphs:
+            rows = torch.arange(n).repeat_interleave(graph.row_offsets.diff())
+            call = grad, *total.tensors()[:2], *graph.tensors()[:2]
+            with backend(name):
+                found = registry.call("add_backward", *moved(name, *call)).cpu()
+            assert torch.equal(found, dense[rows, graph.columns.long()])
+
+
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+@pytest.mark.parametrize("name", backends_of("normalized_adjacency_backward"))
+def test_places_without_a_listed_edge_play_no_part(name, symmetrize):
+    """Of kappa's, those that the pixel graph alone has: whatever the gradient says there."""
+    indices, weights = torch.tensor([[1], [2], [-1]], dtype=torch.int32), torch.rand(3, 1) + 1
+    own = ops.normalized_adjacency(indices, weights, num_nodes=3, symmetrize=symmetrize)
+    graph = ops.add(own, ops.CSRGraph.from_torch(torch.ones(3, 3), symmetric=True), 1.0)
+    grad = torch.where(ops.add(own, graph, 0.0).values == 0, torch.inf, torch.randn(graph.nnz))
+    assert grad.isinf().any()
+    call = grad, indices, weights, *graph.tensors()[:2]
+    with backend(name):
+        found = registry.call("normalized_adjacency_backward", *moved(name, *call), symmetrize, 0.0)
+    assert found[:2].isfinite().all()
+    assert found[:2].all()
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_have_the_dtype_of_the_weights(dtype):
+    indices, weights = random_lists(30, 5, dtype=dtype)
+    weights.requires_grad_()
+    graph = ops.kappa(indices, weights, random_lists(30, 2, seed=1)[0], num_nodes=30)
+    graph.values.square().sum().backward()
+    assert weights.grad.dtype == dtype
+    assert weights.grad.any()
+
+
+@pytest.mark.parametrize("name", backends_of("normalized_adjacency_backward", compiled=True))
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_gradient_does_not_depend_on_threads(name, symmetrize):
+    indices, weights = moved(name, *random_lists(3000, 40))
+    graph = ops.normalized_adjacency(indices, weights, num_nodes=3000, symmetrize=symmetrize)
+    total = ops.add(graph, moved(name, random_graph(3000, 9))[0], 0.5).tensors()[:2]
+    grad = torch.randn_like(total[1], dtype=torch.float32)
+
+    def gradients():
+        call = grad, indices, weights, *total, symmetrize, 0.0
+        return (
+            registry.call("normalized_adjacency_backward", *call),
+            registry.call("add_backward", grad, *total, *graph.tensors()[:2]),
+        )
+
+    with backend(name):
+        first, *others = on_threads(gradients)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+NO_GRAPH = "graph: expected row_offsets that never fall"
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+@pytest.mark.parametrize(
+    ("offsets", "columns", "indices", "message"),
+    [
+        (
+            [0, 1, 2, 2],
+            [1, 0],
+            [[1], [0], [3]],
+            r"indices: expected -1 \(padding\) to 2, got 0 to 3",
+        ),
+        ([0, 1, 2, 2], [1, 3], [[1], [0], [-1]], NO_GRAPH),
+        ([0, 1, 2, 2], [1, -1], [[1], [0], [-1]], NO_GRAPH),
+        ([0, 2, 1, 2], [1, 0], [[1], [0], [-1]], NO_GRAPH),
+        ([0, 1, 2, 5], [1, 0], [[1], [0], [-1]], NO_GRAPH),
+        ([0, 1, 2, 2], [1, 0], [[1], [2], [-1]], NO_GRAPH),  # an edge that is not stored
+        ([0, 1, 2, 2], [1, 2], [[1], [2], [-1]], NO_GRAPH),  # not symmetric
+        ([0, 2, 3, 3], [1, 2, 2], [[1], [2], [-1]], NO_GRAPH),
+    ],
+)
+def test_the_native_backward_follows_no_contradiction(offsets, columns, indices, message):
+    graph = torch.tensor(offsets), torch.tensor(columns, dtype=torch.int32)
+    call = torch.ones(len(columns)), torch.tensor(indices), torch.ones(3, 1), *graph
+    with backend("cpu"), pytest.raises(ValueError, match=message):
+        registry.call("normalized_adjacency_backward", *call, "mean", 0.0)
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+@pytest.mark.parametrize(
+    ("offsets", "columns"), [([0, 1, 1, 1], [2]), ([0, 0, 2, 2], [0, 1]), ([0, 2, 1, 1], [1])]
+)
+def test_the_native_sum_backward_follows_no_contradiction(offsets, columns):
+    total = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0], dtype=torch.int32)
+    own = torch.tensor(offsets), torch.tensor(columns, dtype=torch.int32)
+    with backend("cpu"), pytest.raises(ValueError, match=NO_GRAPH):
+        registry.call("add_backward", torch.ones(2), *total, *own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_opcheck_of_the_backward_operators(symmetrize, dtype):
+    indices, weights = random_lists(12, 4, dtype=dtype)
+    graph = ops.normalized_adjacency(indices, weights, num_nodes=12, symmetrize=symmetrize)
+    structure = graph.tensors()[:2]
+    grad = torch.randn(graph.nnz, dtype=dtype).requires_grad_()
+    arguments = grad, indices, weights.requires_grad_(), *structure, symmetrize, 0.0
+    torch.library.opcheck(torch.ops.nefkern.normalized_adjacency_backward, arguments)
+    total = ops.add(graph, random_graph(12, 3, dtype=dtype), 1.0)
+    grad = torch.randn(total.nnz, dtype=dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.nefkern.add_backward, (grad, *total.tensors()[:2], *structure))
+
+
+def test_second_derivatives_in_float32_are_those_in_float64():
+    """The native kernel's derivative is the reference's formula."""
+    indices, weights = random_lists(40, 5)
+    pixels = random_lists(40, 3, seed=2)[0]
+
+    def second(weights):
+        weights = weights.detach().requires_grad_()
+        values = ops.kappa(indices, weights, pixels, num_nodes=40).values
+        (first,) = torch.autograd.grad(values.square().sum(), weights, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weights)[0]
+
+    exact = second(weights.double())
+    assert (second(weights) - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
 @pytest.mark.parametrize("name", ["normalized_adjacency", "kappa", "add"])

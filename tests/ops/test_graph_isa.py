@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nefkern import backends
-from nefkern.ops import add, kappa, neuralef_loss, normalized_adjacency, sddmm, spmm
+from nefkern import backends, reference
+from nefkern.ops import add, kappa, neuralef_loss, normalized_adjacency, registry, sddmm, spmm
 from tests.ops.graph_common import (
     assert_half_close,
     dense_adjacency,
@@ -36,6 +36,7 @@ def check_kernels() -> None:
         exact = dense_adjacency(indices, weights, n) + 0.3 * dense_adjacency(near, None, n, "union")
         found = kappa(indices, weights, near, num_nodes=n).validate().to_dense().double()
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
+    check_backward()
     graph = random_graph(90, 9, seed=1)
     other = random_graph(90, 3, seed=2)
     total = add(graph, other, 0.3).validate()
@@ -57,6 +58,25 @@ def check_kernels() -> None:
     special = torch.tensor([[float("nan"), float("inf"), -0.0, 3e38] * 8] * 90).bfloat16()
     path = normalized_adjacency(torch.arange(90)[:, None].flip(0), num_nodes=90)
     torch.testing.assert_close(spmm(path, special), special, equal_nan=True)
+
+
+def check_backward() -> None:
+    """The gradients of weights and of a sum's values against the float64 reference."""
+    indices, weights = random_lists(130, 33)
+    for symmetrize in ("mean", "union"):
+        own = normalized_adjacency(indices, weights, num_nodes=130, symmetrize=symmetrize)
+        total = add(own, random_graph(130, 3), 0.3)
+        structure = total.tensors()[:2]
+        grad = torch.randn(total.nnz, generator=torch.Generator().manual_seed(0))
+        found = registry.call(
+            "normalized_adjacency_backward", grad, indices, weights, *structure, symmetrize, 0.0
+        )
+        exact = reference.normalized_adjacency_backward(
+            grad.double(), indices, weights.double(), *structure, symmetrize, 0.0
+        )
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+        found = registry.call("add_backward", grad, *structure, *own.tensors()[:2])
+        assert torch.equal(found, reference.add_backward(grad, *structure, *own.tensors()[:2]))
 
 
 @pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
