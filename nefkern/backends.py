@@ -29,6 +29,8 @@ NATIVE_OPERATORS = (
     *("knn", "normalized_adjacency", "add", "kappa", "spmm", "sddmm", "linear_attention"),
     *("normalized_adjacency_backward", "add_backward", "linear_attention_backward"),
 )
+#: And these, where it is built with CUDA.
+NATIVE_CUDA_OPERATORS = ("knn_cuda", "kappa_padded")
 PACKAGE = Path(__file__).parent
 #: Reasons that somebody chose, and need not be told.
 CHOSEN = ("NEFKERN_NATIVE=0", "NEFKERN_CUDA=0")
@@ -48,8 +50,10 @@ def native_module():
         return _why_not_built()
     except ImportError as error:
         return f"the extension does not load: {str(error).splitlines()[0]}"
-    built = module.build_info()["version"]
-    missing = [name for name in NATIVE_OPERATORS if not hasattr(torch.ops.nefkern_native, name)]
+    info = module.build_info()
+    built, wanted = info["version"], NATIVE_OPERATORS
+    wanted += NATIVE_CUDA_OPERATORS if info["cuda"] else ()
+    missing = [name for name in wanted if not hasattr(torch.ops.nefkern_native, name)]
     if built != __version__ or missing:
         lack = f", without {', '.join(missing)}" if missing else ""
         return f"the extension is of another version ({built}{lack}): install nefkern again"
@@ -160,6 +164,12 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 def takes(name: str, device_type: str) -> bool:
     """Whether backend ``name`` can run on tensors there: Triton on a GPU's, unless interpreting."""
     return name != "triton" or device_type == "cuda" or interpreting()
+
+
+def compiled(device_type: str) -> bool:
+    """Whether kernels, and not the reference, take tensors on a device of that type."""
+    found = (name for name in preference(device_type) if name != "reference")
+    return any(why_not(name) is None and takes(name, device_type) for name in found)
 
 
 def available() -> dict[str, str | None]:

@@ -43,7 +43,7 @@ class Writer {
   void missing(int64_t index, int64_t found) {
     float* values = args_.values + index * args_.k;
     int32_t* indices = args_.indices + index * args_.k;
-    std::fill(values + found, values + args_.k, euclidean() ? kNothing : -kNothing);
+    std::fill(values + found, values + args_.k, euclidean() ? kInfinity : -kInfinity);
     std::fill(indices + found, indices + args_.k, -1);
   }
 
@@ -127,7 +127,7 @@ void collect(const Tiles& tiles, int64_t padded_n, int64_t threads) {
 
 void start(Candidates& candidates, const Panels& panels, const Panels& others) {
   for (int64_t p = 0; p < panels.padded_n; ++p)
-    candidates.reset(p, panels.offset[p] == -kNothing ? kNothing : kAnything,
+    candidates.reset(p, panels.offset[p] == -kInfinity ? kInfinity : kLowest,
                      panels.margin(p, others));
 }
 
@@ -264,7 +264,7 @@ void direct_knn(const KnnArgs& args, const Scales& scales) {
     for (int64_t i = first; i < last; ++i) {
       while (args.offsets[s + 1] <= i) ++s;
       ready_row(args, args.features + i * channels, scales.rows, y);
-      candidates.reset(0, kAnything, exact.margin(y));
+      candidates.reset(0, kLowest, exact.margin(y));
       const Row row = candidates.row(0);
       scan(y, planes.data(), plane, channels, i, bounds[s], bounds[s + 1], leave_out ? i : -1,
            args.k, candidates.limit(), exact, row);

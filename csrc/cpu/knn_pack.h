@@ -287,7 +287,7 @@ inline void Panels::pack(const float* input_rows, int64_t first, int64_t end_row
       power[p] = 1;
       const bool finite = inside && take_row(x + (first + from) * channels, y, &power[p]);
       if (!inside) std::fill(y, y + padded_channels, 0.0f);
-      offset[p] = finite ? 0 : -kNothing;
+      offset[p] = finite ? 0 : -kInfinity;
     }
   });
   if (beside) {
@@ -303,14 +303,14 @@ inline void Panels::pack(const float* input_rows, int64_t first, int64_t end_row
       const bool there = offset[p] == 0;
       pack_row(p);
       if (!there) {
-        offset[p] = -kNothing;
+        offset[p] = -kInfinity;
         length[p] = residual[p] = 0;
       }
     }
   });
   max_offset = max_length = max_residual = 0;
   for (int64_t p = 0; p < n; ++p) {
-    if (offset[p] != -kNothing) max_offset = std::max(max_offset, std::abs(offset[p]));
+    if (offset[p] != -kInfinity) max_offset = std::max(max_offset, std::abs(offset[p]));
     max_length = std::max(max_length, length[p]);
     max_residual = std::max(max_residual, residual[p]);
   }

@@ -21,8 +21,8 @@
 
 namespace nefkern::cpu::NEFKERN_ISA {
 
-constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold of a row left out
-constexpr float kAnything = -FLT_MAX;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();  // threshold of a row left out
+constexpr float kLowest = -FLT_MAX;
 constexpr uint64_t kNobody = ~uint64_t{0};  // a key that every candidate's comes before
 constexpr int32_t kValued = INT32_MIN;      // bit of a position: the score is the value itself
 
@@ -194,9 +194,9 @@ struct Range {
 // The threshold once k candidates reach `score`.
 inline float threshold_from(float score, float margin, double relative, const Range& range) {
   double bound = score - 2.0 * margin - relative * (std::abs(double{score}) + margin);
-  if (bound <= range.lowest) return kAnything;
+  if (bound <= range.lowest) return kLowest;
   bound = std::min(bound, range.highest - margin);
-  return std::max(kAnything, std::nextafterf(static_cast<float>(bound), -kNothing));
+  return std::max(kLowest, std::nextafterf(static_cast<float>(bound), -kInfinity));
 }
 
 // Keeps the k best candidates by their values: where too many estimates lie near the k-th. From

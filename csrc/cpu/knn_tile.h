@@ -1,5 +1,5 @@
 // Scores of all pairs between two blocks of rows, each computed once: of one set, where it is
-// offered to both rows, or of queries and a database.
+// inserted in both rows, or of queries and a database.
 #pragma once
 
 #include "cpu/knn_pack.h"
@@ -153,11 +153,11 @@ class Tiles {
     score_tile(panels_, panels_, i, j, score);
     const bool crosses = j < i + kTileRows;  // the diagonal
     if (candidates_.any_crowded(i, i + kTileRows) || candidates_.any_crowded(j, j + kTileColumns))
-      return offer_by_values(i, j, score, crosses);
+      return insert_by_value(i, j, score, crosses);
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < kTileVectors; ++v) {
         const int64_t first = j + v * kLanes;
-        offer(i + r, first, score[r][v], passing(i + r, first, score[r][v], crosses));
+        insert(i + r, first, score[r][v], passing(i + r, first, score[r][v], crosses));
       }
   }
 
@@ -180,7 +180,7 @@ class Tiles {
     return {for_i, for_j};
   }
 
-  void offer(int64_t i, int64_t j, const Lanes& score, Passing passing) const {
+  void insert(int64_t i, int64_t j, const Lanes& score, Passing passing) const {
     if (passing.for_i && candidates_.append(i, score, static_cast<int32_t>(j), passing.for_i))
       make_room(i);
     const float* lane = reinterpret_cast<const float*>(&score);
@@ -191,7 +191,7 @@ class Tiles {
 
   // A tile with crowded rows, which take only what comes before their last by value. A value serves
   // both its rows. Few columns at a time: they and the rows stay in the first-level cache.
-  __attribute__((noinline)) void offer_by_values(int64_t i, int64_t j,
+  __attribute__((noinline)) void insert_by_value(int64_t i, int64_t j,
                                                  const Lanes (&score)[kTileRows][kTileVectors],
                                                  bool crosses) const {
     Passing pass[kTileRows][kTileVectors];
@@ -200,14 +200,14 @@ class Tiles {
         pass[r][v] = passing(i + r, j + v * kLanes, score[r][v], crosses);
     for (int c = 0; c < kTileColumns; c += kValues)
       for (int r = 0; r < kTileRows; ++r)
-        offer_to_crowded(i + r, j + c, c % kLanes, pass[r][c / kLanes]);
+        insert_into_crowded(i + r, j + c, c % kLanes, pass[r][c / kLanes]);
     for (int r = 0; r < kTileRows; ++r)
-      for (int v = 0; v < kTileVectors; ++v) offer(i + r, j + v * kLanes, score[r][v], pass[r][v]);
+      for (int v = 0; v < kTileVectors; ++v) insert(i + r, j + v * kLanes, score[r][v], pass[r][v]);
   }
 
   // Row i and kValues rows from j, which stand at `lane` of the masks: where one is crowded the
-  // other is offered to it, and taken out of the mask.
-  void offer_to_crowded(int64_t i, int64_t j, int lane, Passing& pass) const {
+  // other is inserted there, and taken out of the mask.
+  void insert_into_crowded(int64_t i, int64_t j, int lane, Passing& pass) const {
     const uint32_t here = ((1u << kValues) - 1) << lane;
     const uint32_t for_i = candidates_.crowded(i) ? pass.for_i & here : 0;
     uint32_t for_j = 0;
@@ -222,12 +222,12 @@ class Tiles {
     for (int n = 0; n < kValues; ++n) position[n] = static_cast<int32_t>(j + n);
     exact_.values<kValues>(static_cast<int32_t>(i), position, value);
     for (int n = 0; n < kValues; ++n) {
-      if (for_i >> (lane + n) & 1) offer_value(i, value[n], position[n]);
-      if (for_j >> (lane + n) & 1) offer_value(j + n, value[n], static_cast<int32_t>(i));
+      if (for_i >> (lane + n) & 1) insert_value(i, value[n], position[n]);
+      if (for_j >> (lane + n) & 1) insert_value(j + n, value[n], static_cast<int32_t>(i));
     }
   }
 
-  void offer_value(int64_t i, float value, int32_t position) const {
+  void insert_value(int64_t i, float value, int32_t position) const {
     if (sort_key(value, panels_.index[position]) >= candidates_.last(i)) return;
     if (candidates_.append(i, value, position | kValued)) make_room(i);
   }
@@ -243,7 +243,7 @@ class Tiles {
   const ExactRows& exact_;
 };
 
-// Queries against a database: a score is offered to the query alone.
+// Queries against a database: a score is inserted in the query's row alone.
 class CrossTiles {
  public:
   CrossTiles(Candidates& candidates, const ExactRows& exact)
@@ -265,18 +265,18 @@ class CrossTiles {
       for (int64_t v = 0; v < kTileVectors; ++v) {
         const Lanes threshold = broadcast(candidates_.threshold()[i + r]);
         if (const uint32_t mask = at_least(score[r][v], threshold))
-          offer(i + r, j + v * kLanes, score[r][v], mask);
+          insert(i + r, j + v * kLanes, score[r][v], mask);
       }
   }
 
-  __attribute__((noinline)) void offer(int64_t i, int64_t j, const Lanes& score,
-                                       uint32_t mask) const {
-    if (candidates_.crowded(i)) return offer_values(i, j, mask);
+  __attribute__((noinline)) void insert(int64_t i, int64_t j, const Lanes& score,
+                                        uint32_t mask) const {
+    if (candidates_.crowded(i)) return insert_by_value(i, j, mask);
     if (candidates_.append(i, score, static_cast<int32_t>(j), mask)) make_room(i);
   }
 
   // A crowded row takes only what comes before its last by value.
-  void offer_values(int64_t i, int64_t j, uint32_t mask) const {
+  void insert_by_value(int64_t i, int64_t j, uint32_t mask) const {
     int32_t position[kValues];
     float value[kValues];
     for (int l = 0; l < kLanes; l += kValues) {

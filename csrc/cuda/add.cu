@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) fill_union(const AddArgs args) {
   });
 }
 
-Scratch cut(const AddArgs& args) {
+Scratch allocate(const AddArgs& args) {
   size_t for_scan = 0;
   const cudaError_t error = offsets_bytes(args.num_nodes, &for_scan);
   Workspace space(args.workspace);
@@ -98,10 +98,10 @@ Scratch cut(const AddArgs& args) {
 
 }  // namespace
 
-cudaError_t add_bytes(const AddArgs& args, size_t* bytes) { return bytes_of(cut(args), bytes); }
+cudaError_t add_bytes(const AddArgs& args, size_t* bytes) { return bytes_of(allocate(args), bytes); }
 
 cudaError_t add_count(const AddArgs& args, int64_t* nnz, cudaStream_t stream) {
-  const Scratch scratch = cut(args);
+  const Scratch scratch = allocate(args);
   return count_step(args, scratch, nnz, stream, [&](Launches& launch) {
     launch(count_union, blocks_of_warps(args.num_nodes), kThreads, 0, args, scratch.summary);
   });

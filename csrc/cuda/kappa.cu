@@ -41,18 +41,18 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-SortedEdges cut(const KappaArgs& args) {
-  return cut_edges(args.workspace, args.num_nodes, args.features.size + args.pixels.size, 2);
+SortedEdges allocate(const KappaArgs& args) {
+  return place_edges(args.workspace, args.num_nodes, args.features.size + args.pixels.size, 2);
 }
 
 }  // namespace
 
 cudaError_t kappa_bytes(const KappaArgs& args, size_t* bytes) {
-  return bytes_of(cut(args).scratch, bytes);
+  return bytes_of(allocate(args).scratch, bytes);
 }
 
 cudaError_t kappa_count(KappaArgs& args, int64_t* nnz, cudaStream_t stream) {
-  SortedEdges edges = cut(args);
+  SortedEdges edges = allocate(args);
   return count_step(args, edges.scratch, nnz, stream, [&](Launches& launch) {
     const int64_t pixels = emit(launch, edges, args.features, 0, 0);
     emit(launch, edges, args.pixels, kPixels, pixels);
@@ -63,7 +63,7 @@ cudaError_t kappa_count(KappaArgs& args, int64_t* nnz, cudaStream_t stream) {
 }
 
 cudaError_t kappa_fill(const KappaArgs& args, cudaStream_t stream) {
-  const SortedEdges edges = cut(args);
+  const SortedEdges edges = allocate(args);
   Launches launch(stream, edges.scratch.error);
   launch(fill_both, blocks_of_warps(args.num_nodes), kThreads, 0,
          row_pairs(edges, args.sorted_half), edges.scales, args);

@@ -28,7 +28,13 @@ struct KappaArgs {
 cudaError_t kappa_bytes(const KappaArgs& args, size_t* bytes);
 // First step: row_offsets, and nnz = row_offsets[N] so that the caller can allocate columns and
 // values, or -1 if an index is neither -1 nor a node. Waits for the stream to read it.
+// With nnz null nothing is read and nobody waits: columns and values then need room for
+// kappa_room() entries, and an index that is no node counts as -1.
 cudaError_t kappa_count(KappaArgs& args, int64_t* nnz, cudaStream_t stream);
+// The most entries there can be: two for every listed neighbour.
+constexpr int64_t kappa_room(const KappaArgs& args) {
+  return 2 * args.num_nodes * (args.features.size + args.pixels.size);
+}
 // Second step: columns and values.
 cudaError_t kappa_fill(const KappaArgs& args, cudaStream_t stream);
 

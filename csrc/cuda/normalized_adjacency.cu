@@ -36,18 +36,18 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-SortedEdges cut(const AdjacencyArgs& args) {
-  return cut_edges(args.workspace, args.num_nodes, args.lists.size, 1);
+SortedEdges allocate(const AdjacencyArgs& args) {
+  return place_edges(args.workspace, args.num_nodes, args.lists.size, 1);
 }
 
 }  // namespace
 
 cudaError_t adjacency_bytes(const AdjacencyArgs& args, size_t* bytes) {
-  return bytes_of(cut(args).scratch, bytes);
+  return bytes_of(allocate(args).scratch, bytes);
 }
 
 cudaError_t adjacency_count(AdjacencyArgs& args, int64_t* nnz, cudaStream_t stream) {
-  SortedEdges edges = cut(args);
+  SortedEdges edges = allocate(args);
   return count_step(args, edges.scratch, nnz, stream, [&](Launches& launch) {
     emit(launch, edges, args.lists, 0, 0);
     args.sorted_half = sort_edges(launch, edges);
@@ -57,7 +57,7 @@ cudaError_t adjacency_count(AdjacencyArgs& args, int64_t* nnz, cudaStream_t stre
 }
 
 cudaError_t adjacency_fill(const AdjacencyArgs& args, cudaStream_t stream) {
-  const SortedEdges edges = cut(args);
+  const SortedEdges edges = allocate(args);
   Launches launch(stream, edges.scratch.error);
   launch(fill_rows, blocks_of_warps(args.num_nodes), kThreads, 0,
          row_pairs(edges, args.sorted_half), edges.scales.features, args);

@@ -143,8 +143,8 @@ __device__ __forceinline__ float inverse_root(double degree) {
 
 // ---- the host's side ----
 
-// Cuts the workspace for nodes of `listed` neighbours each, in one graph or two together.
-inline SortedEdges cut_edges(void* workspace, int64_t num_nodes, int64_t listed, int graphs) {
+// Lays out the workspace for nodes of `listed` neighbours each, in one graph or two together.
+inline SortedEdges place_edges(void* workspace, int64_t num_nodes, int64_t listed, int graphs) {
   SortedEdges edges{};
   size_t for_scan = 0, for_sort = 0;
   edges.scratch.error = offsets_bytes(num_nodes, &for_scan);

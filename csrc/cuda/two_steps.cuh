@@ -21,7 +21,7 @@ struct Summary {
   int invalid;  // set to 1 by a kernel that meets what it must not follow
 };
 
-// What every assembly has in its workspace, and what came of cutting that.
+// What every assembly has in its workspace, and what came of laying that out.
 struct Scratch {
   Summary* summary;
   void* temporary;  // of scan and sort
@@ -47,7 +47,7 @@ inline cudaError_t offsets_bytes(int64_t num_nodes, size_t* bytes) {
   return scan_bytes(num_nodes + 1, bytes);
 }
 
-// Cut last: its `bytes` are all that `space` gave. `error`: of asking for temporary_bytes.
+// Taken last: its `bytes` are all that `space` gave. `error`: of asking for temporary_bytes.
 inline Scratch take_scratch(Workspace& space, size_t temporary_bytes, cudaError_t error) {
   Summary* const summary = space.take<Summary>(1);
   void* const temporary = space.take<char>(static_cast<int64_t>(temporary_bytes));
@@ -81,7 +81,8 @@ inline cudaError_t read_nnz(Launches& launch, const Summary* summary, int64_t* n
   return launch.error();
 }
 
-// The first step, in which count_rows(launch) writes the rows' sizes to args.row_offsets.
+// The first step, in which count_rows(launch) writes the rows' sizes to args.row_offsets. Without
+// an nnz to write, nothing is read back and nothing waited for.
 template <class Args, class CountRows>
 cudaError_t count_step(const Args& args, const Scratch& scratch, int64_t* nnz, cudaStream_t stream,
                        const CountRows& count_rows) {
@@ -89,7 +90,7 @@ cudaError_t count_step(const Args& args, const Scratch& scratch, int64_t* nnz, c
   launch.zero(scratch.summary, sizeof(Summary));
   count_rows(launch);
   offsets_from_sizes(launch, scratch, args.row_offsets, args.num_nodes);
-  return read_nnz(launch, scratch.summary, nnz);
+  return nnz ? read_nnz(launch, scratch.summary, nnz) : launch.error();
 }
 
 }  // namespace

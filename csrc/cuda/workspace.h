@@ -1,4 +1,4 @@
-// Cuts one allocation into arrays.
+// Lays arrays out in one allocation.
 #pragma once
 
 #include <cstddef>

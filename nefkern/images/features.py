@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
+import itertools
 import logging
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from nefkern.images.layers import Layer, parse_high, parse_input_size
 from nefkern.images.probe import PYRAMID_STRIDE, Input, feature_info, is_isotropic, probe
 from nefkern.runtime.errors import UserError, first_line
 from nefkern.runtime.files import replace_file
+from nefkern.runtime.precision import float32_products
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +187,32 @@ class Backbone(nn.Module):
         Raises:
             UserError: an image smaller than one patch.
         """
+        return self.maps_by(functools.partial(self._maps, self.model), images)
+
+    def extractor(self, *, amp: bool, compiled: bool) -> Callable[[Tensor], Features]:
+        """:meth:`forward`, prepared for many calls; without gradients.
+
+        Args:
+            amp: for calls under bfloat16 autocast. The layers that autocast would run in bfloat16
+                get their weights so once, not in every call; results are the same to the last bit.
+            compiled: by ``torch.compile``.
+
+        Convolutional networks are laid out channels last on a GPU, whose tensor cores want it. (On
+        the CPU another layout would round differently.)
+        """
+        channels_last = self.mean.is_cuda and not self.is_transformer
+        model = _prepared(self.model, half=amp, channels_last=channels_last)
+        maps = functools.partial(self._maps, model)
+        return functools.partial(self.maps_by, torch.compile(maps) if compiled else maps)
+
+    @torch.no_grad()
+    def maps_by(self, maps: Callable[[Tensor], list[Tensor]], images: Tensor) -> Features:
+        """:meth:`forward`, with the model's maps had by a function of padded, normalised images."""
         grid = self.grid(images.shape[-2:])
-        maps = self._maps(self.model, self._padded(self.normalize(images)))
+        inputs = self._padded(self.normalize(images))
+        if inputs.is_cuda and not self.is_transformer:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        maps = maps(inputs)
         tokens = [m[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2).float() for m in maps]
         concat = torch.cat(tokens, dim=-1)
         return Features(concat[..., -self.dim :].contiguous(), concat, grid)
@@ -567,6 +596,30 @@ def _interpolation(model: nn.Module) -> str:
     return "bilinear" if told == "bilinear" else "bicubic"
 
 
+def _prepared(model: nn.Module, *, half: bool, channels_last: bool) -> nn.Module:
+    """The model with some of its weights in another form; it shares the others with the one given,
+    which stays as it is.
+
+    Args:
+        half: those of the layers that autocast runs in bfloat16 in bfloat16. Autocast rounds the
+            weights of such a layer in every call (it keeps the rounded ones only of weights that
+            are trained): half the kernels of a ViT's forward pass.
+        channels_last: those of convolutions laid out so.
+    """
+    shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        # Not of classes derived from these: they may compute something of their weights.
+        rounded = half and type(module) in (nn.Linear, nn.Conv2d)
+        for name, weight in list(module.named_parameters(recurse=False)):
+            form = weight.to(torch.bfloat16) if rounded else weight
+            if channels_last and weight.ndim == 4:
+                form = form.contiguous(memory_format=torch.channels_last)
+            if form is not weight:
+                setattr(module, name, nn.Parameter(form.detach(), requires_grad=False))
+    return twin
+
+
 class FeatureCache:
     """Feature maps on disk, keyed by content: pixels, weights, and the options that made them.
 
@@ -579,6 +632,8 @@ class FeatureCache:
         folder: where the entries lie; made if absent. None keeps nothing.
         backbone: the extractor.
         amp: run it under bfloat16 autocast.
+        tf32: on a GPU, let its float32 products and convolutions be done in TF32.
+        compiled: run it by ``torch.compile``.
         also: a second folder of entries, which is only read: those of a run's training.
     """
 
@@ -588,9 +643,13 @@ class FeatureCache:
         backbone: Backbone,
         *,
         amp: bool = False,
+        tf32: bool = False,
+        compiled: bool = False,
         also: Path | None = None,
     ) -> None:
         self.folder, self.backbone, self.amp = folder, backbone, amp
+        self.tf32, self.compiled = tf32, compiled
+        self._extract: Callable[[Tensor], Features] | None = None
         self._folders = [f for f in dict.fromkeys((folder, also)) if f is not None]
         self.hits = self.misses = 0
 
@@ -616,8 +675,13 @@ class FeatureCache:
         return Features(concat[..., -self.backbone.dim :].contiguous(), concat, grid)
 
     def _compute(self, images: Tensor) -> Features:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            return self.backbone(images)
+        if self._extract is None:
+            self._extract = self.backbone.extractor(amp=self.amp, compiled=self.compiled)
+        with (
+            torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp),
+            float32_products(images.device, tf32=self.tf32),
+        ):
+            return self._extract(images)
 
     def _find(self, path: Path) -> Tensor | None:
         entries = (self._read(folder / path) for folder in self._folders)

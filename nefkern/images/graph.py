@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nefkern import ops
 from nefkern.ops import CSRGraph, knn, normalized_adjacency
+from nefkern.ops.kappa import kappa_padded
 from nefkern.runtime.errors import UserError
 
 
@@ -85,9 +86,12 @@ def standardized(features: Tensor) -> Tensor:
     return (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
 
 
-def image_offsets(count: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Where the patches of each of ``count`` images begin and end, int64 ``[count + 1]``."""
-    return torch.arange(count + 1, device=device) * (grid[0] * grid[1])
+def image_offsets(count: int, grid: tuple[int, int]) -> Tensor:
+    """Where the patches of each of ``count`` images begin and end, int64 ``[count + 1]``.
+
+    On the CPU, where :func:`nefkern.ops.knn` reads them without waiting for a GPU.
+    """
+    return torch.arange(count + 1) * (grid[0] * grid[1])
 
 
 def feature_graph(features: Tensor, k: int, segments: Tensor | None = None) -> CSRGraph:
@@ -141,7 +145,7 @@ def pixel_neighbours(
         ``[B·h·w, Σ k̃]`` int32, -1 where an image has fewer patches; a neighbour by two graphs
         stands there twice.
     """
-    offsets = image_offsets(len(images), grid, images.device)
+    offsets = image_offsets(len(images), grid)
     lists = [
         knn(pixel_positions(images, grid, weight), k, metric="euclidean", segments=offsets)[1]
         for k, weight in pairs
@@ -158,7 +162,13 @@ def pixel_graph(
 
 
 @torch.no_grad()
-def kappa(features: Tensor, images: Tensor, grid: tuple[int, int], config: GraphConfig) -> CSRGraph:
+def kappa(
+    features: Tensor,
+    images: Tensor,
+    grid: tuple[int, int],
+    config: GraphConfig,
+    padded: bool = False,
+) -> CSRGraph:
     """κ = D^(-1/2) A D^(-1/2) + α D̃^(-1/2) Ã D̃^(-1/2) (eq 4).
 
     Args:
@@ -166,13 +176,21 @@ def kappa(features: Tensor, images: Tensor, grid: tuple[int, int], config: Graph
         images: ``[B, 3, H, W]``, the pictures the features come from, padded to the grid.
         grid: ``(h, w)`` of the patches.
         config: neighbours, α, pixel graphs.
+        padded: with room for the most entries there can be, so that nothing waits for a GPU; for
+            products only, see :func:`nefkern.ops.kappa.kappa_padded`.
 
     Raises:
         UserError: as many neighbours asked for as there are rows.
     """
     features = features.reshape(-1, features.shape[-1])
     k = resolve_neighbours(config.neighbours, len(features))
-    return _kappa(features, k, images, grid, config)
+    if not padded:
+        return _kappa(features, k, images, grid, config)
+    similarities, neighbours = knn(features, k, metric="cosine")
+    near = neighbours.new_empty(len(features), 0)
+    if config.alpha != 0 and config.pixel_graphs:
+        near = pixel_neighbours(images, grid, config.pixel_graphs)
+    return kappa_padded(neighbours, similarities, near, num_nodes=len(features), alpha=config.alpha)
 
 
 @torch.no_grad()
@@ -189,7 +207,7 @@ def image_kappa(
         A graph of ``B·h·w`` nodes without an edge between images: block-diagonal.
     """
     features = features.reshape(-1, features.shape[-1])
-    offsets = image_offsets(len(images), grid, features.device)
+    offsets = image_offsets(len(images), grid)
     k = max(1, min(k, grid[0] * grid[1] - 1))
     return _kappa(features, k, images, grid, config, offsets)
 

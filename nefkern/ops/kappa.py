@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nefkern import reference
@@ -51,24 +52,98 @@ def kappa(
         TypeError, ValueError: a wrong dtype, shape, device or index; (``check_finite``) a weight
             that isn't finite.
     """
-    num_nodes = check_lists(indices, weights, num_nodes)
-    check_lists(pixel_indices, None, num_nodes, name="pixel_indices")
-    if pixel_indices.device != indices.device:
-        raise ValueError(
-            f"pixel_indices: expected device {indices.device}, got {pixel_indices.device}"
-        )
-    alpha = checks.finite_number("alpha", alpha)
-    clamp_min = check_clamp(clamp_min)
+    num_nodes, alpha, clamp_min = _checked(
+        indices, weights, pixel_indices, num_nodes, alpha, clamp_min
+    )
     tensors = registry.call(
         "kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite
     )
     return CSRGraph(*tensors, num_nodes, True)
 
 
+def kappa_padded(
+    indices: Tensor,
+    weights: Tensor | None,
+    pixel_indices: Tensor,
+    *,
+    num_nodes: int,
+    alpha: float = 0.3,
+    clamp_min: float = 0.0,
+) -> CSRGraph:
+    """:func:`kappa` with room for the most entries there can be, so that nothing waits for a GPU.
+
+    How many entries kappa has depends on the lists' content: to allocate exactly that much, the
+    host must ask the device. Here ``columns`` and ``values`` have 2 N (k + k~) places, two for
+    every listed neighbour. ``row_offsets``, and the entries up to ``row_offsets[-1]``, are those of
+    :func:`kappa`; what stands behind them means nothing.
+
+    Such a graph is for the GPU kernels of ``spmm``, ``quadratic_form`` and ``neuralef_loss``, which
+    read rows by their offsets, so that a step of these can be captured in a CUDA graph. All else
+    refuses it (:meth:`CSRGraph.validate`, the CPU's kernels, the reference) or counts places as
+    entries (``nnz``, ``to_dense``).
+
+    Not differentiable.
+
+    Args:
+        indices, weights, pixel_indices, num_nodes, alpha, clamp_min: as for :func:`kappa`, but an
+            index out of range counts as -1 on a GPU.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device.
+    """
+    num_nodes, alpha, clamp_min = _checked(
+        indices, weights, pixel_indices, num_nodes, alpha, clamp_min
+    )
+    tensors = registry.call(
+        "kappa_padded", indices, weights, pixel_indices, num_nodes, alpha, clamp_min
+    )
+    return CSRGraph(*tensors, num_nodes, True)
+
+
+def _checked(
+    indices: Tensor,
+    weights: Tensor | None,
+    pixel_indices: Tensor,
+    num_nodes: int,
+    alpha: float,
+    clamp_min: float,
+) -> tuple[int, float, float]:
+    """N, alpha and the lower bound; raises TypeError or ValueError where the arguments are not as
+    described, but for the lists' content."""
+    num_nodes = check_lists(indices, weights, num_nodes)
+    check_lists(pixel_indices, None, num_nodes, name="pixel_indices")
+    if pixel_indices.device != indices.device:
+        raise ValueError(
+            f"pixel_indices: expected device {indices.device}, got {pixel_indices.device}"
+        )
+    return num_nodes, checks.finite_number("alpha", alpha), check_clamp(clamp_min)
+
+
 registry.define(
     "kappa(Tensor indices, Tensor? weights, Tensor pixel_indices, SymInt num_nodes, float alpha, "
     "float clamp_min, bool check_finite) -> (Tensor, Tensor, Tensor)",
     fake=lambda indices, weights, _, num_nodes, *__: fake_graph(indices, weights, num_nodes),
+)
+
+
+def _room(indices: Tensor, pixel_indices: Tensor) -> int:
+    return 2 * (indices.numel() + pixel_indices.numel())
+
+
+def _padded_fake(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    wide = weights is not None and weights.dtype == torch.float64
+    room = _room(indices, pixel_indices)
+    return (
+        indices.new_empty(num_nodes + 1, dtype=torch.int64),
+        indices.new_empty(room, dtype=torch.int32),
+        indices.new_empty(room, dtype=torch.float64 if wide else torch.float32),
+    )
+
+
+registry.define(
+    "kappa_padded(Tensor indices, Tensor? weights, Tensor pixel_indices, SymInt num_nodes, "
+    "float alpha, float clamp_min) -> (Tensor, Tensor, Tensor)",
+    fake=_padded_fake,
 )
 
 
@@ -80,6 +155,15 @@ def _reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, che
     return reference.kappa(
         indices, weights, pixel_indices, num_nodes=num_nodes, alpha=alpha, clamp_min=clamp_min
     )
+
+
+@registry.kernel("kappa_padded", "reference")
+def _padded_reference(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    row_offsets, columns, values = _reference(
+        indices, weights, pixel_indices, num_nodes, alpha, clamp_min, False
+    )
+    more = _room(indices, pixel_indices) - len(columns)
+    return row_offsets, F.pad(columns, (0, more)), F.pad(values, (0, more))
 
 
 def _native_accepts(indices, weights, *_) -> bool:
@@ -103,6 +187,13 @@ def _native(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_
     return tuple(graph)
 
 
+@registry.kernel("kappa_padded", "cuda", accepts=_native_accepts)
+def _padded_cuda(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    check_weights(indices, weights, clamp_min, False)
+    weights = None if weights is None else weights.float()
+    return torch.ops.nefkern_native.kappa_padded(indices, weights, pixel_indices, alpha, clamp_min)
+
+
 def _triton_accepts(indices, weights, pixel_indices, *_) -> bool:
     return triton_accepts(indices, weights) and triton_accepts(pixel_indices, None)
 
@@ -113,6 +204,14 @@ def _triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_
 
     check_weights(indices, weights, clamp_min, check_finite)
     return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min)
+
+
+@registry.kernel("kappa_padded", "triton", accepts=_triton_accepts)
+def _padded_triton(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
+    from nefkern.triton.kappa import kappa
+
+    check_weights(indices, weights, clamp_min, False)
+    return kappa(indices, weights, pixel_indices, num_nodes, alpha, clamp_min, padded=True)
 
 
 def _setup_context(ctx, inputs, output) -> None:

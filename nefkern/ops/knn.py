@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -56,7 +57,8 @@ def knn(
             which a row need not be its own nearest.
         segments: [S + 1] int32 or int64 offsets from 0 to N, never falling. Row i of segment s
             (``segments[s] <= i < segments[s + 1]``) finds neighbours in its own segment only: in
-            its own image, for instance. None: one segment of all rows.
+            its own image, for instance. None: one segment of all rows. The host plans by them:
+            offsets on the CPU spare it the wait for a GPU.
         database_segments: [S + 1] offsets from 0 to M: row i of segment s finds neighbours in
             segment s of the database. Given with ``segments`` and a database, or not at all.
         include_self: whether a row is a candidate for itself. With a database nothing is a row's
@@ -165,6 +167,23 @@ def _check_rows(
     return [0, n] if segments is None else checks.offsets(segments_name, segments, n)
 
 
+def _on_device(
+    segments: Tensor | None, bounds: list[int] | None, device: torch.device
+) -> Tensor | None:
+    """Offsets on the rows' device, int64, without waiting for it.
+
+    Images of one size have evenly spaced ones, which the device can count by itself: that can be
+    captured in a CUDA graph, as a copy from ordinary memory cannot.
+    """
+    if segments is None or segments.device == device:
+        return None if segments is None else segments.to(torch.int64).contiguous()
+    step = bounds[1] - bounds[0] if len(bounds) > 1 else 0
+    if step > 0 and all(b - a == step for a, b in itertools.pairwise(bounds)):
+        return torch.arange(0, bounds[-1] + 1, step, device=device)
+    pinned = torch.tensor(bounds, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
 @registry.kernel("knn", "reference")
 def _reference(
     features, k, metric, segments, include_self, check_finite, database, database_segments
@@ -206,9 +225,10 @@ def _triton(features, k, metric, segments, include_self, check_finite, database,
     bounds = _check_values(features, segments, check_finite, database, database_segments)
     method = _method("NEFKERN_KNN_TRITON", TRITON_METHODS)
     preselect = {"auto": None, "ieee": False, "preselect": True}[method]
+    device = features.device
     return knn(
-        features, k, metric, segments, bounds[0], include_self, database, database_segments,
-        bounds[1], preselect=preselect,
+        features, k, metric, _on_device(segments, bounds[0], device), bounds[0], include_self,
+        database, _on_device(database_segments, bounds[1], device), bounds[1], preselect=preselect,
     )  # fmt: skip
 
 
@@ -241,8 +261,8 @@ def _cuda(features, k, metric, segments, include_self, check_finite, database, d
     bounds = _check_values(features, segments, check_finite, database, database_segments)
     offsets, other_offsets = (None if each is None else torch.tensor(each) for each in bounds)
     there, other_there = (
-        None if each is None else each.to(features.device, torch.int64).contiguous()
-        for each in (segments, database_segments)
+        _on_device(each, on_host, features.device)
+        for each, on_host in zip((segments, database_segments), bounds, strict=True)
     )
     return torch.ops.nefkern_native.knn_cuda(
         features.float(), offsets, there, k, METRICS.index(metric), include_self,

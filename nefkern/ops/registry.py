@@ -10,6 +10,7 @@ The public functions call operators by :func:`call`, which finds the way that Py
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 
 from nefkern import backends
 from nefkern.ops import checks
+from nefkern.runtime.precision import float32_products
 
 _library = torch.library.Library("nefkern", "DEF")
 _kernels: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
@@ -79,7 +81,7 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
         setup_context(ctx, inputs, output)
 
     def same(ctx, *gradients):
-        with backends.backend(ctx.backend):
+        with backends.backend(ctx.backend), _full_precision(gradients):
             return backward(ctx, *gradients)
 
     for twin in _twins(name):
@@ -87,6 +89,13 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
             f"nefkern::{twin}", same, setup_context=remember, lib=_library
         )
     _functions[name] = _function(name, same, remember)
+
+
+def _full_precision(gradients: tuple) -> contextlib.AbstractContextManager:
+    """For a backward formula, too, TF32 is off; what torch.compile traces follows its own rule."""
+    if torch.compiler.is_compiling() or not any(isinstance(g, Tensor) for g in gradients):
+        return contextlib.nullcontext()
+    return float32_products(_device(gradients), tf32=False)
 
 
 def _function(name: str, backward: Callable, setup_context: Callable) -> type:
@@ -171,14 +180,15 @@ def _as_floats(name: str, args: tuple) -> tuple:
 
 
 def _run(name: str, args: tuple) -> Any:
-    """Run the chosen implementation, outside autocast: it decides its own precision."""
+    """Run the chosen implementation, outside autocast and TF32: it decides its own precision."""
     args = _as_floats(name, args)
     function = select(name, *args)
     device = _device(args)
-    if not torch.is_autocast_enabled(device):
-        return function(*args)
-    with torch.autocast(device, enabled=False):
-        return function(*args)
+    with float32_products(device, tf32=False):
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
 
 
 def _device(args: tuple) -> str:

@@ -23,8 +23,7 @@ def spmm(graph: CSRGraph, x: Tensor) -> Tensor:
         [N, K] in the dtype of ``x``. Sums run in float32 (float64 if ``x`` or the graph is) and in
         a fixed order: the result does not depend on the number of threads. (On "triton" in that of
         the tile that autotuning found fastest; under ``torch.use_deterministic_algorithms``, of
-        always the same one.) An entry of ``x`` that is not finite reaches its neighbours' rows; in
-        bfloat16 on a GPU it may reach every row.
+        always the same one.) An entry of ``x`` that is not finite reaches its neighbours' rows.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nefkern.images.features import Features
+from nefkern.runtime.precision import float32_products
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.methods import SPECTRAL
 from nefkern.spectral.eigenfunction import Eigenfunction
@@ -49,7 +50,7 @@ class NeuralHead:
     """ψ, with its head's output over the final temperature as logits, if it is quantised."""
 
     def __init__(self, psi: Eigenfunction, options: TrainOptions) -> None:
-        self.psi, self.amp = psi.eval(), options.amp
+        self.psi, self.amp, self.tf32 = psi.eval(), options.amp, options.tf32
         self.kind = options.kind
         self.temperature = options.temperatures()[1] if options.gumbel else 1.0
         self.num_functions = options.num_eigenfunctions
@@ -60,7 +61,10 @@ class NeuralHead:
 
     def project(self, concat: Tensor, grid: tuple[int, int]) -> Outputs:
         """From ψ's input ``[B, h·w, D]`` on a grid of ``h × w`` patches."""
-        with torch.autocast(concat.device.type, torch.bfloat16, enabled=self.amp):
+        with (
+            torch.autocast(concat.device.type, torch.bfloat16, enabled=self.amp),
+            float32_products(concat.device, tf32=self.tf32),
+        ):
             hidden = self.psi.hidden(concat, grid).float()
         functions = self.psi.head(hidden)
         return Outputs(functions, functions / self.temperature, hidden)

@@ -88,7 +88,7 @@ class Segmenter:
         else:
             self.head = NeuralHead(trained, options)
         self.clusterer = clusterer
-        self.features = FeatureCache(cache, backbone, amp=options.amp, also=seen)
+        self.features = FeatureCache(cache, backbone, amp=options.amp, tf32=options.tf32, also=seen)
         self.graph_config = options.graph()
         self.num_clusters = options.num_eigenfunctions
         # In pixels of the images: 1 where the backbone sees them resized, to any size.

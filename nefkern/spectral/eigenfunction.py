@@ -123,12 +123,24 @@ class OrthonormalRows(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """``[K, D] → [K, D]`` with K ≤ D, rows of full rank."""
         rows = weight.double()
-        factor = torch.linalg.cholesky(rows @ rows.mT)
+        factor = _cholesky(rows @ rows.mT)
         return torch.linalg.solve_triangular(factor, rows, upper=False).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Orthonormal rows are their own parameters."""
         return self.forward(weight)
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix ``[K, K]``.
+
+    Of one that has none: an error on the CPU; on a GPU NaN, which the loss shows when it is read,
+    since to ask at once would make the host wait for all that is enqueued.
+    """
+    if not gram.is_cuda:
+        return torch.linalg.cholesky(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.where(failed == 0, factor, math.nan)
 
 
 class Eigenfunction(nn.Module):
@@ -217,7 +229,7 @@ class Eigenfunction(nn.Module):
         """The head's output, ``[B, h·w, D] → [B, h·w, K]``, for a ``grid`` of ``h × w`` patches."""
         return self.head(self.hidden(x, grid))
 
-    def quantize(self, logits: Tensor, temperature: float) -> Tensor:
+    def quantize(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """Training outputs: soft Gumbel-Softmax over the K channels, or the logits as they are.
 
         The same as ``F.gumbel_softmax``, but every process draws the noise of all and takes that of

@@ -73,7 +73,8 @@ _GROUPS = {
     "eigenfunctions": "of ψ: --method neural; but -K is for both",
     "objective": "--method neural",
     "data set's graph": "κ of the patches of all images, computed once: --method neural",
-    "optimisation": "--method neural; but --batch-size, --amp, --device and --seed are for both",
+    "optimisation": "--method neural; but --batch-size, --amp, --tf32, --device and --seed are for "
+    "both",
     "eigenvectors": "--method spectral",
 }
 
@@ -356,8 +357,16 @@ class TrainOptions:
     lr: float = _option(1e-3, "learning rate of Adam", "optimisation")
     final_lr: float = _option(1e-5, "where its cosine decay ends", "optimisation")
     amp: bool = _option(False, "bfloat16 autocast for the backbone and ψ", "optimisation")
+    tf32: bool = _option(
+        True,
+        "on a GPU, TF32 (11 significant bits) for the float32 matrix products and convolutions of "
+        "the backbone and ψ, several times as fast; κ and the objective stay in float32",
+        "optimisation",
+    )
     compile: bool = _option(
-        False, "torch.compile ψ: a first step of a minute, then faster ones", "optimisation"
+        False,
+        "torch.compile ψ and the backbone: a first step of a minute or two, then faster ones",
+        "optimisation",
     )
     device: str = _option(
         "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one", "optimisation"

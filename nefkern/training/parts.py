@@ -53,7 +53,13 @@ class Parts:
                 f"--crop {options.crop}: expected at least {backbone.patch}, a patch of the "
                 "backbone"
             )
-        features = FeatureCache(run.feature_cache(options), backbone, amp=options.amp)
+        features = FeatureCache(
+            run.feature_cache(options),
+            backbone,
+            amp=options.amp,
+            tf32=options.tf32,
+            compiled=options.compile and options.method == "neural",
+        )
         return cls(device, dataset, backbone, features)
 
     def facts(self, options: TrainOptions) -> dict[str, Any]:

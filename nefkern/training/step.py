@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nefkern import backends
 from nefkern.images.features import Backbone, FeatureCache, Features
 from nefkern.images.graph import kappa, standardized
 from nefkern.ops import CSRGraph
 from nefkern.runtime import distributed
 from nefkern.runtime.distributed import together
-from nefkern.runtime.errors import UserError
+from nefkern.runtime.precision import float32_products
 from nefkern.spectral.eigenfunction import (
     Eigenfunction,
     annealed_temperature,
@@ -23,6 +23,7 @@ from nefkern.spectral.eigenfunction import (
 )
 from nefkern.spectral.objective import objective, scaled_beta
 from nefkern.training.options import TrainOptions
+from nefkern.training.record import KnownRecord, Record, check_finite, figures_of
 from nefkern.training.teacher import Teacher
 
 
@@ -31,6 +32,10 @@ class TrainingStep:
 
     Several processes (:mod:`nefkern.runtime.distributed`) share a step: each has its share of the
     images and all of ψ; the gradients are summed, so that ψ stays the same in all.
+
+    One process with a GPU waits for it nowhere in a step (``unread``): what the host would have to
+    ask is decided on the device, or found out later (:class:`nefkern.training.record.Record`), and
+    :meth:`update` can be captured in a CUDA graph.
 
     Args:
         options: all of them; checked.
@@ -43,6 +48,7 @@ class TrainingStep:
         optimizer: Adam on ψ.
         teacher: what ψ learns from in the first steps, if it is to; None until it is there.
         shared: whether all processes build one graph over the whole batch.
+        unread: whether the device is left to work without being asked.
     """
 
     def __init__(self, options: TrainOptions, backbone: Backbone, features: FeatureCache) -> None:
@@ -54,16 +60,23 @@ class TrainingStep:
         config = options.eigenfunction(transformer=backbone.is_transformer)
         self.psi = Eigenfunction(backbone.concat_dim, config).to(self.device)
         self.logits = torch.compile(self.psi, fullgraph=True) if options.compile else self.psi
+        self.unread = self.device.type == "cuda" and distributed.ranks() == 1
         self.optimizer = torch.optim.Adam(self.psi.parameters(), lr=options.lr, fused=True)
+        self._place_rate()
         self.graph_config = options.graph()
         self.shared = options.graph_scope == "global" and distributed.ranks() > 1
         self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
         self.temperatures = options.temperatures()
         self.teacher: Teacher | None = None
+        if self.unread:
+            self.padded = backends.compiled("cuda")
+            self.temperature = self._number(1.0)
+            #: 1 once a loss was not finite: Adam then leaves ψ as it is, in all later steps too.
+            self.optimizer.found_inf = self._number(0.0)
 
     def __call__(
         self, images: Tensor, progress: float, number: int, graph: CSRGraph | None = None
-    ) -> dict[str, float]:
+    ) -> Record:
         """One step.
 
         Args:
@@ -77,27 +90,86 @@ class TrainingStep:
             ``regression`` and ``cosine`` where others have the objective and its parts.
 
         Raises:
-            UserError: the loss is not finite; ψ is then still that of the step before.
+            UserError: the loss is not finite; ψ is then still that of the step before. (On a GPU by
+                the record, when it is read.)
         """
         lr, temperature = self.schedule(progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        known = {"temperature": temperature, "lr": lr}
+        self._set_rate(lr)
         images = images.to(self.device, non_blocking=True)
         batches = images.chunk(self.options.accumulate)
-        if number == 1 and self.psi.config.standardize:
-            self._fit_scale(batches[0])
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.teacher is not None and self.teacher.teaches(progress):
-            loss, figures = self._learn(batches)
-        else:
-            loss, figures = self._objective(batches, temperature, graph)
+        with float32_products(self.device, tf32=self.options.tf32):
+            if number == 1 and self.psi.config.standardize:
+                self._fit_scale(batches[0])
+            if self.teacher is not None and self.teacher.teaches(progress):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss, figures = self._learn(batches)
+            elif self.unread:
+                self.temperature.fill_(temperature)
+                return Record(number, self.update(batches, self.temperature, graph), known)
+            else:
+                self.optimizer.zero_grad(set_to_none=True)
+                figures = figures_of(self._objective(batches, temperature, graph).cpu())
+                loss = figures["loss"]
         with together():
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {number}; a lower --lr may help")
+            check_finite(loss, number)
         distributed.total_gradients(self.psi.parameters())
         with together():
             self.optimizer.step()
-        return {**figures, "temperature": temperature, "lr": lr}
+        return KnownRecord(number, {**figures, **known})
+
+    def update(
+        self, batches: tuple[Tensor, ...], temperature: Tensor, graph: CSRGraph | None = None
+    ) -> Tensor:
+        """What a step does on a GPU, Adam included, without a word to the host.
+
+        The learning rate (``optimizer.param_groups``) and the temperature are tensors on the
+        device, so that a capture of this call goes on with other ones.
+
+        Args:
+            batches: ``accumulate`` times uint8 ``[B, 3, crop, crop]``, on the device.
+            temperature: a number.
+            graph: see :meth:`__call__`.
+
+        Returns:
+            ``[accumulate, 6 + K]``, for a :class:`nefkern.training.record.Record`.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = self._objective(batches, temperature, graph)
+        failed = ~rows[:, 0].isfinite().all()
+        self.optimizer.found_inf.copy_(torch.maximum(self.optimizer.found_inf, failed.float()))
+        self.optimizer.step()
+        return rows
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take Adam's state from a checkpoint, of whatever device it was written on."""
+        self.optimizer.load_state_dict(state)
+        self._place_rate()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Adam's state for a checkpoint: the same whatever the device."""
+        state = self.optimizer.state_dict()
+        groups = [
+            group | {"lr": float(group["lr"]), "capturable": False}
+            for group in state["param_groups"]
+        ]
+        return state | {"param_groups": groups}
+
+    def _number(self, value: float) -> float | Tensor:
+        """A number, in the device's memory where the host is not asked."""
+        return torch.tensor(value, device=self.device) if self.unread else value
+
+    def _place_rate(self) -> None:
+        """Keep the learning rate where the step needs it."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["capturable"] = self._number(self.options.lr), self.unread
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if self.unread:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def schedule(self, progress: float) -> tuple[float, float]:
         """Learning rate and temperature at ``progress`` of the training, in [0, 1]."""
@@ -105,15 +177,13 @@ class TrainingStep:
         return lr, annealed_temperature(progress, *self.temperatures)
 
     def _objective(
-        self, batches: tuple[Tensor, ...], temperature: float, graph: CSRGraph | None
-    ) -> tuple[float, dict[str, float]]:
-        """Gradients of the objective: the loss, and the record."""
+        self, batches: tuple[Tensor, ...], temperature: float | Tensor, graph: CSRGraph | None
+    ) -> Tensor:
+        """Gradients of the objective; what is recorded, ``[accumulate, 6 + K]``."""
         known = () if graph is None else (graph,)
         # Graphs of a process's own need no messages: an error in any is then an error of all.
         with contextlib.nullcontext() if self.shared else together():
-            graphs = [self.accumulate(batch, temperature, *known) for batch in batches]
-        figures = _figures(graphs)
-        return figures["loss"], figures
+            return _packed([self.accumulate(batch, temperature, *known) for batch in batches])
 
     def _learn(self, batches: tuple[Tensor, ...]) -> tuple[float, dict[str, float]]:
         """Gradients of the regression on the teacher's targets: the loss, and the record."""
@@ -135,7 +205,7 @@ class TrainingStep:
             return self.logits(maps.concat, maps.grid)
 
     def accumulate(
-        self, images: Tensor, temperature: float, graph: CSRGraph | None = None
+        self, images: Tensor, temperature: float | Tensor, graph: CSRGraph | None = None
     ) -> Graph:
         """Forward and backward on one graph; its share of the mean loss goes to the gradients."""
         with together() if self.shared else contextlib.nullcontext():
@@ -172,7 +242,8 @@ class TrainingStep:
         if self.shared:  # features have no gradient, so that every process can make the same κ
             near_by, images = distributed.gather_rows(near_by), distributed.gather_rows(images)
         near_by = standardized(near_by) if every else near_by
-        return kappa(near_by, images, maps.grid, self.graph_config)
+        padded = (True,) if self.unread and self.padded else ()
+        return kappa(near_by, images, maps.grid, self.graph_config, *padded)
 
 
 class Graph(NamedTuple):
@@ -187,23 +258,6 @@ class Graph(NamedTuple):
     live: Tensor
 
 
-def _figures(graphs: list[Graph]) -> dict[str, float]:
-    """A step's record over its graphs, those of other processes included.
-
-    Means; but clusters are live if they win anywhere, and ``dead`` is the largest number.
-    """
-    # One message from the device a step: each would wait for all work before it.
-    rows = torch.stack([torch.cat([figures, live.to(figures.dtype)]) for figures, live in graphs])
-    rows = rows.cpu()
-    means = distributed.mean(rows[:, :5].double().mean(0)).tolist()
-    loss, confidence, trace, penalty, off_diagonal = means
-    dead, *live = distributed.largest(rows[:, 5:].amax(0).long()).tolist()
-    return {
-        "loss": loss,
-        "trace": trace,
-        "penalty": penalty,
-        "live": sum(live),
-        "dead": dead,
-        "off_diagonal": off_diagonal,
-        "confidence": confidence,
-    }
+def _packed(graphs: list[Graph]) -> Tensor:
+    """``[graphs, 6 + K]``: one message from the device a step, not one a figure."""
+    return torch.stack([torch.cat([figures, live.to(figures.dtype)]) for figures, live in graphs])

@@ -36,6 +36,7 @@ from nefkern.training.edges import DatasetEdges, edges_of
 from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
+from nefkern.training.record import Underway
 from nefkern.training.runs import METRICS, Run
 from nefkern.training.step import TrainingStep
 from nefkern.training.teacher import check_data_set, teacher_of
@@ -72,6 +73,7 @@ class Trainer:
         self.options, self.run = options, run
         self.loader: TrainLoader | None = None
         self.interrupts = Interrupts()
+        self.underway = Underway()
         with together():
             self._build()
         self._resume()
@@ -128,7 +130,7 @@ class Trainer:
         weights, state = found
         with together():
             self.psi.load(weights, self.run.folder)
-            self.step.optimizer.load_state_dict(state["optimizer"])
+            self.step.load_optimizer(state["optimizer"])
             self.position = Position(**state["position"])
             if self.position.batch_size % distributed.ranks():
                 raise UserError(
@@ -185,7 +187,7 @@ class Trainer:
         if not is_main():
             return
         state = {
-            "optimizer": self.step.optimizer.state_dict(),
+            "optimizer": self.step.optimizer_state(),
             "position": vars(self.position).copy(),
             **self._generators(),
         }
@@ -207,10 +209,12 @@ class Trainer:
                 with together():
                     write(last)
                     if time.monotonic() - self.saved_at >= self.options.checkpoint_seconds:
+                        last = self._write_all(write, last)  # what the checkpoint counts
                         self.save()
                 if distributed.any_rank(self.interrupts.received):
                     self.interrupts.received = True
                     break
+            last = self._write_all(write, last)
         self.loader = None  # ends its processes
         with together():
             self.save()
@@ -221,6 +225,14 @@ class Trainer:
             raise KeyboardInterrupt(
                 f"the checkpoint after step {self.position.total} is written; --resume goes on"
             )
+        return last
+
+    def _write_all(
+        self, write: Callable[[dict[str, float]], None], last: dict[str, float]
+    ) -> dict[str, float]:
+        """Wait for the records of all steps taken; returns the last one, or what it is given."""
+        for last in self.underway.arrived(all=True):
+            write(last)
         return last
 
     def _look_at_the_data_set(self) -> None:
@@ -374,17 +386,22 @@ class Trainer:
             for images in agreed(self._images(loader)):
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
                 loaded = time.perf_counter()
-                row = self.step(images, progress, self.position.total + 1, *self._graph())
+                record = self.step(images, progress, self.position.total + 1, *self._graph())
                 now = time.perf_counter()
                 count = len(images) * distributed.ranks()
-                row["images_per_second"] = count / (now - started)  # with loading
-                row["input_wait"] = (loaded - started) / (now - started)
+                times = {
+                    "images_per_second": count / (now - started),  # with loading
+                    "input_wait": (loaded - started) / (now - started),
+                }
                 started = now
                 self.position.step += 1
                 self.position.total += 1
+                where = {"step": self.position.total, "epoch": self.position.epoch + 1}
+                self.underway.add(record, where, times)
                 bar.update()
-                bar.set_postfix(_shown(row))
-                yield {"step": self.position.total, "epoch": self.position.epoch + 1, **row}
+                for row in self.underway.arrived():
+                    bar.set_postfix(_shown(row))
+                    yield row
         self.position.epoch += 1
         self.position.step = 0
 

@@ -17,11 +17,16 @@ def kappa(
     num_nodes: int,
     alpha: float,
     clamp_min: float,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum's three tensors; see :func:`nefkern.ops.kappa`.
 
     The host waits once, for the number of entries and whether an index was out of range. What it
     does not know by then is the size of either graph: they get room for two entries an edge.
+
+    Args:
+        padded: give the sum such room too, and wait for nothing; an index out of range counts as
+            -1 then.
 
     Raises:
         ValueError: an index was out of range.
@@ -31,6 +36,8 @@ def kappa(
     features, bad = _unread(indices, weights, num_nodes, "mean", clamp_min)
     pixels, bad_pixels = _unread(pixel_indices, None, num_nodes, "union", 0.0)
     row_offsets, _ = add.counted(features, pixels)  # their sizes are not the graphs': no check
+    if padded:
+        return add.merged(features, pixels, alpha, row_offsets, len(features[1]) + len(pixels[1]))
     nnz, *outside = torch.cat([row_offsets[-1:], bad, bad_pixels]).tolist()
     if any(outside):
         check_indices(indices, num_nodes)

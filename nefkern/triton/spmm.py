@@ -1,8 +1,4 @@
-"""Triton kernels of ``spmm``: gathered rows of x, weighted and summed in float32.
-
-Of a graph as dense as :mod:`nefkern.triton.crossover` asks for, rows are written out and multiplied
-by the library instead, a bounded number of them at a time.
-"""
+"""Triton kernel of ``spmm``: gathered rows of x, weighted and summed in float32."""
 
 from __future__ import annotations
 
@@ -14,9 +10,7 @@ from torch import Tensor
 from nefkern.backends import interpreting
 from nefkern.reference.csr import check_content, raise_invalid_content
 from nefkern.triton.configs import Shipped, Tuned, device_of
-from nefkern.triton.crossover import dense_rows, prefers_dense
 from nefkern.triton.csr import row_of
-from nefkern.triton.rates import rates_of
 
 # Entries of a row taken at a time, and columns of x: as many bytes in flight as hide the latency of
 # rows that come from the L2 cache.
@@ -56,36 +50,6 @@ def _spmm_kernel(
 
 _tuned = Tuned(_spmm_kernel, CONFIGS, key=["width"])
 
-EXPAND_BLOCK = 256  # entries of a row written at a time
-
-
-@triton.jit
-def _bfloat16_part(x):
-    """The nearest bfloat16, still as float32: the conversion is exact in the interpreter too."""
-    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # the sum could undo a NaN
-
-
-@triton.jit
-def _expand_kernel(
-    row_offsets, columns, values, dense, first_row, num_nodes, nnz, BLOCK: tl.constexpr
-):
-    """Row ``first_row + program_id(0)`` as hi | lo into ``dense`` [rows, 2 num_nodes] of zeros."""
-    local = tl.program_id(0).to(tl.int64)
-    row = first_row + local
-    out = dense + local * 2 * num_nodes
-    begin, size, _ = row_of(row_offsets, row, nnz)
-    end = begin + size
-    for first in range(begin, end, BLOCK):
-        e = first + tl.arange(0, BLOCK)
-        node = tl.load(columns + e, mask=e < end, other=-1)
-        there = (node >= 0) & (node < num_nodes)
-        value = tl.load(values + e, mask=there, other=0.0)
-        high = _bfloat16_part(value)
-        low = _bfloat16_part(value - high)
-        tl.store(out + node, high.to(tl.bfloat16), mask=there)
-        tl.store(out + num_nodes + node, low.to(tl.bfloat16), mask=there)
-
 
 def spmm(
     row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor, dtype: torch.dtype
@@ -105,8 +69,6 @@ def spmm(
         check_content(row_offsets, columns)
     row_offsets, columns, values = (y.contiguous() for y in (row_offsets, columns, values))
     n, width = x.shape
-    if prefers_dense(n, columns.shape[0], width, x.dtype, rates_of(x.device)):
-        return _dense_spmm(row_offsets, columns, values, x).to(dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
     # The interpreter would cut, not round, to bfloat16.
     y = torch.empty(n, width, dtype=torch.float32 if interpreting() else dtype, device=x.device)
@@ -118,35 +80,13 @@ def spmm(
     return y.to(dtype)
 
 
-def _dense_spmm(row_offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """kappa x in float32 of a bfloat16 x, by products with [hi | lo] of some rows at a time."""
-    n, width = x.shape
-    y = torch.empty(n, width, dtype=torch.float32, device=x.device)
-    twice = torch.cat([x, x])
-    step = dense_rows(n)
-    dense = torch.empty(step, 2 * n, dtype=torch.bfloat16, device=x.device)
-    for first in range(0, n, step):
-        rows = dense[: n - first].zero_()
-        with device_of(x):
-            _expand_kernel[(len(rows),)](
-                row_offsets, columns, values, rows, first, n, len(columns), BLOCK=EXPAND_BLOCK
-            )
-        y[first : first + step] = _product(rows, twice)
-    return y
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of bfloat16 in float32, also where partial sums meet; the CPU has no such product."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
 def shipped() -> list[Shipped]:
     """Sums in float32, and in x's own dtype where that is another."""
     kinds = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
     pairs = [(name, "float32") for name in kinds] + [(name, name) for name in kinds]
     graph = {"row_offsets": "*i64", "columns": "*i32", "values": "*fp32"}
     sizes = {"num_nodes": "i32", "nnz": "i64"}
-    gathers = [
+    kernels = [
         Shipped(
             f"spmm {of}, {config.kwargs['BLOCK_E']} x {config.kwargs['BLOCK_K']}"
             + (f", as {to}" if to != of else ""),
@@ -162,6 +102,4 @@ def shipped() -> list[Shipped]:
         for of, to in dict.fromkeys(pairs)
         for config in CONFIGS
     ]  # fmt: skip
-    gathers += [kernel.for_multiples("width", "x_stride", "y_stride") for kernel in gathers]
-    expand = {**graph, "dense": "*bf16", "first_row": "i32", **sizes}
-    return [*gathers, Shipped("spmm expand", _expand_kernel, expand, {"BLOCK": EXPAND_BLOCK})]
+    return kernels + [one.for_multiples("width", "x_stride", "y_stride") for one in kernels]

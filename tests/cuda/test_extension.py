@@ -11,7 +11,7 @@ from nefkern import backends, ops
 from nefkern.ops import registry
 
 #: Operators with a CUDA kernel of their own; the others are made of these and of dense products.
-KERNELS = ("knn_cuda", "normalized_adjacency", "add", "kappa", "spmm")
+KERNELS = ("knn_cuda", "normalized_adjacency", "add", "kappa", "kappa_padded", "spmm")
 SERVED = ("knn", *KERNELS[1:], "quadratic_form", "neuralef_loss")
 
 
@@ -63,6 +63,7 @@ def test_cuda_kernels_are_the_first_choice_on_a_gpu(monkeypatch, name):
             "add": (*graph, *graph, 1.0),
             "spmm": (*graph, x, True),
             "kappa": (indices, None, indices, 4, 0.3, 0.0),
+            "kappa_padded": (indices, None, indices, 4, 0.3, 0.0),
             "quadratic_form": (*graph, x, None, True),
             "neuralef_loss": (*graph, x, 0.1, 0.01),
         }[name]

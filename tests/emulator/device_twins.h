@@ -88,22 +88,23 @@ void multiply(Payload* const* lanes, const A& a_of, const B& b_of) {
     }
 }
 
-// m16n8k16: two 16-bit elements a register, `convert` makes a float of one.
-template <class Convert>
-void mma_16_bit(const char* name, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                const float (&c)[4], Convert, int line) {
-  Fragments<4, 2> payload;
+}  // namespace twins
+
+// Two elements a register.
+inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             const float (&c)[4], int line = __builtin_LINE()) {
+  using Payload = twins::Fragments<4, 2>;
+  Payload payload;
   std::memcpy(payload.a, a, sizeof a);
   std::memcpy(payload.b, b, sizeof b);
   std::memcpy(payload.c, c, sizeof c);
-  using Payload = Fragments<4, 2>;
   nefkern::emulator::meet(
-      name, 0xffffffffu, payload,
+      "mma.m16n8k16.f16", 0xffffffffu, payload,
       [](Payload* const* lanes, unsigned) {
         const auto half = [](uint32_t word, int which) {
-          return Convert{}(static_cast<uint16_t>(word >> (16 * which)));
+          return __half2float(__half{static_cast<uint16_t>(word >> (16 * which))});
         };
-        multiply<16>(
+        twins::multiply<16>(
             lanes,
             [&](int row, int k) {  // registers: rows g and g + 8, then the same of k + 8
               const int lane = row % 8 * 4 + k % 8 / 2;
@@ -117,51 +118,6 @@ void mma_16_bit(const char* name, float (&d)[4], const uint32_t (&a)[4], const u
   std::memcpy(d, payload.d, sizeof d);
 }
 
-}  // namespace twins
-
-inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              const float (&c)[4], int line = __builtin_LINE()) {
-  twins::mma_16_bit(
-      "mma.m16n8k16.bf16", d, a, b, c,
-      [](uint16_t bits) { return __bfloat162float(__nv_bfloat16{bits}); }, line);
-}
-
-inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             const float (&c)[4], int line = __builtin_LINE()) {
-  twins::mma_16_bit(
-      "mma.m16n8k16.f16", d, a, b, c, [](uint16_t bits) { return __half2float(__half{bits}); },
-      line);
-}
-
-// Ties away from zero, as cvt.rna.
-inline uint32_t to_tf32(float value) {
-  const unsigned bits = __float_as_uint(value);
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
-}
-
-// The unit reads the upper 19 bits of a register.
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             const float (&c)[4], int line = __builtin_LINE()) {
-  using Payload = twins::Fragments<4, 2>;
-  Payload payload;
-  std::memcpy(payload.a, a, sizeof a);
-  std::memcpy(payload.b, b, sizeof b);
-  std::memcpy(payload.c, c, sizeof c);
-  nefkern::emulator::meet(
-      "mma.m16n8k8.tf32", 0xffffffffu, payload,
-      [](Payload* const* lanes, unsigned) {
-        const auto number = [](uint32_t word) { return __uint_as_float(word & ~0x1fffu); };
-        twins::multiply<8>(
-            lanes,
-            [&](int row, int k) {
-              return number(lanes[row % 8 * 4 + k % 4]->a[row / 8 + k / 4 * 2]);
-            },
-            [&](int k, int column) { return number(lanes[column * 4 + k % 4]->b[k / 4]); });
-      },
-      line);
-  std::memcpy(d, payload.d, sizeof d);
-}
-
 namespace twins {
 
 struct MatrixRow {
@@ -169,14 +125,13 @@ struct MatrixRow {
   uint32_t registers[4];  // what it receives
 };
 
-template <bool kTransposed>
-void load_matrices(uint32_t (&registers)[4], const void* shared_row, int line) {
+inline void load_matrices(uint32_t (&registers)[4], const void* shared_row, int line) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16)
     nefkern::emulator::current_block()->fail("ldmatrix: a row is not aligned to 16 bytes");
   MatrixRow payload{};
   for (int i = 0; i < 8; ++i) payload.row[i] = static_cast<const uint16_t*>(shared_row)[i];
   nefkern::emulator::meet(
-      kTransposed ? "ldmatrix.x4.trans" : "ldmatrix.x4", 0xffffffffu, payload,
+      "ldmatrix.x4", 0xffffffffu, payload,
       [](MatrixRow* const* lanes, unsigned) {
         for (int lane = 0; lane < 32; ++lane)
           for (int matrix = 0; matrix < 4; ++matrix) {
@@ -184,9 +139,8 @@ void load_matrices(uint32_t (&registers)[4], const void* shared_row, int line) {
               return lanes[8 * matrix + row]->row[column];
             };
             const int group = lane / 4, place = lane % 4 * 2;
-            lanes[lane]->registers[matrix] =
-                kTransposed ? element(place, group) | element(place + 1, group) << 16
-                            : element(group, place) | element(group, place + 1) << 16;
+            lanes[lane]->registers[matrix] = element(group, place) | element(group, place + 1)
+                                                                         << 16;
           }
       },
       line);
@@ -197,11 +151,6 @@ void load_matrices(uint32_t (&registers)[4], const void* shared_row, int line) {
 
 inline void ldmatrix_x4(uint32_t (&registers)[4], const void* shared_row,
                         int line = __builtin_LINE()) {
-  twins::load_matrices<false>(registers, shared_row, line);
+  twins::load_matrices(registers, shared_row, line);
 }
-inline void ldmatrix_x4_transposed(uint32_t (&registers)[4], const void* shared_row,
-                                   int line = __builtin_LINE()) {
-  twins::load_matrices<true>(registers, shared_row, line);
-}
-
 }  // namespace nefkern::cuda

@@ -24,7 +24,11 @@ void run(Case& one) {
                  .weights = nullptr,
                  .clamp_min = 0};
   args.alpha = static_cast<float>(one.real("alpha"));
-  nefkern::emulator::assemble(one, args, kappa_bytes, kappa_count, kappa_fill);
+  if (one.number("padded"))
+    nefkern::emulator::assemble_padded(one, args, kappa_room(args), kappa_bytes, kappa_count,
+                                       kappa_fill);
+  else
+    nefkern::emulator::assemble(one, args, kappa_bytes, kappa_count, kappa_fill);
 }
 
 }  // namespace

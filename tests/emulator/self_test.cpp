@@ -109,47 +109,30 @@ void run_collectives(Case& one) {
   launch(collectives, dim3(1), dim3(32), 0, nullptr, one.output<int>("out", 32 * 12));
 }
 
-// c = a b for a [16, 16] and b [16, 8], bfloat16 by ldmatrix: b is stored [16, 8], row-major.
-__global__ void product_bf16(const uint16_t* a, const uint16_t* b, float* c) {
+// c = a bT for a [16, 16] and b [8, 16], float16 by ldmatrix: the rows of b are columns of c.
+__global__ void product_f16(const uint16_t* a, const uint16_t* b, float* c) {
   struct Operands {
     alignas(16) uint16_t a[16][16];
-    alignas(16) uint16_t b[32][8];
+    alignas(16) uint16_t b[8][16];
   };
   Operands& operands = block_shared<Operands>();
   const int lane = threadIdx.x;
   for (int i = lane; i < 256; i += 32) operands.a[i / 16][i % 16] = a[i];
-  for (int i = lane; i < 256; i += 32) operands.b[i / 8][i % 8] = i < 128 ? b[i] : 0;
+  for (int i = lane; i < 128; i += 32) operands.b[i / 16][i % 16] = b[i];
   __syncwarp();
   uint32_t left[4], right[4];
   ldmatrix_x4(left, &operands.a[lane % 16][lane / 16 * 8]);
-  ldmatrix_x4_transposed(right, operands.b[lane]);
+  ldmatrix_x4(right, &operands.b[lane % 8][lane / 8 % 2 * 8]);
   const uint32_t first[2] = {right[0], right[1]};
   const float zero[4] = {};
   float sum[4];
-  mma_m16n8k16_bf16(sum, left, first, zero);
+  mma_m16n8k16_f16(sum, left, first, zero);
   for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
 }
 
-void run_product_bf16(Case& one) {
-  launch(product_bf16, dim3(1), dim3(32), 0, nullptr, one.input<uint16_t>("a"),
+void run_product_f16(Case& one) {
+  launch(product_f16, dim3(1), dim3(32), 0, nullptr, one.input<uint16_t>("a"),
          one.input<uint16_t>("b"), one.output<float>("c", 128));
-}
-
-// c = a b for a [16, 8] and b [8, 8], tf32, fragments filled by hand.
-__global__ void product_tf32(const float* a, const float* b, float* c) {
-  const int lane = threadIdx.x, group = lane / 4, place = lane % 4;
-  const uint32_t left[4] = {to_tf32(a[group * 8 + place]), to_tf32(a[(group + 8) * 8 + place]),
-                            to_tf32(a[group * 8 + place + 4]),
-                            to_tf32(a[(group + 8) * 8 + place + 4])};
-  const uint32_t right[2] = {to_tf32(b[place * 8 + group]), to_tf32(b[(place + 4) * 8 + group])};
-  float sum[4] = {};
-  mma_m16n8k8_tf32(sum, left, right, sum);
-  for (int i = 0; i < 4; ++i) c[(group + i / 2 * 8) * 8 + place * 2 + i % 2] = sum[i];
-}
-
-void run_product_tf32(Case& one) {
-  launch(product_tf32, dim3(1), dim3(32), 0, nullptr, one.input<float>("a"), one.input<float>("b"),
-         one.output<float>("c", 128));
 }
 
 }  // namespace
@@ -159,6 +142,5 @@ int main(int argc, char** argv) {
                                       {{"reverse", &run_reverse},
                                        {"copy", &run_copy},
                                        {"collectives", &run_collectives},
-                                       {"product_bf16", &run_product_bf16},
-                                       {"product_tf32", &run_product_tf32}});
+                                       {"product_f16", &run_product_f16}});
 }

@@ -18,7 +18,7 @@ OUTPUTS = {
 }  # fmt: skip
 
 
-def emulate(folder, indices, weights, pixels, *, alpha=0.3, clamp_min=0.0):
+def emulate(folder, indices, weights, pixels, *, alpha=0.3, clamp_min=0.0, padded=False):
     """The graph, or None where the kernels call an index invalid."""
     n, k = indices.shape
     got = emulated.run(
@@ -28,6 +28,7 @@ def emulate(folder, indices, weights, pixels, *, alpha=0.3, clamp_min=0.0):
             "pixel_indices": pixels.numpy(),
         },
         outputs=OUTPUTS, n=n, k=k, near=pixels.shape[1], alpha=alpha, clamp_min=clamp_min,
+        padded=int(padded),
     )  # fmt: skip
     valid = got.pop("valid")[0]
     return CSRGraph(*map(torch.from_numpy, got.values()), n, True) if valid else None
@@ -87,6 +88,28 @@ def test_equals_the_sum_of_both_graphs_bit_for_bit(tmp_path):
     got = emulate(tmp_path, indices, weights, pixels)
     for one, two in zip(got.tensors(), total.tensors(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("n", "k", "near"), [(0, 3, 2), (7, 3, 0), (40, 9, 4)])
+def test_with_room_for_all_that_there_can_be(tmp_path, n, k, near):
+    """The same entries, behind which there is room, and nothing that the host reads between."""
+    indices, weights, pixels = lists(n, k, near)
+    exact = emulate(tmp_path, indices, weights, pixels)
+    padded = emulate(tmp_path, indices, weights, pixels, padded=True)
+    assert len(padded.columns) == len(padded.values) == 2 * n * (k + near)
+    assert torch.equal(padded.row_offsets, exact.row_offsets)
+    assert torch.equal(padded.columns[: exact.nnz], exact.columns)
+    assert torch.equal(padded.values[: exact.nnz], exact.values)
+
+
+def test_with_room_an_index_out_of_range_counts_as_none(tmp_path):
+    weights, pixels = torch.ones(3, 2), torch.full((3, 1), -1, dtype=torch.int32)
+    wrong = torch.tensor([[1, 3], [2, -2], [0, 7]], dtype=torch.int32)
+    left_out = torch.where((wrong < 0) | (wrong > 2), -1, wrong)
+    got = emulate(tmp_path, wrong, weights, pixels, padded=True)
+    expected = emulate(tmp_path, left_out, weights, pixels)
+    assert torch.equal(got.row_offsets, expected.row_offsets)
+    assert torch.equal(got.columns[: expected.nnz], expected.columns)
 
 
 def test_a_node_that_one_graph_leaves_alone(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -568,3 +571,65 @@ def test_cache_keeps_values_too_large_for_half_precision(backbone, images, tmp_p
 
 def test_no_folder_no_cache(backbone, images):
     assert torch.equal(FeatureCache(None, backbone)(images).concat, backbone(images).concat)
+
+
+# ---- prepared for many calls
+
+
+class Casts(TorchDispatchMode):
+    """Counts weights of linear and convolutional layers that are converted to another dtype."""
+
+    def __init__(self, model):
+        super().__init__()
+        layers = [m for m in model.modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
+        self.weights = {w.data_ptr() for m in layers for w in m.parameters()}
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype:
+            self.count += args[0].data_ptr() in self.weights
+        return result
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "resnet18"])
+def test_bfloat16_weights_are_autocasts(name):
+    """Bit for bit, and without a cast of a weight in a call."""
+    backbone = load_backbone(name, "random")
+    weights = {key: w.clone() for key, w in backbone.state_dict().items()}
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    cache = FeatureCache(None, backbone, amp=True)
+    cache(images)
+    with Casts(backbone) as plain, torch.autocast("cpu", torch.bfloat16):
+        expected = backbone(images)
+    with Casts(backbone) as prepared:
+        found = cache(images)
+    assert torch.equal(found.concat, expected.concat)
+    assert plain.count > 5
+    assert prepared.count == 0
+    assert all(torch.equal(w, weights[key]) for key, w in backbone.state_dict().items())
+    assert {w.dtype for w in backbone.parameters()} == {torch.float32}
+
+
+def test_weights_of_derived_layers_and_channels_last():
+    class Standardized(torch.nn.Conv2d):
+        pass
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), Standardized(4, 4, 3), torch.nn.Conv2d(4, 5, 2)
+    )
+    twin = module._prepared(model, half=True, channels_last=True)
+    assert [m.weight.dtype for m in twin] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in twin)
+    assert all(m.weight.is_contiguous() for m in model)
+    assert twin[1].bias is model[1].bias, "shared"
+    x = torch.randn(1, 3, 9, 9)
+    last = module._prepared(model, half=False, channels_last=True)
+    torch.testing.assert_close(last(x), model(x))
+
+
+def test_a_compiled_backbone_gives_the_same_maps(images, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    backbone = load_backbone("test_vit", "random")
+    found = FeatureCache(None, backbone, compiled=True)(images)
+    torch.testing.assert_close(found.concat, backbone(images).concat, rtol=1e-4, atol=1e-4)

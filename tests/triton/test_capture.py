@@ -7,6 +7,7 @@ one, captured into a CUDA graph and replayed on other data.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 
 import pytest
@@ -28,11 +29,12 @@ from nefkern.ops import (
 )
 from nefkern.reference.csr import check_content, transpose
 from nefkern.reference.neuralef_loss import neuralef_loss_backward
+from nefkern.triton import add as add_kernels
 from nefkern.triton import knn as knn_kernels
 from nefkern.triton import knn_estimates
 from nefkern.triton import linear_attention as attention_kernels
+from nefkern.triton import normalized_adjacency as adjacency_kernels
 from nefkern.triton import spmm as spmm_kernels
-from nefkern.triton.rates import H100
 from tests.ops.graph_common import moved, random_graph, random_lists
 
 needs_triton = pytest.mark.skipif(
@@ -71,12 +73,14 @@ def launched(monkeypatch):
     """Fake tensors, and kernels that are only noted: the list of their names."""
     found = []
     kernels = {
-        spmm_kernels: ("_tuned", "_expand_kernel"),
+        spmm_kernels: ("_tuned",),
         attention_kernels: ("sum_keys", "join_keys", "answer_queries", "query_gradients",
                             "join_gradients", "key_gradients"),
         knn_kernels: ("tuned_score", "select_kernel", "rerank_kernel", "exact_kernel",
                       "select_exact_kernel", "unpack_kernel"),
         knn_estimates: ("pack_kernel",),
+        adjacency_kernels: ("_write_keys", "_count_entries", "_merge_edges", "_scale_entries"),
+        add_kernels: ("_count_entries", "_merge_rows"),
     }  # fmt: skip
     for module, names in kernels.items():
         monkeypatch.setattr(
@@ -84,7 +88,6 @@ def launched(monkeypatch):
         )
         for name in names:
             monkeypatch.setattr(module, name, Launch(name, getattr(module, name), found))
-    monkeypatch.setattr(spmm_kernels, "rates_of", lambda device: H100)
     with FakeTensorMode():
         yield found
 
@@ -116,13 +119,6 @@ def assert_spmm_is_traced(dtype):
 def test_spmm_reads_nothing(launched, dtype):
     assert_spmm_is_traced(dtype)
     assert launched == ["_tuned"]
-
-
-def test_spmm_by_dense_rows_reads_nothing(launched, monkeypatch):
-    monkeypatch.setattr(spmm_kernels, "prefers_dense", lambda *args: True)
-    monkeypatch.setattr(spmm_kernels, "dense_rows", lambda n: 60)
-    assert_spmm_is_traced(torch.bfloat16)
-    assert launched == ["_expand_kernel", "_expand_kernel"]
 
 
 @each_dtype
@@ -196,6 +192,31 @@ def test_knn_reads_nothing_and_holds_no_n_by_n(launched, metric, preselect):
     assert values.shape == indices.shape == (n, k)
     assert largest.bytes <= knn_kernels.WORKSPACE
     assert ("tuned_score" in launched) == preselect
+
+
+def test_knn_within_images_reads_nothing(launched):
+    """Offsets known to the host: the device counts them by itself."""
+    x, segments = torch.empty(4 * 900, 5, device="cuda"), list(range(0, 3601, 900))
+    its = sys.modules["nefkern.ops.knn"]._on_device(
+        torch.empty(5, dtype=torch.int64), segments, x.device
+    )
+    assert its.device.type == "cuda"
+    values, indices = knn_kernels.knn(x, 10, "euclidean", its, segments, False)
+    assert values.shape == indices.shape == (3600, 10)
+
+
+@pytest.mark.parametrize("near", [0, 3])
+def test_kappa_with_room_reads_nothing(launched, near):
+    indices = torch.empty(100, 7, dtype=torch.int32, device="cuda")
+    pixels = torch.empty(100, near, dtype=torch.int32, device="cuda")
+    weights = torch.empty(100, 7, device="cuda")
+    offsets, columns, values = implementation("kappa_padded")(
+        indices, weights, pixels, 100, 0.3, 0.0
+    )
+    assert offsets.shape == (101,)
+    assert columns.shape == values.shape == (200 * (7 + near),)
+    with pytest.raises(DataDependentOutputException):
+        implementation("kappa")(indices, weights, pixels, 100, 0.3, 0.0, False)
 
 
 # ---- one message to the host ----
@@ -295,14 +316,6 @@ def on_gpu(*shape, dtype=torch.float32):
 def test_capture_of_spmm(dtype):
     graph = random_graph(300, 20).to("cuda")
     assert_same(with_gradients(lambda x: spmm(graph, x)), on_gpu(300, 64, dtype=dtype))
-
-
-@needs_gpu
-def test_capture_of_spmm_by_dense_rows(monkeypatch):
-    monkeypatch.setattr(spmm_kernels, "prefers_dense", lambda *args: True)
-    graph = random_graph(300, 20).to("cuda")
-    x = on_gpu(300, 64, dtype=torch.bfloat16)
-    assert_same(with_gradients(lambda x: spmm(graph, x)), x)
 
 
 @needs_gpu

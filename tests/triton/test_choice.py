@@ -27,6 +27,7 @@ def arguments(device: str) -> dict[str, tuple]:
         "normalized_adjacency": (indices, None, 4, "mean", 0.0),
         "add": (*graph, *graph, 1.0),
         "kappa": (indices, None, indices, 4, 0.3, 0.0),
+        "kappa_padded": (indices, None, indices, 4, 0.3, 0.0),
         "spmm": (*graph, x, True),
         "sddmm": (*graph[:2], x, x),
         "quadratic_form": (*graph, x, None, True),
