@@ -202,7 +202,8 @@ class Block {
     void* payloads[kWarp] = {};
     for_each_lane(mask, [&](unsigned lane) { payloads[lane] = lanes[lane].payload; });
     combine(payloads, mask);
-    if (nefkern_count_meeting) nefkern_count_meeting(name, me.warp, mask == ~0u >> (kWarp - size), parts);
+    if (nefkern_count_meeting)
+      nefkern_count_meeting(name, me.warp, mask == ~0u >> (kWarp - size), parts);
     if (nefkern_race_track) join_clocks(lanes, mask);
     for_each_lane(mask, [&](unsigned lane) { lanes[lane].state = State::kReady; });
     if (settings().order == Order::kRandom) Fiber::suspend();  // the last goes not always first
