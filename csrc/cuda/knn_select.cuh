@@ -157,7 +157,7 @@ class RegisterSelector {
   static constexpr int kMostKept = kRoom / 2;
   static constexpr int kChunk = 1024;
   static constexpr int kEach = kChunk / Group::kThreads, kRoomEach = kRoom / Group::kThreads;
-  static constexpr int kMinBlocks = 6;
+  static constexpr int kMinBlocks = 5;
 
   // Shared memory of a block.
   static constexpr size_t bytes(int64_t) { return kRows * sizeof(Memory); }

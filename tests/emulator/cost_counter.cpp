@@ -9,9 +9,6 @@
 // Shared memory: 32 banks of 4 bytes; a wavefront serves every bank once. Accesses of 8 bytes are
 // served by half warps, of 16 by quarters; lanes that read (or write) the same word share it, and
 // atomic operations on it follow one another. Global memory: sectors of 32 bytes.
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <array>
 #include <cstdio>
 #include <map>
@@ -63,8 +60,9 @@ struct Range {
   bool shared;
 };
 
-std::map<std::string, Counts>& all_counts() {
-  static auto* counts = new std::map<std::string, Counts>;  // read when the program ends
+// By the kernel's address.
+std::map<uintptr_t, Counts>& all_counts() {
+  static auto* counts = new std::map<uintptr_t, Counts>;  // read when the program ends
   return *counts;
 }
 Counts* counts = nullptr;  // of the running kernel
@@ -153,24 +151,14 @@ void note(const void* pointer, size_t bytes, Kind kind, void* place) {
   one.address[me.lane] = range->shared ? address - range->begin : address;
 }
 
-std::string name_of(const void* kernel) {
-  Dl_info info{};
-  if (!dladdr(kernel, &info) || !info.dli_sname) return "unknown";
-  int status = 0;
-  char* readable = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  const std::string name = readable ? readable : info.dli_sname;
-  std::free(readable);
-  return name;
-}
-
 void write_all() {
   const char* path = std::getenv("NEFKERN_COUNTS");
   std::FILE* file = path ? std::fopen(path, "w") : nullptr;
   if (!file) return;
   std::fprintf(file, "{");
   const char* comma = "";
-  for (const auto& [name, one] : all_counts()) {
-    std::fprintf(file, "%s\n\"%s\": {", comma, name.c_str());
+  for (const auto& [kernel, one] : all_counts()) {
+    std::fprintf(file, "%s\n\"%zu\": {", comma, static_cast<size_t>(kernel));
     const std::pair<const char*, uint64_t> numbers[] = {
         {"launches", one.launches},
         {"blocks", one.blocks},
@@ -221,7 +209,7 @@ void nefkern_race_atomic(const void* address, size_t bytes) {
 
 void nefkern_count_kernel(const void* kernel, uint64_t blocks) {
   if (!counts) std::atexit(write_all);
-  counts = &all_counts()[name_of(kernel)];
+  counts = &all_counts()[reinterpret_cast<uintptr_t>(kernel)];
   ++counts->launches;
   counts->blocks += blocks;
 }

@@ -96,13 +96,14 @@ def counted(
         found = json.loads(file.read_text())
     weights = block_weights(executable)
     result = {}
-    for name, counts in found.items():
+    names = symbols(executable)
+    for kernel, counts in found.items():
         code = counts.pop("code")
         arithmetic = sum(weights.get(int(place), 0) * times for place, times in code.items())
         others = ("shared_instructions", "global_instructions", "shuffles", "meetings", "barriers",
                   "mma")  # fmt: skip
         counts["issued"] = arithmetic + sum(counts[other] for other in others)
-        result[short_name(name)] = counts
+        result[short_name(names[int(kernel)])] = counts
     return result
 
 
@@ -110,6 +111,16 @@ def short_name(kernel: str) -> str:
     """``direct_rows`` of ``void nefkern::cuda::direct_rows<(nefkern::...)1>(...)``."""
     name = kernel.removeprefix("void ")
     return re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0].split("::")[-1]
+
+
+@functools.cache
+def symbols(executable: Path) -> dict[int, str]:
+    """Names of functions by their addresses."""
+    listing = subprocess.run(
+        ["nm", "-C", "--defined-only", executable], capture_output=True, text=True, check=True
+    )
+    lines = (line.split(maxsplit=2) for line in listing.stdout.splitlines())
+    return {int(address, 16): name for address, kind, name in lines if kind in "tTwW"}
 
 
 @functools.cache
@@ -173,12 +184,30 @@ def neighbours(
     return Case("knn", "knn", rows, make)
 
 
-#: By name: the paper's shapes, of fewer rows and channels where they change nothing for a row.
+def gathered(rows: int, entries: int, columns: int) -> Case:
+    """spmm of ``rows`` rows with ``entries`` each, by the size of the paper's U."""
+
+    def make():
+        random = np.random.default_rng(0)
+        picked = np.sort(random.integers(0, rows, (rows, entries)), axis=1).astype(np.int32)
+        inputs = {"row_offsets": np.arange(rows + 1) * entries, "columns": picked,
+                  "values": random.standard_normal(picked.shape, dtype=np.float32),
+                  "x": random.standard_normal((rows, columns), dtype=np.float32)}  # fmt: skip
+        numbers = {"n": rows, "k": columns, "shift": 0, "nnz": picked.size, "stride": columns}
+        return inputs, numbers
+
+    return Case("spmm", "float32", rows, make)
+
+
+#: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.
 CASES = {
     "knn pixels, k = 10": neighbours(8, 900, 5, 10),
     "knn pixels, k = 5": neighbours(8, 900, 5, 5),
     "knn select, k = 10": neighbours(4, 14_400, 32, 10),
     "knn select, k = 256": neighbours(4, 14_400, 32, 256),
+    # A whole tile of rows; 32 of 384 channels: estimate_tiles and rerank_rows grow with them.
+    "knn fused, k = 256": neighbours(128, 14_400, 32, 256, method=2, metric=0, chunk_rows=16384),
+    "spmm, 361 entries": gathered(64, 361, 256),
 }
 
 

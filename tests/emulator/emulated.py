@@ -131,7 +131,7 @@ def _build_with_hooks(
     later = [*COUNTS, "-c"] if variant == "counts" else [*VARIANTS["races"], "-c"]
     _finish(_compile(source, kernels, *flags, *later))
     _finish(compiled)
-    link = [_compiler(), "-no-pie", "-rdynamic", str(kernels), str(hooks), "-o", str(target)]
+    link = [_compiler(), "-no-pie", str(kernels), str(hooks), "-o", str(target)]
     subprocess.run(link, check=True)
     for rest in (hooks, kernels):
         rest.unlink()
