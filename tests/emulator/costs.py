@@ -108,9 +108,14 @@ def counted(
 
 
 def short_name(kernel: str) -> str:
-    """``direct_rows`` of ``void nefkern::cuda::direct_rows<(nefkern::...)1>(...)``."""
-    name = kernel.removeprefix("void ")
-    return re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0].split("::")[-1]
+    """``direct_rows`` of ``void nefkern::cuda::direct_rows<(nefkern::...)1>(...)``.
+
+    An argument that says what the kernel does stays: ``estimate_tiles<true>``.
+    """
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    short = re.split(r"[<(]", name)[0].split("::")[-1]
+    kept = re.search(rf"\b{short}(<(true|false)>)", name)
+    return short + (kept[1] if kept else "")
 
 
 @functools.cache
@@ -184,19 +189,9 @@ def neighbours(
     return Case("knn", "knn", rows, make)
 
 
-def gathered(rows: int, entries: int, columns: int) -> Case:
-    """spmm of ``rows`` rows with ``entries`` each, by the size of the paper's U."""
-
-    def make():
-        random = np.random.default_rng(0)
-        picked = np.sort(random.integers(0, rows, (rows, entries)), axis=1).astype(np.int32)
-        inputs = {"row_offsets": np.arange(rows + 1) * entries, "columns": picked,
-                  "values": random.standard_normal(picked.shape, dtype=np.float32),
-                  "x": random.standard_normal((rows, columns), dtype=np.float32)}  # fmt: skip
-        numbers = {"n": rows, "k": columns, "shift": 0, "nnz": picked.size, "stride": columns}
-        return inputs, numbers
-
-    return Case("spmm", "float32", rows, make)
+def fused(channels: int) -> Case:
+    """Eight rows in a tile of 128, with 32 tiles of candidates and eight of their sample."""
+    return neighbours(8, 4096, channels, 256, method=2, metric=0, sample_share=4, chunk_rows=16384)
 
 
 #: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.
@@ -205,9 +200,11 @@ CASES = {
     "knn pixels, k = 5": neighbours(8, 900, 5, 5),
     "knn select, k = 10": neighbours(4, 14_400, 32, 10),
     "knn select, k = 256": neighbours(4, 14_400, 32, 256),
-    # A whole tile of rows; 32 of 384 channels: estimate_tiles and rerank_rows grow with them.
-    "knn fused, k = 256": neighbours(128, 14_400, 32, 256, method=2, metric=0, chunk_rows=16384),
-    "spmm, 361 entries": gathered(64, 361, 256),
+    # As many and as good a threshold as set_thresholds asks of a sample.
+    "knn select of 1,024, k = 40": neighbours(4, 1024, 32, 40),
+    # At two widths of 384: products and re-rank grow evenly with channels.
+    "knn fused, k = 256, 32 channels": fused(32),
+    "knn fused, k = 256, 64 channels": fused(64),
 }
 
 
@@ -225,7 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found = costs(options.case)
     if options.json:
-        plain = {case: {k: asdict(c) for k, c in kernels.items()} for case, kernels in found.items()}
+        plain = {
+            case: {k: asdict(c) for k, c in kernels.items()} for case, kernels in found.items()
+        }
         print(json.dumps(plain, indent=1))
         return
     fields = list(Cost.__dataclass_fields__)

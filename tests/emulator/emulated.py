@@ -95,7 +95,9 @@ def build(
     name: str, variants: tuple[str, ...] = tuple(VARIANTS), planted: Planted | None = None
 ) -> dict[str, Path]:
     """The program ``name`` in each variant, built unless it is there already."""
-    key = hashlib.sha256(_sources() + repr((VARIANTS, COUNTS, COMMON, planted)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        _sources() + repr((VARIANTS, COUNTS, COMMON, planted)).encode()
+    ).hexdigest()[:16]
     folder = BUILD / key
     programs = {variant: folder / f"{name}-{variant}" for variant in variants}
     if all(program.exists() for program in programs.values()):
