@@ -18,22 +18,29 @@ if TYPE_CHECKING:
     from nefkern.training.runs import Run
 
 DESCRIPTION = """\
-Learn neural eigenfunctions of the patch graph of your images, without labels; their argmax is the
-segmentation. With no option at all: a short run on photographs that come inside installed packages.
+Segments of your images without labels, from the leading eigenfunctions of the graph of their
+patches. With no option at all: a short run on photographs that come inside installed packages.
 
---method spectral computes instead of learning: one graph over the patches of all images, its exact
-leading eigenvectors, K-means on them, and their extension to any other image by Nyström's formula.
-For up to some thousand images; the folder it leaves serves every other command like a trained run.
+For your own pictures the eigenfunctions are computed (--method spectral): one graph over the
+patches of all images, its exact leading eigenvectors, K-means on them, and their extension to any
+other image by Nyström's formula. For the paper's data sets, or with any option of ψ, they are
+learnt by a small network, batch by batch (--method neural); their argmax is the segmentation. The
+folder that a run leaves serves every other command, whatever the method.
+
+Between the two: --teacher spectral computes those eigenvectors first (RUN/teacher) and lets ψ learn
+them by regression, on augmented views too; --edges dataset trains by the paper's objective, on
+batches of images that the data set's graph joins, with its edges instead of the batch's own.
 """
 EXAMPLES = """\
 examples:
   python -m nefkern.train                                      a few minutes, no GPU needed
   python -m nefkern.train --data folder --data-root photos     your images, photos/images/train/*
   python -m nefkern.train --data folder --data-root voc --backbone vit_small_patch14_dinov2 \\
-      --crop 336 -K 64 --k 2% --epochs 20 --amp --out runs/voc
+      --crop 280 -K 128 --amp --out runs/voc
   python -m nefkern.train --data cityscapes --data-root DIR    one of the paper's data sets
-  python -m nefkern.train --method spectral --data folder --data-root voc \\
-      --backbone vit_small_patch14_dinov2 --high block:9 --crop 280 -K 128 --alpha 1 --amp
+  python -m nefkern.train --method neural --data folder --data-root voc --k 2% --epochs 20 ...
+  python -m nefkern.train --teacher spectral --no-gumbel --data folder --data-root voc \
+      --backbone vit_small_patch14_dinov2 --crop 280 -K 128 --views 2 --epochs 12 --amp
   torchrun --standalone --nproc_per_node=2 -m nefkern.train --data folder --data-root voc ...
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1
   python -m nefkern.train --out runs/voc --config runs/voc/config.yaml --resume

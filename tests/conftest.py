@@ -88,3 +88,19 @@ def images() -> torch.Tensor:
     """Two photographs, uint8 [2, 3, 70, 100]: neither side a multiple of a patch of 16."""
     pictures = [np.array(_photograph(100, 70, seed)) for seed in (1, 2)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture
+def annotated(photos: Path) -> Path:
+    """The photographs with annotations of two classes."""
+    for split in ("train", "val"):
+        (photos / "annotations" / split).mkdir(parents=True)
+        (photos / "images" / split).mkdir(exist_ok=True)
+    for path in (photos / "images" / "train").iterdir():
+        image = Image.open(path)
+        image.save(photos / "images" / "val" / path.name)
+        labels = Image.fromarray((np.array(image)[..., 0] > 100).astype(np.uint8))
+        for split in ("train", "val"):
+            labels.save(photos / "annotations" / split / path.name)
+    (photos / "classes.txt").write_text("dark\nlight\n")
+    return photos

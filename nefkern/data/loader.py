@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -94,13 +94,13 @@ class Views(Dataset[View]):
         seed = self.seed
         if self.distinct:
             seed, epoch = 0, epoch % self.distinct
-        generator = _generator(seed, epoch, index)
+        generator = generator_of(seed, epoch, index)
         short_side = self.transform.short_side(generator)
         image = self.dataset.image(used, min_side=short_side)
         return self.transform(image, generator, short_side=short_side)
 
 
-def _generator(*key: int) -> Generator:
+def generator_of(*key: int) -> Generator:
     """A generator whose stream is a function of all of ``key``, well mixed."""
     state = np.random.SeedSequence([part & _MASK64 for part in key]).generate_state(1, np.uint64)
     return Generator().manual_seed(int(state[0]))
@@ -146,6 +146,7 @@ class TrainLoader:
         pin_memory: whether batches come in page-locked memory, for copies to a GPU.
         shard: (r, n): of every batch only the r-th of n equal slices, one a process; together
             they are the batch that one process would get.
+        steps: which views make a batch; None: all of an epoch's, in random order.
 
     Attributes:
         views, batch_size: as given.
@@ -165,6 +166,7 @@ class TrainLoader:
         workers: int = 0,
         pin_memory: bool = False,
         shard: tuple[int, int] = (0, 1),
+        steps: Steps | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size: expected at least 1, got {batch_size}")
@@ -172,7 +174,7 @@ class TrainLoader:
             raise UserError(f"workers: expected 0 or more, got {workers}")
         self.views, self.batch_size = views, batch_size
         self.epoch, self.start_step = 0, 0
-        self._steps = _Steps(len(views), batch_size, views.seed, shard)
+        self._steps = steps or _Steps(len(views), batch_size, views.seed, shard)
         self._reported: set[str] = set()
         self._workers, self._pin_memory = workers, pin_memory
         self._loader: DataLoader | None = None
@@ -240,6 +242,22 @@ class TrainLoader:
                 logger.warning("%s; skipped, another image takes its place", problem)
 
 
+class Steps(Protocol):
+    """Which views make a batch.
+
+    Attributes:
+        per_epoch: batches of an epoch.
+        begin: the (epoch, step) that iteration begins with.
+    """
+
+    per_epoch: int
+    begin: tuple[int, int]
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        """Epoch and indices of the views of one batch after another, without an end."""
+        ...
+
+
 class _Steps:
     """The sampler: one key a batch, from ``begin``, an (epoch, step), on and without an end.
 
@@ -266,7 +284,7 @@ class _Steps:
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         epoch, first = self.begin
         while True:
-            generator = _generator(self.seed, epoch)
+            generator = generator_of(self.seed, epoch)
             order = torch.randperm(self.num_images, generator=generator).tolist()
             for step in range(first, self.per_epoch):
                 batch = order[step * self.batch_size : (step + 1) * self.batch_size]

@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
-#: Panels of the page: title, the record's keys, and what to read off them.
+#: Panels of the page: title, the record's keys, and what to read off them. Steps of regression have
+#: the first one's, those of the objective others; a panel without any is left out.
 PANELS = (
+    ("Teacher", ("regression", "cosine"), "loss, should fall; agreement with the targets"),
     ("Objective", ("loss",), "should fall"),
     ("Mean Rayleigh quotient", ("trace",), "tr R / K: do joined patches agree? should rise"),
     ("Penalty", ("penalty",), "keeps the functions apart"),
@@ -125,12 +127,17 @@ def curves(rows: list[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
     rows = rows[:: max(1, len(rows) // POINTS)]
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
-    axes = figure.subplots(2, 3).flat
-    steps = [row["step"] for row in rows]
-    for axis, (title, keys, meaning) in zip(axes, PANELS, strict=True):
+    panels = [panel for panel in PANELS if any(panel[1][0] in row for row in rows)]
+    lines = -(-len(panels) // 3)
+    figure = Figure(figsize=(11, 2.7 * lines), layout="constrained")
+    axes = figure.subplots(lines, 3).flat
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, keys, meaning) in zip(axes, panels, strict=False):
         for key in keys:
-            axis.plot(steps, [row[key] for row in rows], label=key, linewidth=1.2)
+            having = [row for row in rows if key in row]
+            steps, values = [row["step"] for row in having], [row[key] for row in having]
+            axis.plot(steps, values, label=key, linewidth=1.2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"step; {meaning}", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -258,21 +265,30 @@ def _introduction(config: dict[str, Any]) -> str:
             f"values grouped into K = {options['num_eigenfunctions']} clusters by K-means. No "
             "labels of these images were used."
         )
+    taught = options.get("teacher") == "spectral"
     return (
         f"{graph}A second, small network learned K = {options['num_eigenfunctions']} functions on "
         "the patches that differ little between joined ones (in the paper's words: ψ, the graph's "
-        "eigenfunctions). The function that is largest at a patch is its cluster. No labels of "
+        f"eigenfunctions){', first from the eigenvectors, computed exactly' if taught else ''}. "
+        "The function that is largest at a patch is its cluster. No labels of "
         "these images were used."
     )
 
 
 def _summary(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
-    first, last = rows[0], rows[-1]
+    last = rows[-1]
     parts = [f"after step {part['after_step']}" for part in config.get("lengthened", [])]
     begun_again = f", trained longer {' and '.join(parts)}" if parts else ""
-    return (
-        f"{last['step']} steps, {last['epoch']} epochs{begun_again}. "
-        f"Objective {first['loss']:.3e} → {last['loss']:.3e}, "
-        f"mean Rayleigh quotient {first['trace']:.3f} → {last['trace']:.3f}, "
-        f"{last['live']} clusters live in the last batch, {last['dead']} dead."
-    )
+    text = f"{last['step']} steps, {last['epoch']} epochs{begun_again}. "
+    if taught := [row for row in rows if "regression" in row]:
+        text += (
+            f"Regression on the teacher in {len(taught)} steps, mean cosine "
+            f"{taught[0]['cosine']:.3f} → {taught[-1]['cosine']:.3f}. "
+        )
+    if own := [row for row in rows if "loss" in row]:
+        text += (
+            f"Objective {own[0]['loss']:.3e} → {own[-1]['loss']:.3e}, "
+            f"mean Rayleigh quotient {own[0]['trace']:.3f} → {own[-1]['trace']:.3f}, "
+            f"{own[-1]['live']} clusters live in the last batch, {own[-1]['dead']} dead."
+        )
+    return text.rstrip()

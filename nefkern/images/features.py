@@ -71,6 +71,7 @@ class Backbone(nn.Module):
             model of a fixed size; None: they are seen as they are.
         alignment: what sides of windows should be multiples of, in pixels of the images.
         dim, concat_dim: channels of the high map, and of all three.
+        high_widths: channels of the maps that the high one is made of.
 
     Raises:
         UserError: a model whose maps cannot be had this way.
@@ -114,7 +115,9 @@ class Backbone(nn.Module):
         else:
             self.stages = list(range(len(feature_info(model))))[-3:-1]
         self.high = self._chosen_layers(high)
-        self.dim, self.concat_dim = self._widths(found)
+        widths = self._widths(found)
+        self.high_widths = tuple(widths[len(self.stages) :])
+        self.dim, self.concat_dim = sum(self.high_widths), sum(widths)
 
     def train(self, mode: bool = True) -> Backbone:
         """A frozen backbone stays in eval mode whatever its parents do."""
@@ -294,6 +297,9 @@ class Backbone(nn.Module):
         """The parts of the high map, all with an index where they can have one."""
         layers = parse_high(high)
         if not self.is_transformer:
+            if layers == (Layer("late"),):  # objects in the last stage, parts in the one before
+                last = len(feature_info(self.model)) - 1
+                return tuple(Layer("stage", index) for index in (last - 1, last) if index >= 0)
             return tuple(self._stage(high, layer) for layer in layers or (Layer("final"),))
         auto = Layer("keys" if _is_dino_v1(self.model) else "final")
         return tuple(self._block(high, layer) for layer in layers or (auto,))
@@ -336,12 +342,11 @@ class Backbone(nn.Module):
         return layer
 
     @torch.no_grad()
-    def _widths(self, found: Input) -> tuple[int, int]:
-        """Channels of the high map and of all, told by one pass of the probe's model."""
+    def _widths(self, found: Input) -> list[int]:
+        """Channels of every map, low and mid first, told by one pass of the probe's model."""
         device = next(found.twin.parameters()).device
         maps = self._maps(found.twin, torch.zeros(1, 3, *found.tried, device=device))
-        widths = [m.shape[1] for m in maps]
-        return sum(widths[len(self.stages) :]), sum(widths)
+        return [m.shape[1] for m in maps]
 
 
 def late_block(last: int) -> int:

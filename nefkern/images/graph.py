@@ -47,14 +47,16 @@ def resolve_neighbours(
     rows: int,
     of: str = "a batch",
     way_out: str = "raise --batch-size or --crop",
+    flag: str = "--k",
 ) -> int:
     """k for ``rows`` rows: a number as it is, "2%" as that share of them, at least 1.
 
     Args:
-        neighbours: what ``--k`` says.
+        neighbours: what the flag says.
         rows: N.
         of: whose rows they are, and
         way_out: how there could be more, for the error's text.
+        flag: what gave the number.
 
     Raises:
         UserError: not a positive number or percentage, or not below the number of rows.
@@ -67,12 +69,12 @@ def resolve_neighbours(
         share = k = 0
     if k < 1 or (share is not None and not 0 < share < 100):
         raise UserError(
-            f"--k {neighbours}: expected a number of neighbours, or a share of N such as 2%"
+            f"{flag} {neighbours}: expected a number of neighbours, or a share of N such as 2%"
         )
     if k >= rows:
         raise UserError(
-            f"--k {neighbours}: expected fewer than the {rows} rows (patches) of {of}; "
-            f"lower --k, or {way_out}"
+            f"{flag} {neighbours}: expected fewer than the {rows} rows (patches) of {of}; "
+            f"lower {flag}, or {way_out}"
         )
     return k
 

@@ -187,7 +187,8 @@ def _data(name: str, root: Path) -> list[str]:
 
 def _run_name(options: TrainOptions) -> str:
     """Data, backbone, and what else rows compare, where it is not the data set's default."""
-    default = resolve({"data": options.data, "data_root": options.data_root})
+    usual = {"data": options.data, "data_root": options.data_root, "method": "neural"}
+    default = resolve(usual)
     parts = [
         f"{short}{getattr(options, name):g}"
         for name, short in COMPARED.items()

@@ -64,6 +64,7 @@ NEURAL_ONLY = frozenset((
     "graph_scope", "psi", "blocks", "heads", "head_dim", "mlp_hidden", "feature_map",
     "orthogonal_head", "gumbel", "temperature", "beta", "t", "min_norm", "epochs",
     "accumulate", "lr", "final_lr", "compile", "checkpoint_seconds",
+    "teacher", "teacher_share", "teacher_loss", "edges", "dataset_k",
 ))  # fmt: skip
 SPECTRAL_ONLY = frozenset(("eigenvectors", "cluster_on", "graph_images", "keep"))
 
@@ -71,6 +72,7 @@ SPECTRAL_ONLY = frozenset(("eigenvectors", "cluster_on", "graph_images", "keep")
 _GROUPS = {
     "eigenfunctions": "of ψ: --method neural; but -K is for both",
     "objective": "--method neural",
+    "data set's graph": "κ of the patches of all images, computed once: --method neural",
     "optimisation": "--method neural; but --batch-size, --amp, --device and --seed are for both",
     "eigenvectors": "--method spectral",
 }
@@ -103,7 +105,8 @@ class TrainOptions:
         "spectral: one κ over all patches of all images, its exact leading eigenvectors, K-means "
         "on them, and their Nyström extension to other images: no training, minutes become "
         "seconds, better segments (docs/quality.md); auto: spectral for samples and folder, unless "
-        "an option of ψ is given or several processes work; neural for the paper's data sets",
+        "an option of ψ or a share for --k is given or several processes work; neural for the "
+        "paper's data sets",
         "method",
         choices=("auto", "neural", "spectral"),
         shown="auto",
@@ -137,7 +140,8 @@ class TrainOptions:
         0,
         "augmented views of each image, seen in turn, the same for every seed, so that their "
         "features can be kept (--feature-cache); 0: new ones in every epoch, as in the paper; "
-        "--method spectral takes all of them for its graph, with 0 one plain crop of each image",
+        "--method spectral and --edges dataset take all of them for their graph, with 0 one plain "
+        "crop of each image",
         "data",
     )
     strict: bool = _option(
@@ -163,8 +167,8 @@ class TrainOptions:
         "graph features: of a transformer final (after the last norm), block:N (a block's output, "
         "before any norm), keys:N (of a block's attention), keys (of the last one's), late (the "
         "block three quarters of the way through, which knows parts best); of other networks "
-        "stage:N; N from 0; several side by side, as block:8,block:11; auto: keys for DINO v1, "
-        "else final [spectral: late]",
+        "stage:N, or late (the last two); N from 0; several side by side, as block:8,block:11; "
+        "auto: keys for DINO v1, else final [spectral: late]",
         "backbone",
         metavar="MAPS",
     )
@@ -216,6 +220,46 @@ class TrainOptions:
         "process's share of the batch; global, those of the whole batch",
         "graph",
         choices=("rank", "global"),
+    )
+
+    # data set's graph
+    teacher: str = _option(
+        "none",
+        "spectral: compute the leading eigenvectors of the data set's κ, as --method spectral does "
+        "(one plain crop of each image; kept in RUN/teacher, a run of its own), and let ψ learn "
+        "them by regression: every training view, augmented or not, is labelled by Nyström's "
+        "extension. What comes after those steps (--teacher-share) is training as usual, from that "
+        "start; with --no-gumbel K-means on ψ's outputs makes the clusters, else their argmax",
+        "data set's graph",
+        choices=("none", "spectral"),
+    )
+    teacher_share: float | None = _option(
+        None,
+        "share of the steps, the first ones, that are regression, in (0, 1] [1]",
+        "data set's graph",
+    )
+    teacher_loss: str = _option(
+        "rows",
+        "of the regression: rows, 1 − cosine of a patch's outputs and targets; values, their "
+        "squared difference",
+        "data set's graph",
+        choices=("rows", "values"),
+    )
+    edges: str = _option(
+        "batch",
+        "batch: κ is made anew of each batch of random images; dataset: batches are drawn along "
+        "the edges of the data set's κ (computed once, kept in RUN/graph.safetensors), groups of "
+        "joined images together, and see that κ among their patches, weighted so that R = "
+        "Ψκ(F,F)Ψᵀ is estimated without bias; images are then seen in the crops that are the "
+        "graph's nodes: --views of each, with 0 one plain crop",
+        "data set's graph",
+        choices=("batch", "dataset"),
+    )
+    dataset_k: str = _option(
+        "64",
+        "feature neighbours of a patch in the data set's κ, among the patches of all images: a "
+        "number, or a share of them; for --teacher and --edges dataset",
+        "data set's graph",
     )
 
     # eigenvectors
@@ -380,7 +424,8 @@ class TrainOptions:
     @property
     def augmented(self) -> bool:
         """Whether views are augmented: those of the data set's κ are only if asked for."""
-        return self.augment and (self.method == "neural" or self.views > 0)
+        new_views = self.method == "neural" and self.edges == "batch"
+        return self.augment and (new_views or self.views > 0)
 
     @property
     def kind(self) -> str:
@@ -393,6 +438,18 @@ class TrainOptions:
     def num_views(self) -> int:
         """Different views of each image; 0: new ones in every epoch."""
         return self.views if self.augmented else 1
+
+    @property
+    def regression_share(self) -> float:
+        """Share of the steps, the first ones, in which ψ learns from its teacher; 0 without one."""
+        if self.teacher == "none":
+            return 0.0
+        return 1.0 if self.teacher_share is None else self.teacher_share
+
+    @property
+    def batch_kappa(self) -> bool:
+        """Whether a step of the training makes κ of its batch."""
+        return self.edges == "batch" and self.regression_share < 1
 
     def kept(self, rows: int) -> int:
         """How many of the patches ``--keep`` keeps for the extension.
@@ -445,7 +502,33 @@ class TrainOptions:
         parse_input_size(self.input_size)
         self.graph()
         self.temperatures()
+        self._check_dataset_graph()
         self.kept(sys.maxsize)
+
+    def _check_dataset_graph(self) -> None:
+        """Refuse what makes no sense of a teacher, and of the data set's edges."""
+        from nefkern.images.graph import resolve_neighbours
+
+        resolve_neighbours(self.dataset_k, sys.maxsize, flag="--dataset-k")
+        if self.teacher_share is not None:
+            if not 0 < self.teacher_share <= 1:
+                raise UserError(
+                    f"--teacher-share {self.teacher_share}: expected more than 0 and at most 1"
+                )
+            if self.teacher == "none":
+                raise UserError(
+                    f"--teacher-share {self.teacher_share}: expected --teacher spectral beside it"
+                )
+        if self.edges == "dataset" and self.batch_size < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size}: expected at least 2 with --edges dataset, whose "
+                "batches are made of pairs of images"
+            )
+        if self.edges == "dataset" and self.accumulate > 1:
+            raise UserError(
+                f"--accumulate {self.accumulate}: expected 1 with --edges dataset; take a larger "
+                "--batch-size instead"
+            )
 
 
 _LEAST = {
@@ -502,29 +585,32 @@ def resolve(flags: dict[str, Any], config: Path | None = None) -> TrainOptions:
         UserError: an unknown key, a value of the wrong type, an option out of range.
     """
     given = {**(read_config(config) if config else {}), **flags}
-    given["method"] = _method(given)
+    given["method"], why = _method(given)
     _check_method(given["method"], flags)
     usual = SPECTRAL if given["method"] == "spectral" else {}
     options = TrainOptions(**{**PRESETS[given.get("data", "samples")], **usual, **given})
     options.check()
+    if why:
+        log.info("--method %s, since %s", options.method, why)
     return options
 
 
-def _method(given: dict[str, Any]) -> str:
-    """What ``--method auto`` stands for."""
+def _method(given: dict[str, Any]) -> tuple[str, str]:
+    """What ``--method auto`` stands for, and why if it is not for the data alone."""
     asked = given.get("method", "auto")
     if asked != "auto":
-        return asked
+        return asked, ""
     if given.get("data", "samples") not in OWN_PICTURES:
-        return "neural"
+        return "neural", ""
     of_psi = sorted(NEURAL_ONLY & set(given))
     if of_psi:
-        log.info("--method neural, since --%s is an option of ψ", of_psi[0].replace("_", "-"))
-    elif os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
-        log.info("--method neural, since several processes work")
-    else:
-        return "spectral"
-    return "neural"
+        return "neural", f"--{of_psi[0].replace('_', '-')} is an option of ψ"
+    k = str(given.get("k", "")).strip()
+    if k.endswith("%"):
+        return "neural", f"--k {k} is a share of a batch's patches"
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
+        return "neural", "several processes work"
+    return "spectral", ""
 
 
 def _check_method(method: str, flags: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from nefkern.training.options import TrainOptions, converted, upgraded
 from nefkern.version import __version__
 
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
-CLUSTERS = "clusters.safetensors"
+CLUSTERS, GRAPH = "clusters.safetensors", "graph.safetensors"
 
 #: What a run of ``--method spectral`` computes, in this order; each is kept in the checkpoint.
 STAGES = ("features", "eigenpairs", "clusters")
@@ -202,6 +202,32 @@ class Run:
         with safe_open(self.path(CHECKPOINT), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a checkpoint, and options that it holds to."""
+        return self.path(CHECKPOINT).exists()
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors in a file of their own."""
+        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        replace_file(self.path(name), save(content))
+
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What :meth:`save_tensors` kept, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path(name)
+        if not path.exists():
+            return None
+        try:
+            return _read_tensors(path)[0]
+        except SafetensorError as error:
+            raise UserError(
+                f"{path}: damaged ({first_line(error)}); remove it, and --resume makes it anew"
+            ) from None
+
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Weights and metadata of the checkpoint, or None where there is none yet.
 
@@ -250,8 +276,7 @@ class Run:
             return Path(options.feature_cache)
         if options.method == "spectral":
             return None  # sees each crop once, and keeps what it needs of it
-        repeats = options.views or not options.augment
-        return self.path("features") if repeats else None
+        return self.path("features") if options.num_views else None
 
     def load_state(self, name: str) -> dict[str, Any]:
         """The optimiser's state that belongs to a checkpoint."""

@@ -57,23 +57,28 @@ class SpectralTrainer:
     Args:
         options: all of them; checked.
         run: the folder, made or resumed.
+        parts: device, images and backbone, where they are there already.
 
     Raises:
         UserError: options that the data set cannot carry, another run's folder, several processes.
     """
 
-    def __init__(self, options: TrainOptions, run: Run) -> None:
+    #: What asks for the data set's graph, and for how many neighbours: for the text of errors.
+    flag, k_flag, way_out = "--method spectral", "--k", "take --method neural"
+
+    def __init__(self, options: TrainOptions, run: Run, parts: Parts | None = None) -> None:
         if distributed.ranks() > 1:
             raise UserError(
-                f"--method spectral: works in one process, not in {distributed.ranks()}; "
+                f"{self.flag}: works in one process, not in {distributed.ranks()}; "
                 "start it without torchrun"
             )
         self.options, self.run = options, run
-        self.parts = Parts.of(options, run)
+        self.parts = parts or Parts.of(options, run)
         self.dataset, self.backbone = self.parts.dataset, self.parts.backbone
         self.interrupts = Interrupts()
         self.chosen = self._chosen()
         self._check(self._views() * len(self.chosen) * self._cells())
+        self.indices: list[int] = []  # of the images, crop by crop, once they are read
         self.tensors, self.reached = self._open()
 
     @property
@@ -172,7 +177,11 @@ class SpectralTrainer:
 
     def _neighbours(self, patches: int) -> int:
         return resolve_neighbours(
-            self.options.k, patches, "the data set", "take more images or a larger --crop"
+            self.options.k,
+            patches,
+            "the data set",
+            "take more images or a larger --crop",
+            self.k_flag,
         )
 
     def _check(self, patches: int) -> None:
@@ -190,8 +199,8 @@ class SpectralTrainer:
         need, has = self._bytes(patches, channels, k), _memory()
         if need > has:
             raise UserError(
-                f"--method spectral: a graph of {patches} patches needs about {need >> 30} GiB, "
-                f"this machine has {has >> 30}; lower --crop, --k or -K, or take --method neural"
+                f"{self.flag}: a graph of {patches} patches needs about {need >> 30} GiB, this "
+                f"machine has {has >> 30}; lower --crop, {self.k_flag} or -K, or {self.way_out}"
             )
 
     def _bytes(self, patches: int, channels: int, k: int) -> int:
@@ -219,7 +228,7 @@ class SpectralTrainer:
         tensors, joined = {}, torch.cat(rows)
         del rows
         if self._scaled:
-            scale = ChannelScale.of(joined)
+            scale = ChannelScale.of(joined, () if self._every else self.backbone.high_widths)
             tensors = {f"channels.{name}": tensor for name, tensor in scale.state().items()}
             joined = torch.cat(
                 [unit_rows(scale(part)).to(self._dtype()) for part in joined.split(_BLOCK)]
@@ -242,6 +251,7 @@ class SpectralTrainer:
             batch: list[Tensor] = []
             for view in usable(read_ahead(lambda key: source.view(*key), keys), bar.update):
                 batch.append(view.image)
+                self.indices.append(view.index)
                 if len(batch) == options.batch_size:
                     yield torch.stack(batch)
                     batch = []

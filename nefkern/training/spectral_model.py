@@ -27,22 +27,32 @@ _NEIGHBOURS, _EVERY, _SPANNED = "neighbours", "every", "spanned"
 
 @dataclass
 class ChannelScale:
-    """Mean and standard deviation of every channel over the data set's patches, ``[C]`` each."""
+    """Mean of every channel over the data set's patches, and what it is divided by, ``[C]`` each:
+    the standard deviation, larger where its map has more channels than others."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor) -> ChannelScale:
-        """That of rows ``[N, C]``."""
+    def of(cls, rows: Tensor, widths: tuple[int, ...] = ()) -> ChannelScale:
+        """That of rows ``[N, C]``.
+
+        Args:
+            rows: of the data set.
+            widths: channels of the maps that they are made of, C together: every map gets the same
+                weight, its channels a variance of C over its width and their number; (): one map.
+        """
         blocks = rows.split(_BLOCK)
         mean = sum(block.double().sum(0) for block in blocks) / len(rows)
         squares = sum((block.double() - mean).square().sum(0) for block in blocks)
         std = (squares / max(1, len(rows) - 1)).sqrt()
-        return cls(mean.float(), std.float().clamp_min(1e-6))
+        std = std.float().clamp_min(1e-6)
+        for part, width in zip(std.split(widths), widths, strict=True) if widths else ():
+            part *= (width * len(widths) / len(std)) ** 0.5
+        return cls(mean.float(), std)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Rows with mean 0 and variance 1, float32."""
+        """Rows with mean 0 and a mean variance of 1, float32."""
         return (rows.float() - self.mean) / self.std
 
     def to(self, device: torch.device | str) -> ChannelScale:

@@ -23,6 +23,7 @@ from nefkern.spectral.eigenfunction import (
 )
 from nefkern.spectral.objective import objective, scaled_beta
 from nefkern.training.options import TrainOptions
+from nefkern.training.teacher import Teacher
 
 
 class TrainingStep:
@@ -40,6 +41,7 @@ class TrainingStep:
         psi: ψ, freshly initialised by the seed.
         logits: ψ as it is called, compiled if so asked.
         optimizer: Adam on ψ.
+        teacher: what ψ learns from in the first steps, if it is to; None until it is there.
         shared: whether all processes build one graph over the whole batch.
     """
 
@@ -57,17 +59,22 @@ class TrainingStep:
         self.shared = options.graph_scope == "global" and distributed.ranks() > 1
         self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
         self.temperatures = options.temperatures()
+        self.teacher: Teacher | None = None
 
-    def __call__(self, images: Tensor, progress: float, number: int) -> dict[str, float]:
+    def __call__(
+        self, images: Tensor, progress: float, number: int, graph: CSRGraph | None = None
+    ) -> dict[str, float]:
         """One step.
 
         Args:
             images: uint8 ``[accumulate · B, 3, crop, crop]``, this process's share.
             progress: of the training, in [0, 1]: decides learning rate and temperature.
             number: of the step, from 1; the first one takes the scale of ψ's input.
+            graph: κ of the images' patches; None: made of the batch.
 
         Returns:
-            The step's record, over all processes.
+            The step's record, over all processes. That of a step with the teacher has
+            ``regression`` and ``cosine`` where others have the objective and its parts.
 
         Raises:
             UserError: the loss is not finite; ψ is then still that of the step before.
@@ -80,15 +87,13 @@ class TrainingStep:
         if number == 1 and self.psi.config.standardize:
             self._fit_scale(batches[0])
         self.optimizer.zero_grad(set_to_none=True)
-        # Graphs of a process's own need no messages: an error in any is then an error of all.
-        with contextlib.nullcontext() if self.shared else together():
-            graphs = [self.accumulate(batch, temperature) for batch in batches]
-        figures = _figures(graphs)
+        if self.teacher is not None and self.teacher.teaches(progress):
+            loss, figures = self._learn(batches)
+        else:
+            loss, figures = self._objective(batches, temperature, graph)
         with together():
-            if not math.isfinite(figures["loss"]):
-                raise UserError(
-                    f"the loss is {figures['loss']} at step {number}; a lower --lr may help"
-                )
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {number}; a lower --lr may help")
         distributed.total_gradients(self.psi.parameters())
         with together():
             self.optimizer.step()
@@ -99,16 +104,47 @@ class TrainingStep:
         lr = cosine_schedule(progress, self.options.lr, self.options.final_lr)
         return lr, annealed_temperature(progress, *self.temperatures)
 
-    def accumulate(self, images: Tensor, temperature: float) -> Graph:
+    def _objective(
+        self, batches: tuple[Tensor, ...], temperature: float, graph: CSRGraph | None
+    ) -> tuple[float, dict[str, float]]:
+        """Gradients of the objective: the loss, and the record."""
+        known = () if graph is None else (graph,)
+        # Graphs of a process's own need no messages: an error in any is then an error of all.
+        with contextlib.nullcontext() if self.shared else together():
+            graphs = [self.accumulate(batch, temperature, *known) for batch in batches]
+        figures = _figures(graphs)
+        return figures["loss"], figures
+
+    def _learn(self, batches: tuple[Tensor, ...]) -> tuple[float, dict[str, float]]:
+        """Gradients of the regression on the teacher's targets: the loss, and the record."""
+        rows, live = [], []
+        for images in batches:
+            maps = self.features(images)
+            logits = self._logits(maps)
+            loss, cosine = self.teacher.loss(logits, maps, images)
+            (loss / len(batches)).backward()
+            rows.append(torch.stack([loss.detach(), cosine]))
+            live.append(live_clusters(logits.detach()))
+        loss, cosine = torch.stack(rows).mean(0).tolist()
+        clusters = int(torch.stack(live).any(0).sum())
+        return loss, {"regression": loss, "cosine": cosine, "live": clusters}
+
+    def _logits(self, maps: Features) -> Tensor:
+        """ψ's outputs, ``[B, h·w, K]``."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            return self.logits(maps.concat, maps.grid)
+
+    def accumulate(
+        self, images: Tensor, temperature: float, graph: CSRGraph | None = None
+    ) -> Graph:
         """Forward and backward on one graph; its share of the mean loss goes to the gradients."""
         with together() if self.shared else contextlib.nullcontext():
             maps = self.features(images)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-                logits = self.logits(maps.concat, maps.grid)
+            logits = self._logits(maps)
             outputs = self.psi.quantize(logits, temperature).flatten(0, 1)
         parts = objective(
             outputs,
-            self._kappa(images, maps),
+            self._kappa(images, maps) if graph is None else graph,
             beta=self.beta,
             t=self.options.t,
             minimum=self.options.min_norm,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nefkern.data import TrainLoader, train_loader
 from nefkern.images.graph import resolve_neighbours
+from nefkern.ops import CSRGraph
 from nefkern.runtime import distributed
 from nefkern.runtime.devices import cores
 from nefkern.runtime.distributed import (
@@ -31,11 +32,13 @@ from nefkern.runtime.distributed import (
 )
 from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction
+from nefkern.training.edges import DatasetEdges, edges_of
 from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
 from nefkern.training.runs import METRICS, Run
 from nefkern.training.step import TrainingStep
+from nefkern.training.teacher import check_data_set, teacher_of
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class Trainer:
         self.device, self.dataset = self.parts.device, self.parts.dataset
         self.backbone = self.parts.backbone
         self.step = TrainingStep(options, self.backbone, self.parts.features)
+        self.edges: DatasetEdges | None = None
         self.position = Position(batch_size=self._batch_size())
         self._check_rows()
 
@@ -101,12 +105,14 @@ class Trainer:
         return size
 
     def _check_rows(self) -> None:
-        """Refuse K or k that the rows of a batch cannot carry, before anything is computed."""
+        """Refuse K or k that the rows cannot carry, before anything is computed."""
         crop = self.options.crop
         cells = math.prod(self.backbone.grid((crop, crop)))
         images = self.position.batch_size // (1 if self.step.shared else distributed.ranks())
         rows = images * cells  # of a graph
-        resolve_neighbours(self.options.k, rows)
+        check_data_set(self.options, len(self.dataset) * cells)
+        if self.options.batch_kappa:
+            resolve_neighbours(self.options.k, rows)
         if self.options.num_eigenfunctions > rows:
             raise UserError(
                 f"--num-eigenfunctions {self.options.num_eigenfunctions}: expected at most {rows}, "
@@ -190,6 +196,7 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Train to the end, or to an interrupt; returns the last step's record."""
+        self._look_at_the_data_set()
         self.saved_at = time.monotonic()
         rows = self.run.metrics() if is_main() else []
         last = rows[-1] if rows else {}
@@ -215,6 +222,15 @@ class Trainer:
                 f"the checkpoint after step {self.position.total} is written; --resume goes on"
             )
         return last
+
+    def _look_at_the_data_set(self) -> None:
+        """Compute what the steps left need of all images together, or take up what is there."""
+        if self.finished:
+            return
+        if self.options.teacher == "spectral":
+            self.step.teacher = teacher_of(self.options, self.run, self.parts)
+        if self.options.edges == "dataset":
+            self.edges = edges_of(self.options, self.run, self.parts)
 
     def _tell_of_stalls(self, waits: list[float]) -> None:
         """One line, if more than a fifth of the usual step's time went into its input."""
@@ -307,6 +323,11 @@ class Trainer:
     def _batches(self) -> TrainLoader:
         """One loader for all epochs: it keeps its processes, and reports a bad image once."""
         if self.loader is None:
+            pinned = self.device.type == "cuda"
+            if self.edges is not None:
+                size = self.position.batch_size
+                self.loader = self.edges.loader(size, self.workers, pin_memory=pinned)
+                return self.loader
             self.loader = train_loader(
                 self.dataset,
                 self.options.transform(),
@@ -314,10 +335,17 @@ class Trainer:
                 workers=self.workers,
                 seed=self.options.seed,
                 views=self.options.num_views,
-                pin_memory=self.device.type == "cuda",
+                pin_memory=pinned,
                 shard=(distributed.rank(), distributed.ranks()),
             )
         return self.loader
+
+    def _graph(self) -> tuple[CSRGraph, ...]:
+        """The next batch's part of the data set's κ, if batches are drawn along its edges."""
+        if self.edges is None:
+            return ()
+        position = self.position
+        return (self.edges.graph(position.batch_size, position.epoch, position.step),)
 
     def _images(self, loader: TrainLoader) -> Iterator[Tensor]:
         """This process's images of every step left in the epoch, one batch after another."""
@@ -346,7 +374,7 @@ class Trainer:
             for images in agreed(self._images(loader)):
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
                 loaded = time.perf_counter()
-                row = self.step(images, progress, self.position.total + 1)
+                row = self.step(images, progress, self.position.total + 1, *self._graph())
                 now = time.perf_counter()
                 count = len(images) * distributed.ranks()
                 row["images_per_second"] = count / (now - started)  # with loading
@@ -361,12 +389,13 @@ class Trainer:
         self.position.step = 0
 
 
+#: What the bar shows of a step's record, where it has it.
+_SHOWN = {
+    "loss": ("loss", ".3e"), "trace": ("trace", ".3f"), "penalty": ("penalty", ".1e"),
+    "regression": ("regression", ".3f"), "cosine": ("cosine", ".3f"), "T": ("temperature", ".2f"),
+    "live": ("live", ""), "img/s": ("images_per_second", ".1f"),
+}  # fmt: skip
+
+
 def _shown(row: dict[str, float]) -> dict[str, str]:
-    return {
-        "loss": f"{row['loss']:.3e}",
-        "trace": f"{row['trace']:.3f}",
-        "penalty": f"{row['penalty']:.1e}",
-        "T": f"{row['temperature']:.2f}",
-        "live": f"{row['live']}",
-        "img/s": f"{row['images_per_second']:.1f}",
-    }
+    return {name: format(row[key], how) for name, (key, how) in _SHOWN.items() if key in row}

@@ -164,10 +164,21 @@ def test_keys_are_those_of_the_last_attention(images):
         ("vit_small_patch16_224.dino", "final", "final"),
         ("test_vit", "auto", "final"),
         ("test_vit", "keys", "keys:5"),
+        ("test_vit", "late", "block:4"),
+        ("vit_small_patch14_dinov2", "late", "block:9"),
+        ("vit_small_patch16_224.dino", "late", "keys:11"),
     ],
 )
 def test_only_dino_takes_keys_by_itself(name, high, taken):
     assert str(*load_backbone(name, "random", high=high).high) == taken
+
+
+def test_late_stages_are_the_last_two():
+    backbone = load_backbone("test_resnet", "random", high="late")
+    last = len(backbone.model.feature_info) - 1
+    assert [str(layer) for layer in backbone.high] == [f"stage:{last - 1}", f"stage:{last}"]
+    assert len(backbone.high_widths) == 2
+    assert sum(backbone.high_widths) == backbone.dim
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)

@@ -12,7 +12,14 @@ from nefkern.images.graph import GraphConfig
 from nefkern.images.layers import Layer, parse_high, parse_input_size
 from nefkern.runtime.errors import UserError
 from nefkern.train import parser
-from nefkern.training.options import SAMPLES, TrainOptions, parse_pairs, read_config, resolve
+from nefkern.training.options import (
+    SAMPLES,
+    SPECTRAL,
+    TrainOptions,
+    parse_pairs,
+    read_config,
+    resolve,
+)
 
 FIELDS = dataclasses.fields(TrainOptions)
 
@@ -46,7 +53,7 @@ def test_every_option_is_in_the_help_with_its_default():
 
 
 def test_the_defaults_are_the_paper_s():
-    options = given("--data", "folder", "--data-root", "x")
+    options = given("--method", "neural", "--data", "folder", "--data-root", "x")
     assert options == TrainOptions(data="folder", data_root="x")
     paper = {
         "k": "256", "num_eigenfunctions": 256, "alpha": 0.3, "beta": 0.08, "t": 0.01, "lr": 1e-3,
@@ -62,10 +69,47 @@ def test_the_defaults_are_the_paper_s():
 
 
 def test_samples_preset_applies_only_to_samples_and_gives_way_to_flags():
-    assert given() == TrainOptions(**SAMPLES)
+    assert given() == TrainOptions(**{**SAMPLES, **SPECTRAL}, method="spectral")
+    assert given("--method", "neural") == TrainOptions(**SAMPLES)
     assert given("--crop", "111", "--no-amp").crop == 111
     assert given("--crop", "111", "--no-amp").amp is False
     assert given("--crop", "111").num_eigenfunctions == SAMPLES["num_eigenfunctions"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ((), "spectral"),
+        (("--data", "folder", "--data-root", "x", "--alpha", "1", "--k", "9"), "spectral"),
+        (("--standardize",), "spectral"),
+        (("--epochs", "3"), "neural"),  # an option of ψ
+        (("--k", "2%"), "neural"),  # a share of a batch
+        (("--k", "2%", "--method", "spectral"), "spectral"),
+        (("--no-gumbel",), "neural"),
+        (("--data", "cityscapes", "--data-root", "x"), "neural"),  # the paper's
+        (("--data", "cityscapes", "--data-root", "x", "--method", "spectral"), "spectral"),
+        (("--method", "auto", "--lr", "1"), "neural"),
+    ],
+)
+def test_the_method_where_none_is_asked_for(flags, method, caplog):
+    caplog.set_level("INFO")
+    options = given(*flags)
+    assert options.method == method
+    usual = SPECTRAL if method == "spectral" else {"high": "auto"}
+    assert options.high == usual["high"]
+    if "--epochs" in flags:
+        assert "--method neural, since --epochs is an option of ψ" in caplog.text
+
+
+def test_the_method_of_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert given().method == "neural"
+
+
+def test_a_run_of_before_there_were_methods(config):
+    assert given("--config", config({"options": {"crop": 64}})).method == "neural"
+    once = given("--config", config({"options": {"method": "spectral", "num_eigenfunctions": 5}}))
+    assert (once.eigenvectors, once.cluster_on, once.standardize) == (5, "vectors", False)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from nefkern.spectral.embedding import adjacency, neighbour_lists
 from nefkern.training.options import TrainOptions, resolve
 from nefkern.training.runs import CHECKPOINT, STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
+from nefkern.training.spectral_model import ChannelScale
 
 K = 5
 
@@ -73,15 +74,19 @@ def test_the_stages_and_what_is_recorded(spectral):
     assert not run.path("features").exists()
 
 
-@pytest.mark.parametrize("features", ["high", "all"])
-def test_eigenpairs_are_those_of_the_data_set_s_kappa(spectral, features):
-    options = spectral(graph_features=features, keep="all")
+@pytest.mark.parametrize(
+    ("features", "standardize"), [("high", None), ("high", False), ("all", None)]
+)
+def test_eigenpairs_are_those_of_the_data_set_s_kappa(spectral, features, standardize):
+    options = spectral(
+        graph_features=features, standardize=standardize, keep="all", eigenvectors=K, alpha=0.3
+    )
     trainer = SpectralTrainer(options, Run.create(options))
     model = trainer.train()
     images = torch.cat(list(trainer._batches()))
     maps = trainer.backbone(images)
     rows = maps.high.flatten(0, 1) if features == "high" else maps.concat.flatten(0, 1)
-    if features == "all":
+    if standardize is None:
         rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
     graph = adjacency(neighbour_lists(unit_rows(rows), 8, "cosine"))
     graph = add(graph, pixel_graph(images, maps.grid, options.graph().pixel_graphs), 0.3)
@@ -119,14 +124,53 @@ def test_maps_are_what_they_say(spectral, images):
     segmenter = Segmenter.load(computed(spectral(eigenvectors=7)), "cpu")
     maps = segmenter.maps(images)
     assert segmenter.kind == "spectral"
-    assert maps.functions.shape[1] == maps.hidden.shape[1] == segmenter.num_functions == 7
+    assert maps.functions.shape[1] == segmenter.num_functions == 7
     assert maps.logits.shape[1] == segmenter.num_clusters == K
-    assert torch.allclose(maps.hidden.norm(dim=1), torch.ones(()), atol=1e-5)
+    vectors, told = maps.hidden[:, :7], maps.hidden[:, 7:]
+    assert told.shape[1] == segmenter.backbone.dim
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(()), atol=1e-5)
+    assert torch.allclose(told.norm(dim=1), torch.tensor(0.7), atol=1e-5)
     centers = segmenter.head.model.kmeans.centers
     rows = maps.hidden.movedim(1, -1).flatten(0, 2)
     nearest = torch.cdist(rows, centers).argmin(1)
     assert torch.equal(maps.logits.argmax(1).flatten(), nearest)
     assert torch.allclose(segmenter.probabilities(maps.logits[0]).sum(0), torch.ones(()), atol=1e-5)
+
+
+def test_features_as_far_as_the_eigenvectors_span_them(spectral):
+    """Those that K-means sees beside the eigenvectors are the rows' projection V Vᵀ X."""
+    options = spectral(keep="all")
+    model = SpectralTrainer(options, Run.create(options)).train()
+    vectors, rows = model.embedding.vectors.double(), model.embedding.rows.double()
+    expected = torch.nn.functional.normalize(vectors @ (vectors.mT @ rows), dim=1)
+    found = model.cluster_rows(model.embedding.vectors)[:, model.num_functions :]
+    assert torch.allclose(found.double() / 0.7, expected, atol=1e-4)
+
+
+def test_maps_side_by_side_have_the_same_weight():
+    rows = torch.randn(500, 8) * torch.tensor([9.0, 4, 3, 2, 1, 5, 6, 7]) + 3
+    scaled = ChannelScale.of(rows, (2, 6))(rows)
+    assert torch.allclose(scaled.mean(0), torch.zeros(8), atol=1e-5)
+    variances = scaled.var(0)
+    assert torch.allclose(variances, torch.tensor([2.0] * 2 + [2 / 3] * 6), atol=1e-4)
+
+
+def test_clusters_of_the_eigenvectors_alone(spectral, images):
+    segmenter = Segmenter.load(computed(spectral(cluster_on="vectors")), "cpu")
+    maps = segmenter.maps(images)
+    assert maps.hidden.shape[1] == segmenter.num_functions
+    assert torch.allclose(maps.hidden.norm(dim=1), torch.ones(()), atol=1e-5)
+
+
+def test_a_graph_of_some_images(spectral):
+    """Evenly spread ones; the clusters of the others are the extension's."""
+    options = spectral(graph_images=2)
+    trainer = SpectralTrainer(options, Run.create(options))
+    images = len(trainer.dataset)
+    assert trainer.chosen == [0, images // 2]
+    model = trainer.train()
+    assert len(model.embedding.vectors) == 2 * trainer._cells()
+    assert Run(options.out).metrics()[0]["images"] == 2
 
 
 def test_same_seed_same_result_another_seed_another_clustering(spectral, tmp_path):
@@ -264,8 +308,8 @@ def test_several_processes_are_refused(spectral, monkeypatch):
         ({"method": "spectral", "epochs": 3}, "--epochs: is an option of --method neural"),
         ({"method": "spectral", "lr": 0.1}, "--lr: is an option of --method neural"),
         ({"method": "spectral", "gumbel": False}, "--gumbel: is an option of --method neural"),
-        ({"keep": "all"}, "--keep: is an option of --method spectral"),
-        ({"eigenvectors": 3}, "--eigenvectors: is an option of --method spectral"),
+        ({"method": "neural", "keep": "all"}, "--keep: is an option of --method spectral"),
+        ({"epochs": 1, "eigenvectors": 3}, "--eigenvectors: is an option of --method spectral"),
         ({"method": "spectral", "keep": "most"}, "--keep most: expected all, float16, or landm"),
         ({"method": "spectral", "keep": "landmarks:0"}, "--keep landmarks:0: expected"),
         ({"method": "spectral", "keep": "landmarks:120%"}, "--keep landmarks:120%: expected"),
@@ -286,22 +330,6 @@ def test_defaults_of_the_method_give_way_to_what_is_said():
 
 
 # ---- the commands ----
-
-
-@pytest.fixture
-def annotated(photos):
-    """The photographs with annotations of two classes."""
-    for split in ("train", "val"):
-        (photos / "annotations" / split).mkdir(parents=True)
-        (photos / "images" / split).mkdir(exist_ok=True)
-    for path in (photos / "images" / "train").iterdir():
-        image = Image.open(path)
-        image.save(photos / "images" / "val" / path.name)
-        labels = Image.fromarray((np.array(image)[..., 0] > 100).astype(np.uint8))
-        for split in ("train", "val"):
-            labels.save(photos / "annotations" / split / path.name)
-    (photos / "classes.txt").write_text("dark\nlight\n")
-    return photos
 
 
 def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
