@@ -149,13 +149,6 @@ def counted(case: str, kernel: str, times: float) -> dict[str, float]:
     return {"shared": times * shared, "issued": times * cost["issued"]}
 
 
-def counted_by_channels(kernel: str, times: float) -> dict[str, float]:
-    """The same of the fused knn, whose counts at two widths give those at the paper's."""
-    narrow, wide = (counted(f"knn fused, k = 256, {c} channels", kernel, times) for c in (32, 64))
-    steps = (C - 32) / 32
-    return {name: narrow[name] + steps * (wide[name] - narrow[name]) for name in narrow}
-
-
 def graph_kernels() -> Iterator[Kernel]:
     """κ: both neighbour searches, both graphs, their sum."""
     scores, candidates, capacity = 4.0 * N * N, N * 300, N * (NEIGHBOURS + NEIGHBOURS // 2)
@@ -197,21 +190,16 @@ def knn_fused() -> Iterator[Kernel]:
     yield Kernel("knn, fused", "scores of the sample", "mma.sync product",
                  {"half": 2.0 * N * SAMPLE * C}, row / 2,
                  tile_rows * SAMPLE / TILE * operands + sampled, row / 2 + sampled / 3,
-                 launches=3,
-                 # Eight tiles are counted for eight rows, and 32 with all candidates.
-                 **counted_by_channels("estimate_tiles<true>", tile_rows * SAMPLE / TILE),
-                 )  # fmt: skip
+                 launches=3)  # fmt: skip
     yield Kernel("knn, fused", "thresholds", "selection", cached=sampled, resident=sampled / 3,
                  launches=3, **counted("knn select of 1,024, k = 40", "select_rows", N),
                  )  # fmt: skip
     yield Kernel("knn, fused", "scores, candidates", "mma.sync product",
                  {"half": upper * 2.0 * TILE * TILE * C}, row / 2 + N * CANDIDATES * 8,
-                 upper * operands, row / 2, launches=2,
-                 **counted_by_channels("estimate_tiles<false>", upper * 8 / 32),
-                 )  # fmt: skip
+                 upper * operands, row / 2, launches=2)  # fmt: skip
     yield Kernel("knn, fused", "re-rank, sort", "gather", {"float32": 2.0 * N * RERANKED * C},
                  row + N * (CANDIDATES * 8 + NEIGHBOURS * 8), N * RERANKED * C * 4.0, row,
-                 launches=1, **counted_by_channels("rerank_rows", N))  # fmt: skip
+                 launches=1)  # fmt: skip
     # Nothing is left to redo, but the host doesn't know.
     yield Kernel("knn, fused", "rows left open: none", "stream", launches=14)
 
