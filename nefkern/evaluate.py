@@ -32,6 +32,13 @@ training split; all methods share each pass of the backbone. A linear probe has 
 it is trained on the annotations of the training split, and nothing is matched.
 
 Mean IoU is over the classes that occur in the annotations or in the prediction.
+
+Matching on the images that are scored flatters, the more so the more clusters there are. So each
+score is told a second time with classes matched on one half of the images and scored on the other,
+with the interval in which it would lie for other images of the kind (bootstrap over images,
+matchings held), between what random clusters get (floor) and what the right class of every patch
+would (ceiling: the grid's; bilinear up-sampling may go a little above). A difference between two
+methods is called one only if its own, paired interval excludes zero.
 """
 EXAMPLES = """\
 methods:
@@ -49,6 +56,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
   python -m nefkern.evaluate runs/imagenet --data cityscapes --data-root DIR
   python -m nefkern.evaluate runs/voc --data-root voc --methods ours,linear-probe --flip
+  python -m nefkern.evaluate runs/spectral --data-root voc --merge 20
   torchrun --standalone --nproc_per_node=2 -m nefkern.evaluate runs/voc --data-root voc
 
 the folder: images/{{train,val}}/*.jpg, annotations/{{train,val}}/<same name>.png (class indices,
@@ -68,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data(result.add_argument_group("data"))
     _add_methods(result.add_argument_group("methods"))
     _add_protocol(result.add_argument_group("protocol"))
+    _add_honesty(result.add_argument_group("how sure the scores are"))
     result.add_argument(
         "--pictures",
         type=int,
@@ -122,6 +131,13 @@ def _add_methods(group: Any) -> None:
     group.add_argument("--features", choices=("hidden",), help="add ours*, on the hidden features")
     group.add_argument(
         "--untrained", action="store_true", help="add ours*-untrained, the control of ours*"
+    )
+    group.add_argument(
+        "--merge",
+        type=int,
+        metavar="N",
+        help="score the clusters of every K-means merged to N, as segment --classes N merges them "
+        "(--classes here counts those of a data set) [all K]",
     )
     group.add_argument(
         "--fit-images",
@@ -196,6 +212,32 @@ def _add_protocol(group: Any) -> None:
     add_crf_workers(group)
 
 
+def _add_honesty(group: Any) -> None:
+    group.add_argument(
+        "--cross-match",
+        type=int,
+        default=10,
+        metavar="N",
+        help="halve the images at random N times; clusters take their classes on one half and are "
+        "scored on the other, and the mean over halves is told; 0: no such scores [10]",
+    )
+    group.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resamples of the images for 95%% intervals, of scores and of differences between "
+        "methods; 0: none [1000]",
+    )
+    group.add_argument(
+        "--bounds",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="score random clusters and random segments too, as many as the first method has, and "
+        "each patch and each superpixel with its most frequent class [yes]",
+    )
+
+
 def _resize(text: str) -> int | str:
     if text != "none" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"expected pixels or none, got {text!r}")
@@ -214,7 +256,7 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
 def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option out of range."""
     names = ("limit", "sample_rows", "fit_passes", "classes", "size", "window", "stride")
-    for name in (*names, "batch_size"):
+    for name in (*names, "batch_size", "merge"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -222,8 +264,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--fit-passes: only for --fit-images augmented")
     if isinstance(arguments.resize, int) and arguments.resize < 1:
         raise UserError(f"--resize {arguments.resize}: expected at least 1, or none")
-    if arguments.pictures < 0:
-        raise UserError(f"--pictures {arguments.pictures}: expected 0 or more")
+    for name in ("pictures", "cross_match", "bootstrap"):
+        value = getattr(arguments, name)
+        if value < 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
     check_crf_workers(arguments)
     sliding = arguments.window or arguments.stride or arguments.resize
     if arguments.protocol == "crop320" and sliding:

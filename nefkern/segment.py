@@ -54,6 +54,8 @@ examples:
   python -m nefkern.segment runs/voc photo.jpg --out segments --crf  edges as sharp as the image's
   python -m nefkern.segment runs/voc map.tif --out segments --sliding
                                      small things in a large image, window by window
+  python -m nefkern.segment runs/voc photo.jpg --out segments --classes 20
+                                     the run's clusters merged to 20
 
 read the indices:  numpy.array(PIL.Image.open("segments/photo.clusters.png"))
 
@@ -90,6 +92,13 @@ def parser() -> argparse.ArgumentParser:
         "--flip",
         action="store_true",
         help="average over the image and its mirror image: twice the time, steadier segments",
+    )
+    add(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="merge the run's clusters to N, those first that are nearest (Ward's tree of K-means' "
+        "centres, drawn in report.html) [all K]",
     )
     add_device(result)
     return result
@@ -279,6 +288,13 @@ def segment_files(
             yield Segmented(file, name, pixels, clusters.cpu())
 
 
+def merged(segmented: Segmented, groups: Tensor) -> Segmented:
+    """The same with every cluster's group, int64 ``[K]``, in its place."""
+    clusters = segmented.clusters
+    # As an index, 8 bits would be a mask.
+    return segmented._replace(clusters=groups.to(clusters.dtype)[clusters.int()])
+
+
 def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
     """Write both pictures of a file."""
     from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
@@ -303,6 +319,8 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
     files, folders = zip(*_found(arguments.images, recursive=arguments.recursive), strict=True)
     segmenter = Segmenter.load(arguments.run, arguments.device, flip=arguments.flip)
     segmenter.require_clusters()
+    count = arguments.classes
+    groups = None if count is None else segmenter.merged(count, "--classes")
     make_output_folder(arguments.out)
     named, failures = list(zip(files, output_names(files, folders), strict=True)), []
     with image_bar(len(files)) as bar:
@@ -317,7 +335,9 @@ def segment_all(arguments: argparse.Namespace) -> tuple[int, int]:
         results = segment_files(segmenter, named, fail, sliding=arguments.sliding, refiner=refiner)
         with closing(results):
             for segmented in results:
-                write(segmented, segmenter.num_clusters, arguments.out)
+                if groups is not None:
+                    segmented = merged(segmented, groups)
+                write(segmented, count or segmenter.num_clusters, arguments.out)
                 bar.write(f"{segmented.file}: {len(occurring(segmented.clusters))} clusters")
                 bar.update()
     if refiner and refiner.inferences:

@@ -11,8 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from nefkern.evaluation.honesty import (
+    CROSS,
+    SAME,
+    Estimate,
+    differences,
+    unpacked,
+)
+from nefkern.evaluation.honesty import Key as Scored
+from nefkern.evaluation.resampling import SCORES
 from nefkern.runtime.commandline import command_parser
 from nefkern.runtime.errors import UserError, command
+from nefkern.segmentation.tables import difference_cells, with_interval
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import FREE_OPTIONS, Run
 
@@ -166,16 +178,142 @@ def table(found: dict[Key, list[Score]]) -> str:
     return "\n".join(lines)
 
 
+# ---- over the images ----
+
+
+class Resampled(NamedTuple):
+    """One evaluation's scores, as they are and on resamples of its images."""
+
+    images: str
+    estimates: dict[Scored, Estimate]
+
+
+def read_resampled(file: Path) -> Resampled | None:
+    """What ``python -m nefkern.evaluate`` left beside the scores in ``file``; None: nothing, as
+    with ``--bootstrap 0``.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    beside = file.with_suffix(".npz")
+    if not beside.exists():
+        return None
+    methods, estimates = read_evaluation(file)["methods"], {}
+    try:
+        images, found = unpacked(beside.read_bytes())
+        for key, resampled in found.items():
+            stage = methods[key.method]["stages"][key.stage]
+            scores = stage["matchings" if key.images == SAME else "cross"][key.matching]
+            value = torch.tensor([scores[name] for name in SCORES], dtype=torch.float64)
+            estimates[key] = Estimate(value, resampled)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{beside}: expected what python -m nefkern.evaluate wrote beside {file.name}; remove "
+            "it, or score the run again"
+        ) from None
+    return Resampled(images, estimates) if estimates else None
+
+
+def collect_resampled(runs: list[Path]) -> dict[str, dict[Scored, Estimate]]:
+    """By evaluation, every score's mean over runs, as it is and resample by resample.
+
+    Resamples draw the same images in every run that was scored on them, so that a mean over runs
+    has its own; scores of different images have none in common and are left out.
+    """
+    trained, found = differing_options(runs), defaultdict(dict)
+    for run in runs:
+        for file in sorted(run.glob("evaluation-*.json")):
+            resampled = read_resampled(file)
+            if resampled is None:
+                continue
+            settings = read_evaluation(file)["settings"]
+            evaluation = "; ".join(filter(None, (trained[run], title(settings))))
+            for key, estimate in resampled.estimates.items():
+                shape = resampled.images, estimate.resampled.shape
+                once = found[evaluation].setdefault(key, {})
+                once[run, settings["seed"]] = shape, estimate
+    means = {evaluation: _means(scores) for evaluation, scores in found.items()}
+    return {evaluation: scores for evaluation, scores in means.items() if scores}
+
+
+def _means(
+    scores: dict[Scored, dict[Any, tuple[Any, Estimate]]],
+) -> dict[Scored, Estimate]:
+    """Means over runs of the scores on the images that the first was scored on."""
+    shapes = {key: {shape for shape, _ in its.values()} for key, its in scores.items()}
+    same = next(iter(shapes.values()))
+    return {
+        key: Estimate(
+            torch.stack([estimate.value for _, estimate in its.values()]).mean(0),
+            torch.stack([estimate.resampled for _, estimate in its.values()]).mean(0),
+        )
+        for key, its in scores.items()
+        if shapes[key] == same and len(same) == 1
+    }
+
+
+def interval_table(found: dict[str, dict[Scored, Estimate]]) -> str:
+    """Markdown: a section per evaluation, scores and differences with their intervals."""
+    lines = []
+    for evaluation, estimates in found.items():
+        lines += [
+            f"**{evaluation}**, over the images, %: mean over runs [95% interval]; other half: "
+            "matched on one half of the images, scored on the other",
+            "",
+            "| method | matching | accuracy | mIoU | other half: accuracy | mIoU |",
+            "|---" * 6 + "|",
+        ]
+        for key, estimate in estimates.items():
+            if key.images != SAME:
+                continue
+            cells = _cells(estimate) + _cells(estimates.get(key._replace(images=CROSS)))
+            matching = COUNTED.get(key.matching, key.matching)
+            lines.append(f"| {key.column} | {matching} | {' | '.join(cells)} |")
+        lines += ["", *_difference_lines(estimates)]
+    return "\n".join(lines)
+
+
+def _cells(estimate: Estimate | None) -> list[str]:
+    if estimate is None:
+        return ["", ""]
+    told = estimate.as_dict()
+    return [with_interval(told, score) for score in SCORES]
+
+
+def _difference_lines(estimates: dict[Scored, Estimate]) -> list[str]:
+    """Of every method less the first, on the other half where that was scored."""
+    images = CROSS if any(key.images == CROSS for key in estimates) else SAME
+    first = next(iter(estimates)).column if estimates else ""
+    told = [d for d in differences(estimates) if d["first"] == first and d["images"] == images]
+    if not told:
+        return []
+    where = ", other half" if images == CROSS else ""
+    lines = [
+        f"| difference{where} | matching | accuracy | | mIoU | |",
+        "|---" * 6 + "|",
+    ]
+    for d in told:
+        cells = [cell for score in SCORES for cell in difference_cells(d[score])]
+        matching = COUNTED.get(d["matching"], d["matching"])
+        lines.append(f"| {d['second']} - {first} | {matching} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = command_parser(
         "summarize",
-        "Mean and spread of the scores of several runs (seeds), as a Markdown table.",
+        "Mean and spread of the scores of several runs (seeds), as a Markdown table; and, where\n"
+        "they were scored on the same images, how sure that mean is over images, and which\n"
+        "differences between methods are some: those whose 95% interval excludes 0.",
         EXAMPLES,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="scored run folders")
-    print(table(collect(parser.parse_args(arguments).runs)))
+    runs = parser.parse_args(arguments).runs
+    print(table(collect(runs)))
+    if resampled := collect_resampled(runs):
+        print(interval_table(resampled))
 
 
 if __name__ == "__main__":

@@ -384,6 +384,75 @@ def test_crf_in_worker_processes_gives_the_same_figures(run, folder, pointwise, 
     assert "s/image]" in last
 
 
+# ---- how sure the scores are ----
+
+
+def test_scores_come_with_intervals_the_other_half_and_bounds(run, folder, pointwise, capsys):
+    result = evaluate(run, folder, "--methods", "ours,kmeans,probe", "--bootstrap", "200")
+    assert result["resampling"] == {"bootstrap": 200, "splits": 10, "seed": 0}
+    for method, matching in (("ours", "iou"), ("kmeans", "count"), ("probe", "own")):
+        stage = result["methods"][method]["stages"]["none"]
+        found, cross = figures(result, method, matching=matching), stage["cross"][matching]
+        for score in ("accuracy", "mean_iou"):
+            low, high = stage["intervals"][matching][score]
+            assert low <= found[score] <= high
+            assert low < high
+            low, high = cross["interval"][score]
+            assert low <= cross[score] <= high
+    bounds = {
+        name: bound["stages"]["none"]["matchings"] for name, bound in result["bounds"].items()
+    }
+    assert bounds["patches"]["own"]["accuracy"] == 1, "patches of a pixel"
+    floor = bounds["random-clusters"]["count"]["accuracy"]
+    share = max(result["pixels"].values()) / sum(result["pixels"].values())
+    assert floor == pytest.approx(share, abs=0.02)
+    assert floor < figures(result)["accuracy"]
+    printed = capsys.readouterr().out
+    assert "other half" in printed
+    assert "floor: random-segments" in printed
+    assert "kmeans - ours" in printed
+
+
+def test_differences_are_between_every_two_methods(run, folder, pointwise):
+    result = evaluate(run, folder, "--methods", "ours,kmeans,probe", "--cross-match", "0")
+    pairs = {(d["first"], d["second"], d["matching"]) for d in result["differences"]}
+    names = [("ours", "kmeans"), ("ours", "probe"), ("kmeans", "probe")]
+    assert pairs == {(*pair, matching) for pair in names for matching in ("iou", "count")}
+    (found,) = (d for d in result["differences"] if (d["first"], d["second"], d["matching"]) ==
+                ("ours", "kmeans", "iou"))  # fmt: skip
+    before, after = (figures(result, name)["mean_iou"] for name in ("ours", "kmeans"))
+    assert found["mean_iou"]["difference"] == pytest.approx(after - before, abs=1e-12)
+
+
+def test_what_is_said_beside_the_scores_changes_none(run, folder, pointwise, capsys):
+    full = evaluate(run, folder)
+    assert next(run.glob("evaluation-*.npz")).stem == next(run.glob("evaluation-*.json")).stem
+    off = ("--bootstrap", "0", "--cross-match", "0", "--no-bounds")
+    capsys.readouterr()
+    bare = evaluate(run, folder, *off)
+    assert (bare["settings"], bare["asked"]) == (full["settings"], full["asked"])
+    assert figures(bare) == figures(full)
+    stage = bare["methods"]["ours"]["stages"]["none"]
+    assert "intervals" not in stage
+    assert "cross" not in stage
+    assert "bounds" not in bare
+    assert "How sure" not in capsys.readouterr().out
+    assert not list(run.glob("evaluation-*.npz")), "those of the scores before are gone"
+
+
+@pytest.mark.parametrize("on", ["clusters", "classes"])
+def test_a_crf_has_intervals_and_differences_too(run, folder, pointwise, monkeypatch, on):
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    crf = ("--protocol", "sliding", "--crf", on, "--crf-workers", "0")
+    result = evaluate(run, folder, *crf)
+    plain, refined = (result["methods"]["ours"]["stages"][stage] for stage in ("none", on))
+    assert refined["intervals"] == plain["intervals"]
+    assert ("cross" in refined) == (on == "clusters"), "classes are refined after one matching"
+    found = [d for d in result["differences"] if d["second"] == "ours+crf"]
+    assert found
+    assert not any(d[score]["differs"] for d in found for score in ("accuracy", "mean_iou"))
+
+
 # ---- what methods are fitted on ----
 
 
@@ -567,6 +636,68 @@ def test_all_of_evaluate_takes_a_continuous_run(continuous, folder, options):
     names = "ours,ours-untrained,hidden"
     result = evaluate(continuous, folder, "--methods", names, "--limit", "2", *options)
     assert list(result["methods"]) == ["ours", "ours-untrained", "ours*"]
+
+
+# ---- merged clusters ----
+
+
+def test_merged_clusters_are_scored_as_segment_merges_them(continuous, folder, tmp_path, capsys):
+    """Counts of the index images of segment --classes, matched by count."""
+    run = tmp_path / "run"
+    shutil.copytree(continuous, run)
+    own = ("--protocol", "sliding", "--resize", "none")
+    methods = ("--methods", "ours,kmeans,probe")
+    whole = evaluate(run, folder, *own, *methods)
+    result = evaluate(run, folder, *own, *methods, "--merge", "3")
+    assert len(list(run.glob("evaluation-*.json"))) == 2
+    assert (result["num_clusters"], result["settings"]["merge"]) == (3, 3)
+    assert "merge" not in whole["settings"]
+    assert "merge" not in whole["asked"]
+    assert len(figures(result)["assignment"]) == len(figures(result, "kmeans")["assignment"]) == 3
+    assert figures(result, "probe", matching="own") == figures(whole, "probe", matching="own")
+    groups = Segmenter.load(run, "cpu").merged(3)
+    assert groups.unique().tolist() == [0, 1, 2]
+    images = str(folder / "images" / "val")
+    for out, options in (("all", []), ("merged", ["--classes", "3"])):
+        assert segment.main([str(run), images, "--out", str(tmp_path / out), *options]) == 0
+    for n in range(4):
+        before, after = (
+            np.array(Image.open(tmp_path / out / f"{n}.clusters.png")) for out in ("all", "merged")
+        )
+        assert np.array_equal(groups.numpy()[before], after)
+    segmenter, counts = Segmenter.load(run, "cpu"), torch.zeros(3, 4, dtype=torch.int64)
+    for sample in open_dataset("folder", root=folder, split="val"):
+        counts += count_matrix(groups[segmenter.logits(sample.image).argmax(0)],
+                               sample.annotation, 3, 4)  # fmt: skip
+    accuracy = counts.amax(1).sum() / counts.sum()
+    assert figures(result, matching="count")["accuracy"] == pytest.approx(accuracy.item(), abs=2e-3)
+    assert "How clusters merge" in (run / "report.html").read_text()
+
+
+def test_a_crf_on_classes_of_merged_clusters(continuous, folder, monkeypatch):
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    crf = ("--crf", "classes", "--crf-workers", "0", "--merge", "2", "--methods", "ours,kmeans")
+    result = evaluate(continuous, folder, *crf)
+    for method in ("ours", "kmeans"):
+        before = figures(result, method, "none", "count")
+        assert figures(result, method, "classes", "count") == before
+
+
+def test_what_cannot_be_merged(run, continuous, folder, tmp_path, capsys):
+    line = failure(capsys, continuous, "--data-root", folder, "--merge", "7")
+    assert "--merge 7: expected 1 to 6, the run's clusters" in line
+    line = failure(capsys, run, "--data-root", folder, "--merge", "3")
+    assert "those of ours are ψ's own outputs" in line
+    photo = str(folder / "images" / "val" / "0.png")
+    for where, count, said in (
+        (run, 3, "--classes 3: merges the clusters of K-means"),
+        (continuous, 7, "--classes 7: expected 1 to 6, the run's clusters"),
+        (continuous, 0, "--classes 0: expected 1 to 6, the run's clusters"),
+    ):
+        asked = [str(where), photo, "--out", str(tmp_path / "out"), "--classes", str(count)]
+        assert segment.main(asked) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the paper's data sets ----
@@ -777,6 +908,9 @@ def failure(capsys, *arguments: object) -> str:
         (["--fit-images", "plain", "--fit-passes", "2"], "--fit-passes: only for --fit-images"),
         (["--limit", "0"], "--limit 0: expected at least 1"),
         (["--pictures", "-1"], "--pictures -1: expected 0 or more"),
+        (["--merge", "0"], "--merge 0: expected at least 1"),
+        (["--bootstrap", "-1"], "--bootstrap -1: expected 0 or more"),
+        (["--cross-match", "-1"], "--cross-match -1: expected 0 or more"),
         (["--seed", "-1"], "argument --seed: expected a number from 0"),
         (["--size", "9"], "--size 9: expected at least 16, a patch"),
         (["--protocol", "sliding", "--window", "9"], "--window 9: expected at least 16, a patch"),

@@ -1,8 +1,12 @@
 import json
 
 import pytest
+import torch
 
 from nefkern import summarize
+from nefkern.evaluation.honesty import Honesty
+from nefkern.segmentation.evaluation import match, matchings
+from nefkern.segmentation.image_counts import ImageCounts
 
 
 def scored(folder, accuracy, mean_iou, name="evaluation-set-val-crop320.json", **changed):
@@ -100,3 +104,75 @@ def test_help(flag, capsys):
     with pytest.raises(SystemExit):
         summarize.main([flag])
     assert "nefkern.evaluate" in capsys.readouterr().out
+
+
+# ---- over the images ----
+
+NAME = "evaluation-set-val-crop320"
+
+
+def resampled(folder, wrong: dict[str, list[int]], size: int = 100, bootstrap: int = 300):
+    """A run whose methods have so many wrong pixels of 2 * size in each image."""
+    run = scored(folder, 0.5, 0.5)
+    images = len(next(iter(wrong.values())))
+    honesty, methods = Honesty(torch.full((images,), 2 * size), bootstrap, 2), {}
+    for name, pixels in wrong.items():
+        counts = ImageCounts(2, 2)
+        for w in pixels:
+            counts.add(torch.tensor([[size - w, 0], [w, size]]))
+        matched = match(counts.total())
+        told = honesty.add(name, "none", counts, matched, lambda table: matchings(table)[0])
+        methods[name] = {"stages": {"none": matched.as_dict(["a", "b"]) | told}}
+    content = json.loads((run / f"{NAME}.json").read_text()) | {"methods": methods}
+    (run / f"{NAME}.json").write_text(json.dumps(content))
+    (run / f"{NAME}.npz").write_bytes(honesty.packed())
+    return run
+
+
+def cells(text: str, *first: str) -> list[str]:
+    """The other cells of the row that begins so."""
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {' | '.join(first)} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")][len(first) :]
+
+
+def test_the_mean_over_runs_has_an_interval_and_so_has_the_difference(tmp_path):
+    runs = [
+        resampled(tmp_path / "0", {"ours": [10, 20, 30, 20], "kmeans": [30, 40, 50, 40]}),
+        resampled(tmp_path / "1", {"ours": [20, 10, 20, 30], "kmeans": [20, 60, 20, 60]}),
+    ]
+    text = summarize.interval_table(summarize.collect_resampled(runs))
+    accuracy, _, other, _ = cells(text, "ours", "count vote")
+    assert accuracy.startswith("90.0 [")  # 20 of 200 pixels wrong on average, in both runs
+    assert other.startswith("90.0 [")
+    accuracy, said, *_ = cells(text, "kmeans - ours", "count vote")
+    assert accuracy.startswith("-10.0 [-")  # 40 of 200
+    assert said == "lower"
+
+
+def test_what_the_runs_say_apart_is_no_difference(tmp_path):
+    """In each run it would be one, with opposite signs; their mean is not."""
+    runs = [
+        resampled(tmp_path / "0", {"ours": [10] * 6, "kmeans": [30, 29, 31, 30, 30, 30]}),
+        resampled(tmp_path / "1", {"ours": [30, 30, 30, 31, 29, 30], "kmeans": [10] * 6}),
+    ]
+    for run, said in zip(runs, ("lower", "higher"), strict=True):
+        alone = summarize.interval_table(summarize.collect_resampled([run]))
+        assert cells(alone, "kmeans - ours", "count vote")[1] == said
+    text = summarize.interval_table(summarize.collect_resampled(runs))
+    assert cells(text, "kmeans - ours", "count vote")[1] == "not told apart"
+
+
+def test_scores_of_other_images_have_no_common_interval(tmp_path):
+    runs = [
+        resampled(tmp_path / "0", {"ours": [10, 20, 30]}),
+        resampled(tmp_path / "1", {"ours": [10, 20, 30]}, size=90),
+    ]
+    assert summarize.collect_resampled(runs) == {}
+    assert summarize.main([str(run) for run in runs]) == 0
+
+
+def test_damaged_resamples_are_named(tmp_path, capsys):
+    run = resampled(tmp_path / "0", {"ours": [10, 20, 30]})
+    (run / f"{NAME}.npz").write_bytes(b"PK")
+    assert summarize.main([str(run)]) == 2
+    assert f"{NAME}.npz: expected what python -m nefkern.evaluate wrote" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from nefkern.ops import CSRGraph
 from nefkern.segmentation.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.segmentation.crf import winners
 from nefkern.segmentation.flip import flip_averaged
+from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.matching import class_logits
 from nefkern.segmentation.methods import Method
 from nefkern.segmentation.metrics import count_matrix
@@ -68,6 +69,9 @@ class Comparison:
         control: a segmenter with an untrained ψ and the same backbone, if a method asks for one.
         seed, sample_rows: of K-means, see :class:`Clusterer`; the seed is also that of
             :class:`DeepSpectral`.
+
+    Attributes:
+        patch: height and width of a patch of the last batch, in pixels of what the network saw.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Comparison:
         sample_rows: int = SAMPLE_ROWS,
     ) -> None:
         self.network, self.control, self.windows = network, control, windows
+        self.patch = (1.0, 1.0)
         segments = any(method.source == "segments" for method in methods)
         self.deep_spectral = DeepSpectral(seed=seed) if segments else None
         self._predict = flip_averaged(self._once, network.pad) if flip else self._once
@@ -168,8 +173,8 @@ class Comparison:
         refiner: Refiner | None = None,
         watch: Callable[[Sample, dict[str, Tensor]], None] = lambda sample, clusters: None,
         done: Callable[[], object] = lambda: None,
-    ) -> dict[str, dict[str, Tensor]]:
-        """Count how clusters and classes meet over a data set.
+    ) -> dict[str, dict[str, ImageCounts]]:
+        """Count how clusters and classes meet, image by image.
 
         Args:
             samples: with annotations.
@@ -178,20 +183,18 @@ class Comparison:
             done: called whenever an image is counted.
 
         Returns:
-            By method, "none" and perhaps "clusters": int64 counts ``[K, num_classes]``; classes
-            instead of clusters for methods that learn those.
+            By method, "none" and perhaps "clusters": counts ``[K, num_classes]`` of the images in
+            their order; classes instead of clusters for methods that learn those.
         """
         stages = ("none", "clusters") if refiner else ("none",)
         counts = {
-            name: {
-                stage: torch.zeros(c.channels, num_classes, dtype=torch.int64) for stage in stages
-            }
+            name: {stage: ImageCounts(c.channels, num_classes) for stage in stages}
             for name, c in self.clusterers.items()
         }
 
         def add(stage: str, sample: Sample, name: str, clusters: Tensor) -> None:
-            table = counts[name][stage]
-            table += count_matrix(clusters, sample.annotation, len(table), num_classes).cpu()
+            found = counts[name][stage]
+            found.add(count_matrix(clusters, sample.annotation, found.num_clusters, num_classes))
 
         def looked_at() -> Iterator[tuple[Sample, Replay, dict[str, Tensor]]]:
             for sample in samples:
@@ -224,8 +227,8 @@ class Comparison:
         *,
         refiner: Refiner,
         done: Callable[[], object] = lambda: None,
-    ) -> dict[str, dict[str, Tensor]]:
-        """Confusion after a CRF on *classes*, made of the clusters by a matching.
+    ) -> dict[str, dict[str, ImageCounts]]:
+        """Confusion, image by image, after a CRF on *classes*, made of the clusters by a matching.
 
         Args:
             samples, done: as for :meth:`count`.
@@ -233,10 +236,10 @@ class Comparison:
             refiner: the CRF.
 
         Returns:
-            By method and matching, int64 ``[num_classes, num_classes]``.
+            By method and matching, ``[num_classes, num_classes]`` of the images in their order.
         """
         confusions = {
-            name: {m: torch.zeros(num_classes, num_classes, dtype=torch.int64) for m in matchings}
+            name: {m: ImageCounts(num_classes, num_classes) for m in matchings}
             for name, matchings in assignments.items()
         }
         jobs = (
@@ -245,9 +248,9 @@ class Comparison:
         last = [(name, m) for name, matchings in assignments.items() for m in matchings][-1]
         with refiner(jobs) as results:
             for refined, (sample, name, matching) in results:
-                confusions[name][matching] += count_matrix(
-                    refined, sample.annotation, num_classes, num_classes
-                ).cpu()
+                confusions[name][matching].add(
+                    count_matrix(refined, sample.annotation, num_classes, num_classes)
+                )
                 if (name, matching) == last:
                     done()
         return confusions
@@ -255,6 +258,8 @@ class Comparison:
     def _maps(self, crops: Tensor) -> tuple[dict[str, Tensor], tuple[int, int]]:
         """All maps of a batch by name, on the patch grid, and the size in pixels it spans."""
         maps = self.network.maps(crops)
+        height, width = (p / n for p, n in zip(maps.padded, maps.graph.shape[2:], strict=True))
+        self.patch = (height, width)
         found = {name: getattr(maps, name) for name in ("logits", "hidden", "graph", "concat")}
         if self.control is not None:
             tokens = maps.concat.flatten(2).transpose(1, 2)

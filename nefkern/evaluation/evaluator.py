@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -26,6 +27,9 @@ from nefkern.baselines.fitting import default_passes, training_crops
 from nefkern.baselines.probe import Probe
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.data.reading import read_ahead
+from nefkern.evaluation.bounds import BOUNDS, FLOORS, Bounds
+from nefkern.evaluation.gathering import Counts, gathered, summed
+from nefkern.evaluation.honesty import Honesty
 from nefkern.evaluation.report import write_report
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
@@ -33,7 +37,8 @@ from nefkern.runtime.files import replace_file
 from nefkern.runtime.progress import image_bar
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
 from nefkern.segmentation.clusterer import Clusterer
-from nefkern.segmentation.evaluation import Matched, match, unmatched
+from nefkern.segmentation.evaluation import Matched, match, matchings, unmatched
+from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.mean_field import require_pydensecrf
 from nefkern.segmentation.methods import Method, of_run
 from nefkern.segmentation.pictures import palette, write_png
@@ -43,6 +48,9 @@ from nefkern.training.options import ANNOTATED, CLASSES, PRESETS, WINDOWS
 from nefkern.training.runs import Run, versions
 
 log = logging.getLogger(__name__)
+
+#: How the name of the file of resampled scores ends, beside that of the scores.
+RESAMPLED = ".npz"
 
 
 class Evaluator:
@@ -82,6 +90,10 @@ class Evaluator:
         self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
         self.matched: dict[str, Matched] = {}
         self.void_pixels = 0
+        self.bounds = None
+        if options.bounds:
+            self.bounds = Bounds(self.num_clusters, len(self.kept), options.seed)
+        self.honesty: Honesty | None = None
         trained = all(method.trained for method in self.methods)
         self.comparison = Comparison(
             self.segmenter,
@@ -94,6 +106,43 @@ class Evaluator:
             sample_rows=options.sample_rows,
         )
         self._take_clusters()
+        self._check_merge()
+        self.groups: dict[str, Tensor] = {}
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters that are scored: K, or what they are merged to."""
+        return self.options.merge or self.segmenter.num_clusters
+
+    def _check_merge(self) -> None:
+        count, clusters = self.options.merge, self.segmenter.num_clusters
+        if count is None:
+            return
+        if count > clusters:
+            raise UserError(f"--merge {count}: expected 1 to {clusters}, the run's clusters")
+        for name, clusterer in self.comparison.clusterers.items():
+            if isinstance(clusterer, Clusterer) and clusterer.kmeans is None:
+                raise UserError(
+                    f"--merge {count}: merges the clusters of K-means; those of {name} are ψ's own "
+                    "outputs; expected --methods without it"
+                )
+
+    def _merged(self, counts: Counts) -> Counts:
+        """Counts of clusters merged to ``--merge``; those of classes as they are."""
+        return {
+            name: {
+                stage: table.merged(self.groups[name], self.options.merge)
+                if name in self.groups
+                else table
+                for stage, table in tables.items()
+            }
+            for name, tables in counts.items()
+        }
+
+    def _of_clusters(self, name: str, assignments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The class of each cluster, from that of what it is merged to."""
+        groups = self.groups.get(name)
+        return assignments if groups is None else {m: a[groups] for m, a in assignments.items()}
 
     def _take_clusters(self) -> None:
         """Score the clusters that a run keeps: a spectral one, perhaps one of continuous ψ."""
@@ -145,13 +194,20 @@ class Evaluator:
         started = time.perf_counter()
         if self.comparison.needs_fit or self.comparison.needs_labels:
             self.fit()
+        if self.options.merge:
+            self.groups = {
+                name: clusterer.merged(self.options.merge)
+                for name, clusterer in self.comparison.clusterers.items()
+                if isinstance(clusterer, Clusterer)
+            }
         scored = self.score()
         result = {
             "settings": self.settings(),
             "asked": self.asked,
-            "num_clusters": self.segmenter.num_clusters,
+            "num_clusters": self.num_clusters,
             "images": len(self._indices(self.dataset)),
             **scored,
+            **({"resampling": self.honesty.settings()} if self.honesty else {}),
             "seconds": round(time.perf_counter() - started, 1),
             "device": str(self.segmenter.device),
             "versions": versions(),
@@ -163,6 +219,10 @@ class Evaluator:
     def _write(self, result: dict[str, Any]) -> None:
         path = free_name(self.options.run, result["settings"])
         replace_file(path, json.dumps(result, indent=1, ensure_ascii=False))
+        if resampled := self.honesty.packed():
+            replace_file(path.with_suffix(RESAMPLED), resampled)
+        else:
+            path.with_suffix(RESAMPLED).unlink(missing_ok=True)
         self.draw(result, path.with_suffix(""))
         write_report(Run(self.options.run))
         log.info("written: %s", path)
@@ -230,9 +290,10 @@ class Evaluator:
                 watch=self._show,
                 done=bar.update,
             )
-        counts, self.shown = _summed(counts), distributed.collected(self.shown)
+        counts, self.shown = self._merged(gathered(counts)), distributed.collected(self.shown)
+        totals = summed(counts)
         void = int(distributed.total(torch.tensor(self.void_pixels)))
-        pixels = next(iter(counts.values()))["none"].sum(0)
+        pixels = next(iter(totals.values()))["none"].sum(0)
         with distributed.together():
             if not pixels.any():
                 raise UserError(
@@ -240,20 +301,27 @@ class Evaluator:
                 )
         stages: dict[str, dict[str, Matched]] = {
             name: {stage: self._match(name, table) for stage, table in tables.items()}
-            for name, tables in counts.items()
+            for name, tables in totals.items()
         }
         self.matched = {name: matched["none"] for name, matched in stages.items()}
+        refined: Counts = {}
         if crf == "classes":
-            assignments = {name: matched.assignments for name, matched in self.matched.items()}
+            assignments = {
+                name: self._of_clusters(name, matched.assignments)
+                for name, matched in self.matched.items()
+            }
             started = time.perf_counter()
             with distributed.together(), self._bar("CRF") as bar:
                 confusions = self.comparison.count_refined_classes(
                     self._annotated(), assignments, count, refiner=self.refiner, done=bar.update
                 )
-            for name, by_matching in _summed(confusions).items():
+            refined = gathered(confusions)
+            for name, by_matching in summed(refined).items():
                 stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
+        seconds = time.perf_counter() - started
+        honest = self._honest(counts, refined, stages)
         return {
-            **self._crf_times(time.perf_counter() - started),
+            **self._crf_times(seconds),
             "classes": self.classes,
             "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
             **(
@@ -265,17 +333,69 @@ class Evaluator:
                 method.name: {
                     "title": method.title,
                     "stages": {
-                        stage: matched.as_dict(self.classes)
+                        stage: matched.as_dict(self.classes) | honest.get((method.name, stage), {})
                         for stage, matched in stages[method.name].items()
                     },
                 }
                 for method in self.methods
             },
+            **self._bounded(),
+            **({"differences": self.honesty.differences()} if self.honesty else {}),
         }
 
+    def _learned(self, name: str) -> bool:
+        """Whether a method, or a ceiling, has classes of its own, so that nothing is matched."""
+        if name in BOUNDS:
+            return name not in FLOORS
+        return isinstance(self.comparison.clusterers[name], Probe)
+
     def _match(self, name: str, table: Tensor) -> Matched:
-        learned = isinstance(self.comparison.clusterers[name], Probe)
-        return unmatched(table) if learned else match(table)
+        return unmatched(table) if self._learned(name) else match(table)
+
+    def _matchings(self, name: str, table: Tensor) -> dict[str, Tensor]:
+        if self._learned(name):
+            return {"own": torch.arange(len(table))}
+        return matchings(table)[0]
+
+    def _honest(
+        self,
+        counts: Counts,
+        refined: Counts,
+        stages: dict[str, dict[str, Matched]],
+    ) -> dict[tuple[str, str], dict[str, Any]]:
+        """What is said beside every method's figures, by method and stage; in the main process."""
+        if not distributed.is_main():
+            return {}
+        self.honesty = self._honesty(next(iter(counts.values()))["none"])
+        found = {}
+        for name, tables in counts.items():
+            find = functools.partial(self._matchings, name)
+            for stage, table in tables.items():
+                matched = stages[name][stage]
+                found[name, stage] = self.honesty.add(name, stage, table, matched, find)
+        for name, by_matching in refined.items():
+            found[name, "classes"] = self.honesty.add_confusions(name, "classes", by_matching)
+        return found
+
+    def _honesty(self, counts: ImageCounts) -> Honesty:
+        return Honesty(counts.annotated(), self.options.bootstrap, self.options.cross_match)
+
+    def _bounded(self) -> dict[str, Any]:
+        """Floors and ceilings, scored as methods are; JSON-ready."""
+        if self.bounds is None:
+            return {}
+        counts = gathered({"": self.bounds.counts})[""]
+        totals = summed({"": counts})[""]
+        if not distributed.is_main():
+            return {}
+        honesty, found = self._honesty(counts["patches"]), {}
+        for name, title in BOUNDS.items():
+            matched = self._match(name, totals[name])
+            find = functools.partial(self._matchings, name)
+            beside = honesty.add(name, "none", counts[name], matched, find)
+            stage = matched.as_dict(self.classes) | beside
+            found[name] = {"title": title, "stages": {"none": stage}}
+        return {"bounds": found}
 
     def _crf_times(self, seconds: float) -> dict[str, Any]:
         """What the CRF took, of ``seconds`` that the pass with it did; nothing without a CRF."""
@@ -316,9 +436,23 @@ class Evaluator:
             replace_file(folder / "classes.svg", chart)
 
     def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
-        """Keep this process's share of the first images for :meth:`draw`."""
+        """Count the bounds, and keep this process's share of the first images for :meth:`draw`."""
+        clusters = {
+            name: self.groups[name][found.cpu()] if name in self.groups else found
+            for name, found in clusters.items()
+        }
+        if self.bounds is not None:
+            segments = len(next(iter(clusters.values())).unique())
+            self.bounds.observe(sample, segments, self._patch(sample.image))
         if len(self.shown) < len(distributed.dealt(range(self.options.pictures))):
             self.shown.append((sample, {name: c.cpu() for name, c in clusters.items()}))
+
+    def _patch(self, image: Tensor) -> tuple[float, float]:
+        """Height and width of a patch in pixels of an image just scored."""
+        shorter = self.comparison.windows.shorter
+        scale = min(image.shape[1:]) / shorter if shorter else 1
+        height, width = self.comparison.patch
+        return height * scale, width * scale
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
@@ -335,6 +469,7 @@ class Evaluator:
             "window": self.comparison.windows.window,
             "stride": self.comparison.windows.stride,
             "flip": self.options.flip or None,
+            **({"merge": self.options.merge} if self.options.merge else {}),
             "resize": self.comparison.windows.shorter,
         }
 
@@ -465,18 +600,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-def _summed(counts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Counts of all processes together."""
-    return {
-        name: {key: distributed.total(table) for key, table in tables.items()}
-        for name, tables in counts.items()
-    }
-
-
 #: What ``python -m nefkern.evaluate`` can be asked for beside the figures of one method; methods
 #: are recorded by their results.
 _FREE = ("run", "methods", "baseline", "features", "untrained", "pictures", "device")
-_FREE += ("feature_cache", "batch_size", "crf_workers")
+_FREE += ("feature_cache", "batch_size", "crf_workers", "bootstrap", "cross_match", "bounds")
 
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
@@ -484,7 +611,8 @@ def asked(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in _FREE
+        # Evaluations from before it could be asked for did not merge.
+        if name not in _FREE and (name, value) != ("merge", None)
     }
 
 

@@ -22,7 +22,8 @@ from nefkern.segmentation.charts import eigenfunction_maps, svg
 from nefkern.segmentation.pictures import overlay, palette, write_png
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.tables import describe
-from nefkern.training.runs import Run
+from nefkern.spectral.merging import ward
+from nefkern.training.runs import CHECKPOINT, CLUSTERS, Run
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ PANELS = (
 #: What tells a row of a spectral run's record apart, and the tensors of its checkpoint to plot.
 _PLACE = ("step", "stage")
 _SPECTRUM = ("embedding.values", "embedding.residuals")
+#: K-means in a spectral run's checkpoint.
+_CENTRES = ("kmeans.centers", "kmeans.counts")
 
 #: Steps drawn in a curve: more cannot be told apart, and would weigh megabytes.
 POINTS = 500
@@ -76,6 +79,12 @@ STAGES = (
     "order, change from a patch to those that it is joined to. Many near the largest mean that "
     "many groups of patches are nearly apart. Right, how far each pair is from exact: "
     "|κv − λv|.</p>"
+)
+TREE = (
+    "<p>Two clusters, or groups of clusters, are joined at the height of their distance (Ward's: "
+    "what K-means' inertia rises by). <code>python -m nefkern.segment --classes N</code> cuts the "
+    "tree where N branches are left, <code>python -m nefkern.evaluate --merge N</code> scores "
+    "them.</p>"
 )
 EIGENMAPS = (
     "<p>The functions' raw values on the patches of an image, each over its own range: "
@@ -163,6 +172,35 @@ def eigenvalues(values: Tensor, residuals: Tensor) -> str:
     return svg(figure)
 
 
+def dendrogram(centers: Tensor, counts: Tensor) -> str:
+    """Ward's tree of K-means' clusters as one SVG."""
+    from matplotlib.figure import Figure
+    from scipy.cluster import hierarchy
+
+    tree = ward(centers, counts).numpy()
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axis = figure.subplots()
+    size = max(2, min(8, 900 / len(centers)))
+    hierarchy.dendrogram(tree, ax=axis, leaf_font_size=size, color_threshold=0)
+    axis.set(xlabel="cluster", ylabel="distance")
+    return svg(figure)
+
+
+def _tree(run: Run) -> list[str]:
+    """How the run's clusters merge, if K-means made them."""
+    found = run.part(*_CENTRES) if run.path(CHECKPOINT).exists() else {}
+    if not found and run.path(CLUSTERS).exists():
+        try:
+            kept = run.load_clusters() or {}
+        except UserError:  # told where clusters are needed
+            kept = {}
+        found = {f"kmeans.{name}": tensor for name, tensor in kept.items()}
+    if any(name not in found for name in _CENTRES) or len(found[_CENTRES[0]]) < 2:
+        return []
+    picture = dendrogram(*(found[name] for name in _CENTRES))
+    return ["<h2>How clusters merge</h2>", picture, TREE]
+
+
 def write_report(run: Run) -> Path:
     """Write ``report.html``: curves, overlays, scores if any, and the configuration."""
     rows, config = run.metrics(), run.config()
@@ -192,6 +230,7 @@ def write_report(run: Run) -> Path:
         ]
     if maps := sorted(run.path("eigenmaps").glob("*.png")):
         parts += ["<h2>Eigenfunctions of single images</h2>", EIGENMAPS, *map(_figure, maps)]
+    parts += _tree(run)
     for scores in sorted(run.folder.glob("evaluation-*.json")):
         try:
             text = describe(json.loads(scores.read_text("utf-8")))

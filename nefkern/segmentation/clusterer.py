@@ -9,6 +9,7 @@ from torch import Tensor
 from nefkern.segmentation.methods import Method
 from nefkern.segmentation.rows import RowStore, mean_and_std, root_mean_square
 from nefkern.spectral.kmeans import KMeans
+from nefkern.spectral.merging import cut, ward
 
 #: Patches that K-means is fitted on before its online pass: the authors' "about five million".
 SAMPLE_ROWS = 5_000_000
@@ -111,6 +112,17 @@ class Clusterer:
         if self.kmeans is not None:
             logits = logits / max(self.kmeans.variance, 1e-12)
         return logits.softmax(dim)
+
+    def merged(self, count: int) -> Tensor:
+        """Which of ``count`` groups each cluster is merged to, int64 ``[K]``: Ward's tree of
+        K-means' clusters (:func:`nefkern.spectral.merging.ward`), cut.
+
+        Raises:
+            ValueError: no K-means made the clusters; ``count`` out of range.
+        """
+        if self.kmeans is None:
+            raise ValueError("only the clusters of K-means can be merged")
+        return cut(ward(self.kmeans.centers, self.kmeans.counts), count)
 
     def state(self) -> dict[str, Tensor]:
         """What was fitted, as tensors that :meth:`load` takes back."""

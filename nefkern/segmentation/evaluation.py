@@ -84,14 +84,20 @@ def unmatched(counts: Tensor) -> Matched:
     return Matched(used, {"own": torch.arange(len(counts))}, {"own": counts})
 
 
-def match(counts: Tensor) -> Matched:
-    """Every matching that applies to counts int64 ``[K, C]`` of clusters against classes."""
+def matchings(counts: Tensor) -> tuple[dict[str, Tensor], str | None]:
+    """Every matching that applies to counts int64 ``[K, C]`` of clusters against classes, by the
+    names in :data:`MATCHINGS`; and why there is no Hungarian one, if there is none."""
     assignments = {by: majority_vote(counts, by) for by in ("iou", "count")}
-    no_hungarian = None
     try:
         assignments |= {"hungarian": hungarian(counts), "hungarian-iou": hungarian(counts, "iou")}
     except ValueError as error:
-        no_hungarian = str(error)
+        return assignments, str(error)
+    return assignments, None
+
+
+def match(counts: Tensor) -> Matched:
+    """:func:`matchings`, scored on the same counts."""
+    assignments, no_hungarian = matchings(counts)
     confusions = {name: matched_confusion(counts, a) for name, a in assignments.items()}
     used = int((counts.sum(1) > 0).sum())
     return Matched(used, assignments, confusions, no_hungarian)

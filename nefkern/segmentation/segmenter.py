@@ -298,6 +298,26 @@ class Segmenter:
                 "RUN/config.yaml --out RUN --resume"
             )
 
+    def merged(self, count: int, flag: str = "count") -> Tensor:
+        """Which of ``count`` groups each cluster is merged to, int64 ``[K]`` on the CPU: the tree
+        of the run's clusters, cut; see :mod:`nefkern.spectral.merging`.
+
+        Raises:
+            UserError: more than there are clusters, or a quantised ψ, whose clusters are functions
+                and have no centres; ``flag`` is where the number came from.
+        """
+        self.require_clusters()
+        if self.clusterer is None:
+            raise UserError(
+                f"{flag} {count}: merges the clusters of K-means, as runs of --method spectral and "
+                "continuous eigenfunctions (--no-gumbel) have them; this run's are ψ's own outputs"
+            )
+        if not 1 <= count <= self.num_clusters:
+            raise UserError(
+                f"{flag} {count}: expected 1 to {self.num_clusters}, the run's clusters"
+            )
+        return self.clusterer.merged(count)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Cluster logits ``[K, ...]`` as probabilities, as the CRF needs them."""
         quantised = self.kind == "quantised"

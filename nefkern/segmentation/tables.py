@@ -30,7 +30,8 @@ def describe(evaluation: dict[str, Any]) -> str:
         for stage in method["stages"].values()
         if "no_hungarian" in stage
     }
-    parts = [title, summary_table(evaluation), "IoU, majority by IoU:", class_table(evaluation)]
+    parts = [title, summary_table(evaluation), *honesty(evaluation)]
+    parts += ["IoU, majority by IoU:", class_table(evaluation)]
     pixels = evaluation["pixels"]
     absent = absent_classes(list(pixels), list(pixels.values()), evaluation.get("void_pixels"))
     parts += [f"note: {absent}"] if absent else []
@@ -68,6 +69,94 @@ def summary_table(evaluation: dict[str, Any]) -> str:
     return aligned(rows, left=3)
 
 
+#: As evaluations name the two scores.
+_SCORES = ("accuracy", "mean_iou")
+
+
+def honesty(evaluation: dict[str, Any]) -> list[str]:
+    """How sure the scores are, as paragraphs; none of an evaluation from before they were asked."""
+    if not evaluation.get("resampling"):
+        return []
+    asked, parts = evaluation["resampling"], []
+    if asked["bootstrap"] or asked["splits"] or "bounds" in evaluation:
+        how = ["beside what random clusters and the best class of every region get"]
+        how = how if "bounds" in evaluation else []
+        if asked["bootstrap"]:
+            how.append(f"[95% intervals] by {asked['bootstrap']} resamples of the images")
+        if asked["splits"]:
+            how.append(
+                "other half: matched on one half of the images, scored on the other, mean of "
+                f"{2 * asked['splits']} halves"
+            )
+        parts += [f"How sure: {'; '.join(how)}", honest_table(evaluation)]
+    if evaluation.get("differences"):
+        parts += [
+            "Differences between methods, on the other half where that was scored; called one only "
+            "if the interval excludes 0:",
+            difference_table(evaluation),
+        ]
+    return parts
+
+
+def honest_table(evaluation: dict[str, Any]) -> str:
+    """Every method and bound with intervals, on the same images and on the other half."""
+    heads = ("accuracy", "mIoU", "other half: accuracy", "mIoU")
+    rows = [("method", "CRF on", "matching", *heads)]
+    bounds = {
+        f"{bound['title'].split(':')[0]}: {name}": bound
+        for name, bound in evaluation.get("bounds", {}).items()
+    }
+    for name, method in {**evaluation["methods"], **bounds}.items():
+        for crf, stage in method["stages"].items():
+            for matching, result in stage["matchings"].items():
+                same = result | {"interval": stage.get("intervals", {}).get(matching)}
+                cross = stage.get("cross", {}).get(matching)
+                rows.append(
+                    (
+                        name,
+                        "-" if crf == "none" else crf,
+                        MATCHINGS[matching],
+                        *(with_interval(same, score) for score in _SCORES),
+                        *(with_interval(cross, score) if cross else "-" for score in _SCORES),
+                    )
+                )
+    return aligned(rows, left=3)
+
+
+def with_interval(result: dict[str, Any], score: str, sign: str = "") -> str:
+    """A score in percent with its interval in brackets, where there is one."""
+    value, between = result[score], (result.get("interval") or {}).get(score)
+    text = _percent(value, sign)
+    return f"{text} {_brackets(between, sign)}" if between else text
+
+
+def _brackets(between: Sequence[float], sign: str = "") -> str:
+    return f"[{', '.join(_percent(value, sign) for value in between)}]"
+
+
+def difference_table(evaluation: dict[str, Any]) -> str:
+    """Of every method less the first, under each matching."""
+    rows = [("difference", "matching", "accuracy", "", "mIoU", "")]
+    first = next(iter(evaluation["methods"]))
+    found = [d for d in evaluation["differences"] if d["first"] == first]
+    crossed = {(d["second"], d["matching"]) for d in found if d["images"] == "cross"}
+    for d in found:
+        pair = d["second"], d["matching"]
+        if d["images"] == "cross" or pair not in crossed:
+            cells = [cell for score in _SCORES for cell in difference_cells(d[score])]
+            rows.append((f"{d['second']} - {first}", MATCHINGS[d["matching"]], *cells))
+    return aligned(rows, left=2) if len(rows) > 1 else ""
+
+
+def difference_cells(found: dict[str, Any]) -> tuple[str, str]:
+    """A difference with its interval, and what may be said of it."""
+    value, between = found["difference"], found["interval"]
+    text = f"{_percent(value, '+')} {_brackets(between, '+')}" if between else _percent(value, "+")
+    if not found["differs"]:
+        return text, "not told apart"
+    return text, "higher" if between[0] > 0 else "lower"
+
+
 def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
     """IoU of every class, in percent, a column for each method; largest class first."""
     columns = [
@@ -87,8 +176,8 @@ def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
     return aligned(rows, left=1)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:

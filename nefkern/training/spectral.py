@@ -330,7 +330,9 @@ class SpectralTrainer:
                 f"eigenvalues, of which {count} of {asked} are above it; lower it"
             )
         if count < asked:
-            log.warning(
+            level = logging.WARNING if self.options.eigenvectors else logging.INFO
+            log.log(
+                level,
                 "%d of %d eigenvectors are left out: their eigenvalues are not above α = %g, and "
                 "they have no extension to other images; a lower --alpha keeps more",
                 *(asked - count, asked, found.alpha),
