@@ -8,6 +8,8 @@ needs; that takes minutes.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,9 +21,11 @@ from bench.harness import Rates, Work
 from bench.report import with_table
 from nefkern.runtime.errors import ArgumentParser, UserError, command
 from nefkern.runtime.files import replace_file
-from nefkern.triton.rates import GPUS, RTX_3090, Gpu
+from nefkern.triton.rates import GPUS, H100, RTX_3090, Gpu
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+#: What ``python -m tests.emulator.costs --json`` printed.
+COUNTS = Path(__file__).parent / "counts.json"
 
 # The paper's size. κ's entries: counted on clustered features.
 B, PATCHES, C, NEIGHBOURS, K = SIZES["paper"]
@@ -48,7 +52,11 @@ ARITHMETIC = {
     "factorisation": 0.3,
 }
 MEMORY, CACHE = 0.8, 0.6  # the same of device memory and of the L2 cache
-LAUNCH = 3e-6  # seconds from the end of one kernel to the start of the next
+#: The same of shared memory's wavefronts and of the instructions issued, as g++ makes them.
+SHARED, ISSUE = 0.8, 0.6
+UNROLLED = 0.5  # what nvcc, which unrolls, leaves of these, at the least
+LAUNCH = 3e-6  # seconds from the end of one kernel to the start of the next,
+SHORT_LAUNCH = 1e-6  # at the least
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Kernel:
         cached: bytes read through the L2 cache again and again.
         resident: bytes that must stay in it for that; what exceeds it comes from device memory.
         launches: how many kernels it is.
+        shared: wavefronts of shared memory, and shuffles, which take the same path.
+        issued: instructions of warps.
     """
 
     part: str
@@ -73,22 +83,70 @@ class Kernel:
     cached: float = 0.0
     resident: float = 0.0
     launches: int = 1
+    shared: float = 0.0
+    issued: float = 0.0
 
     def floor(self, gpu: Gpu) -> float:
         """Seconds at the peak rates, the caches free: no kernel of these operations is faster."""
         flops = {name: getattr(gpu, name) for name in self.flops}
         return Work(self.moved, self.flops).floor(Rates(flops, gpu.memory))
 
-    def expected(self, gpu: Gpu) -> float:
-        """Seconds: the slowest of arithmetic, cache and memory, at the shares they may reach."""
-        arithmetic = sum(count / getattr(gpu, name) for name, count in self.flops.items())
-        missed = self.cached * max(0.0, 1 - gpu.cache_bytes / self.resident) if self.cached else 0
+    def least(self, gpu: Gpu) -> float:
+        """Seconds: the slowest of arithmetic, cache, memory, shared memory and issue, at peak."""
         slowest = max(
-            arithmetic / ARITHMETIC[self.kind],
+            self._arithmetic(gpu),
+            self.cached / gpu.cache,
+            self._from_memory(gpu) / gpu.memory,
+            self.shared / gpu.shared,
+            UNROLLED * self.issued / gpu.issue,
+        )
+        return slowest + self.launches * SHORT_LAUNCH
+
+    def expected(self, gpu: Gpu) -> float:
+        """The same, at the shares of the peaks that they may reach."""
+        slowest = max(
+            self._arithmetic(gpu) / ARITHMETIC[self.kind],
             self.cached / (gpu.cache * CACHE),
-            (self.moved + missed) / (gpu.memory * MEMORY),
+            self._from_memory(gpu) / (gpu.memory * MEMORY),
+            self.shared / (gpu.shared * SHARED),
+            self.issued / (gpu.issue * ISSUE),
         )
         return slowest + self.launches * LAUNCH
+
+    def limit(self, gpu: Gpu) -> str:
+        """What is the slowest of :meth:`expected`."""
+        times = {
+            "arithmetic": self._arithmetic(gpu) / ARITHMETIC[self.kind],
+            "L2": self.cached / (gpu.cache * CACHE),
+            "DRAM": self._from_memory(gpu) / (gpu.memory * MEMORY),
+            "shared": self.shared / (gpu.shared * SHARED),
+            "issue": self.issued / (gpu.issue * ISSUE),
+        }
+        slowest = max(times, key=times.get)
+        return slowest if times[slowest] > self.launches * LAUNCH else "launches"
+
+    def _arithmetic(self, gpu: Gpu) -> float:
+        return sum(count / getattr(gpu, name) for name, count in self.flops.items())
+
+    def _from_memory(self, gpu: Gpu) -> float:
+        """Bytes: what is moved, and what no longer fits into the cache."""
+        missed = self.cached * max(0.0, 1 - gpu.cache_bytes / self.resident) if self.cached else 0
+        return self.moved + missed
+
+
+# ---- counts of the emulator ----
+
+
+@functools.cache
+def counts() -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads(COUNTS.read_text())
+
+
+def counted(case: str, kernel: str, times: float) -> dict[str, float]:
+    """``shared`` and ``issued`` of ``times`` rows of a case."""
+    cost = counts()[case][kernel]
+    shared = cost["shared_wavefronts"] + cost["shuffles"]
+    return {"shared": times * shared, "issued": times * cost["issued"]}
 
 
 def graph_kernels() -> Iterator[Kernel]:
@@ -134,7 +192,8 @@ def knn_fused() -> Iterator[Kernel]:
                  tile_rows * SAMPLE / TILE * operands + sampled, row / 2 + sampled / 3,
                  launches=3)  # fmt: skip
     yield Kernel("knn, fused", "thresholds", "selection", cached=sampled, resident=sampled / 3,
-                 launches=3)  # fmt: skip
+                 launches=3, **counted("knn select of 1,024, k = 40", "select_rows", N),
+                 )  # fmt: skip
     yield Kernel("knn, fused", "scores, candidates", "mma.sync product",
                  {"half": upper * 2.0 * TILE * TILE * C}, row / 2 + N * CANDIDATES * 8,
                  upper * operands, row / 2, launches=2)  # fmt: skip
@@ -153,14 +212,17 @@ def knn_baseline() -> Iterator[Kernel]:
     yield Kernel("knn, baseline", "values", "float32 product", {"float32": 2.0 * N * N * C}, row,
                  tile_rows**2 * 2.0 * TILE * C * 4 + scores, row + (32 << 20), 29)  # fmt: skip
     yield Kernel("knn, baseline", "selection", "selection", moved=8.0 * N * NEIGHBOURS,
-                 cached=scores, resident=32 << 20, launches=29)  # fmt: skip
+                 cached=scores, resident=32 << 20, launches=29,
+                 **counted("knn select, k = 256", "select_rows", N))  # fmt: skip
 
 
 def knn_pixels() -> Iterator[Kernel]:
     """direct_rows, twice (k̃ = 10 and 5): rows of 5 channels, padded to 8."""
     pairs = 1.0 * N * PATCHES
+    each = [counted(f"knn pixels, k = {k}", "direct_rows", N) for k in (10, 5)]
+    selected = {name: sum(one[name] for one in each) for name in each[0]}
     yield Kernel("knn of pixels", "knn of pixels", "selection", {"float32": 2 * 15 * pairs},
-                 2 * 3 * 32.0 * N, 2 * 32 * pairs, 32.0 * N, launches=8)  # fmt: skip
+                 2 * 3 * 32.0 * N, 2 * 32 * pairs, 32.0 * N, launches=8, **selected)  # fmt: skip
 
 
 def kappa_sorted(lists: int = NEIGHBOURS + 15) -> Iterator[Kernel]:
@@ -278,7 +340,15 @@ def step(amp: bool) -> list[Kernel]:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
+    """About two digits: no estimate has more."""
+    amount = seconds * 1e3
+    return f"{amount:.{0 if amount >= 10 else 1 if amount >= 1 else 2}f}"
+
+
+def span(kernels: Sequence[Kernel], gpu: Gpu) -> str:
+    """Milliseconds of all of them, from least to expected."""
+    ends = sum(k.least(gpu) for k in kernels), sum(k.expected(gpu) for k in kernels)
+    return "–".join(map(milliseconds, ends))
 
 
 def _row(*cells: str) -> str:
@@ -294,38 +364,40 @@ def rates_table() -> str:
     kinds = [("bfloat16, float16, TFLOP/s", "half", 1e12), ("TF32, TFLOP/s", "tf32", 1e12),
              ("float32, TFLOP/s", "float32", 1e12), ("float64, TFLOP/s", "float64", 1e12),
              ("memory, GB/s", "memory", 1e9), ("L2, GB/s (see below)", "cache", 1e9),
-             ("L2, MiB", "cache_bytes", 2**20)]  # fmt: skip
+             ("L2, MiB", "cache_bytes", 2**20), ("multiprocessors", "multiprocessors", 1),
+             ("clock, GHz", "clock", 1e9)]  # fmt: skip
     for title, name, unit in kinds:
         lines.append(_row(title, *(f"{getattr(gpu, name) / unit:.4g}" for gpu in GPUS)))
     return "\n".join(lines)
 
 
 def kernel_table(kernels: Sequence[Kernel]) -> str:
-    """One row a kernel: its work, and floor → expected time on each GPU."""
+    """One row a kernel: its work, what limits it, and its time on each GPU."""
     names = [f"{gpu.name}, ms" for gpu in GPUS]
-    lines = [_row("kernel", "kind", "GFLOP", "memory, MB", "L2, MB", *names)]
-    lines.append("|---|---|" + "---:|" * (3 + len(names)))
+    lines = [_row("kernel", "kind", "GFLOP", "memory, MB", "L2, MB", "shared, 10⁶", "issued, 10⁶",
+                  "slowest on an H100", *names)]  # fmt: skip
+    lines.append("|---|---|" + "---:|" * 5 + "---|" + "---:|" * len(names))
     for kernel in kernels:
-        work = (sum(kernel.flops.values()) / 1e9, kernel.moved / 1e6, kernel.cached / 1e6)
-        times = [f"{milliseconds(kernel.floor(g))} → {milliseconds(kernel.expected(g))}"
-                 for g in GPUS]  # fmt: skip
+        work = (sum(kernel.flops.values()) / 1e9, kernel.moved / 1e6, kernel.cached / 1e6,
+                kernel.shared / 1e6, kernel.issued / 1e6)  # fmt: skip
+        times = [span([kernel], gpu) for gpu in GPUS]
         shown = [f"{amount:,.0f}" if amount >= 0.5 else "" for amount in work]
-        lines.append(_row(kernel.name, kernel.kind, *shown, *times))
+        lines.append(_row(kernel.name, kernel.kind, *shown, kernel.limit(H100), *times))
     return "\n".join(lines)
 
 
 def step_table() -> str:
     """A step by parts, with --amp and in float32, and how often it fits into the paper's."""
-    lines = [_row("part, expected ms", *(f"{gpu.name}, {how}" for gpu in GPUS
+    lines = [_row("part, ms", *(f"{gpu.name}, {how}" for gpu in GPUS
                                          for how in ("amp", "float32")))]  # fmt: skip
     lines.append("|---|" + "---:|" * (2 * len(GPUS)))
     columns = [(gpu, step(amp)) for gpu in GPUS for amp in (True, False)]
     for part in dict.fromkeys(kernel.part for kernel in step(True)):
-        times = (sum(k.expected(g) for k in kernels if k.part == part) for g, kernels in columns)
-        lines.append(_row(part, *map(milliseconds, times)))
+        times = (span([k for k in kernels if k.part == part], g) for g, kernels in columns)
+        lines.append(_row(part, *times))
     totals = [sum(k.expected(g) for k in kernels) for g, kernels in columns]
     floors = [sum(k.floor(g) for k in kernels) for g, kernels in columns]
-    lines.append(_row("**step**", *(f"**{milliseconds(t)}**" for t in totals)))
+    lines.append(_row("**step**", *(f"**{span(kernels, g)}**" for g, kernels in columns)))
     lines.append(_row("its floor", *map(milliseconds, floors)))
     lines.append(_row("images a second", *(f"{B / t:,.0f}" for t in totals)))
     minutes = (f"{STEPS * t / 60:.0f} min" for t in totals)
@@ -353,12 +425,8 @@ def cuda_table() -> str:
         ]
         rows += kernel_table(named).splitlines()[2 if rows else 0 :]
         if len(kernels) > 1:
-            totals = (
-                f"**{milliseconds(sum(k.floor(g) for k in kernels))} → "
-                f"{milliseconds(sum(k.expected(g) for k in kernels))}**"
-                for g in GPUS
-            )
-            rows.append(_row(f"**{part}**", "", "", "", "", *totals))
+            totals = (f"**{span(kernels, gpu)}**" for gpu in GPUS)
+            rows.append(_row(f"**{part}**", *[""] * 7, *totals))
     return "\n".join(rows)
 
 
@@ -366,11 +434,10 @@ def cuda_graph() -> str:
     """What κ costs by csrc/cuda beside what it costs by Triton."""
     mine = [k for k in cuda_kernels() if k.part not in ("knn, baseline", "objective")]
     times = ", ".join(
-        f"{gpu.name} {milliseconds(sum(k.expected(gpu) for k in mine))} instead of "
-        f"{milliseconds(sum(k.expected(gpu) for k in graph_kernels()))}"
+        f"{gpu.name} {span(mine, gpu)} instead of {span(list(graph_kernels()), gpu)}"
         for gpu in GPUS
     )
-    return f"κ by these kernels instead of Triton's, expected ms: {times}."
+    return f"κ by these kernels instead of Triton's, ms: {times}."
 
 
 def estimates() -> str:
@@ -380,9 +447,9 @@ def estimates() -> str:
         [
             "**Estimates, computed from data sheets. None of these times was measured.**",
             "### Rates", rates_table(),
-            "### Triton's kernels and the rest of a step: floor → expected",
+            "### Triton's kernels and the rest of a step: least–expected ms",
             kernel_table([*step(False), *mixed]),
-            "### The kernels of csrc/cuda: floor → expected", cuda_table(), cuda_graph(),
+            "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(),
             "### A training step, with Triton's kernels", step_table(), yardstick(),
         ]
     )  # fmt: skip

@@ -13,11 +13,12 @@ from bench.roofline import Kernel, condensed, written
 from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig
 from nefkern.triton import rates
-from nefkern.triton.rates import A100, GPUS, H100, H200, RTX_3090, Gpu, rates_of
+from nefkern.triton.rates import A100, B200, GPUS, H100, H200, RTX_3090, RTX_4090, Gpu, rates_of
 from nefkern.triton.resources import LIMITS, Resources
 
 #: 100 flop/s in half precision, 10 in float32; 10 bytes/s from memory, 100 from a cache of 50.
-SLOW = Gpu("slow", "sm_80", 100.0, 50.0, 10.0, 5.0, 10.0, 100.0, 50.0)
+#: Its 4 multiprocessors start 4 instructions each in a clock of 5 Hz.
+SLOW = Gpu("slow", "sm_80", 100.0, 50.0, 10.0, 5.0, 10.0, 100.0, 50.0, 4, 5.0)
 
 
 def test_floor_is_the_longer_of_arithmetic_and_memory():
@@ -38,11 +39,29 @@ def test_expected_is_the_slowest_of_three_and_the_launches():
     assert missed.expected(SLOW) == pytest.approx((16 + 90) / 8 + 2 * roofline.LAUNCH)
 
 
+def test_shared_memory_and_issue_slots_may_be_the_slowest():
+    kernel = Kernel("κ", "x", "selection", shared=160.0, issued=240.0)
+    launch = roofline.LAUNCH
+    assert kernel.expected(SLOW) == pytest.approx(160 / 20 / roofline.SHARED + launch)
+    assert kernel.limit(SLOW) == "shared"
+    issued = dataclasses.replace(kernel, issued=1600.0)
+    assert issued.expected(SLOW) == pytest.approx(1600 / 80 / roofline.ISSUE + launch)
+    assert issued.limit(SLOW) == "issue"
+    assert issued.least(SLOW) == pytest.approx(20 * roofline.UNROLLED + roofline.SHORT_LAUNCH)
+    assert dataclasses.replace(kernel, issued=0.0).least(SLOW) == pytest.approx(8.0)
+
+
+def test_counts_are_those_of_the_emulator(monkeypatch):
+    cost = {"shared_wavefronts": 10.0, "shuffles": 1.0, "issued": 5.0}
+    monkeypatch.setattr(roofline, "counts", lambda: {"a case": {"a_kernel": cost}})
+    assert roofline.counted("a case", "a_kernel", 2) == {"shared": 22.0, "issued": 10.0}
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_no_kernel_is_expected_below_its_floor(amp):
     for kernel in roofline.step(amp):
         for gpu in GPUS:
-            assert kernel.expected(gpu) > kernel.floor(gpu), (kernel.name, gpu.name)
+            assert kernel.expected(gpu) > kernel.least(gpu) > kernel.floor(gpu), kernel.name
 
 
 def test_psi_is_counted_as_it_is_built():
@@ -81,7 +100,8 @@ def test_rates_have_the_architectures_that_kernels_are_compiled_for():
         ("NVIDIA A100-SXM4-40GB", (8, 0), A100),
         ("NVIDIA GeForce RTX 3090 Ti", (8, 6), RTX_3090),
         ("NVIDIA RTX A6000", (8, 6), RTX_3090),
-        ("NVIDIA B200", (10, 0), H100),
+        ("NVIDIA B200", (10, 0), B200),
+        ("NVIDIA GeForce RTX 4090", (8, 9), RTX_4090),
         ("Tesla T4", (7, 5), A100),
     ],
 )

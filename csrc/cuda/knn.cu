@@ -10,7 +10,7 @@ namespace nefkern::cuda {
 namespace {
 
 constexpr int64_t kMaxKeep = 4096;
-static_assert(selection_size(kMaxKeep) * sizeof(uint64_t) <= kMaxDynamicShared);
+static_assert(SortingSelector::bytes(kMaxKeep) <= kMaxDynamicShared);
 
 // How candidates of a segment are found: see knn_fused.cuh.
 struct FusedSizes {
@@ -125,6 +125,23 @@ Memory cut(const KnnArgs& args, void* memory) {
   return space;
 }
 
+template <class Selector>
+struct Chosen {
+  using Type = Selector;
+};
+
+// f(Chosen<the selector of `keep` keys>).
+template <class F>
+void with_selector(int64_t keep, const F& f) {
+  if (keep <= WarpSelector::kMostKept) {
+    f(Chosen<WarpSelector>{});
+  } else if (keep <= BlockSelector::kMostKept) {
+    f(Chosen<BlockSelector>{});
+  } else {
+    f(Chosen<SortingSelector>{});
+  }
+}
+
 template <KnnMetric kMetric>
 class Knn {
  public:
@@ -132,14 +149,16 @@ class Knn {
       : args_(args),
         space_(cut(args, workspace)),
         out_{args.values, args.indices, args.k, args.tuning.keep, space_.rows.candidates},
-        select_size_(selection_size(std::min(args.k, args.tuning.keep))),
         launch_(stream) {}
 
   cudaError_t run() {
     prepare();
     if (direct(args_)) {
-      launch_(direct_rows<kMetric>, args_.n, kSelectThreads, select_bytes(), space_.rows,
-              args_.include_self, select_size_, out_);
+      with_selector(kept(), [&](auto selector) {
+        using Selector = typename decltype(selector)::Type;
+        launch_(direct_rows<kMetric, Selector>, tiles(args_.n, Selector::kRows), kSelectThreads,
+                Selector::bytes(kept()), space_.rows, args_.include_self, out_);
+      });
       return launch_.error();
     }
     if (space_.candidate_floats > 0) estimate();
@@ -158,7 +177,8 @@ class Knn {
   }
 
  private:
-  size_t select_bytes() const { return select_size_ * sizeof(uint64_t); }
+  // Neighbours found in one pass.
+  int64_t kept() const { return std::min(args_.k, args_.tuning.keep); }
 
   void prepare() {
     if constexpr (kMetric != KnnMetric::kCosine) {
@@ -216,8 +236,12 @@ class Knn {
     const int64_t rows = block.last - block.first, column_tiles = tiles(columns, kTile);
     launch_(exact_tile<kMetric>, tiles(rows, kTile) * column_tiles, kTileThreads, 0, space_.rows,
             block, column_tiles, args_.include_self, scores, space_.width);
-    launch_(select_rows<kMetric>, rows, kSelectThreads, select_bytes(), space_.rows, block,
-            static_cast<const float*>(scores), space_.width, select_size_, out_);
+    with_selector(kept(), [&](auto selector) {
+      using Selector = typename decltype(selector)::Type;
+      launch_(select_rows<kMetric, Selector>, tiles(rows, Selector::kRows), kSelectThreads,
+              Selector::bytes(kept()), space_.rows, block, static_cast<const float*>(scores),
+              space_.width, out_);
+    });
   }
 
   void fused(const Chunk& chunk) {
@@ -242,7 +266,6 @@ class Knn {
     const Sample sample{chunk.begin, chunk.end - chunk.begin, sizes.sample};
     const int64_t column_tiles = tiles(sizes.sample, kTile);
     const int64_t step = space_.score_rows * space_.width / sizes.sample / kTile * kTile;
-    const int size = selection_size(sizes.rank);
     for (int64_t first = chunk.first; first < chunk.last; first += step) {
       const Chunk part{chunk.begin, chunk.end, first, std::min(first + step, chunk.last)};
       Candidates candidates = space_.candidates;
@@ -253,9 +276,12 @@ class Knn {
               TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, part,
                        args_.include_self, sample, column_tiles},
               space_.scores, candidates);
-      launch_(set_thresholds<kMetric>, part.last - first, kSelectThreads, size * sizeof(uint64_t),
-              space_.rows, space_.estimates, part, static_cast<const float*>(space_.scores),
-              sizes.sample, sizes.rank, size, candidates);
+      with_selector(sizes.rank, [&](auto selector) {
+        using Selector = typename decltype(selector)::Type;
+        launch_(set_thresholds<kMetric, Selector>, tiles(part.last - first, Selector::kRows),
+                kSelectThreads, Selector::bytes(sizes.rank), space_.rows, space_.estimates, part,
+                static_cast<const float*>(space_.scores), sizes.sample, sizes.rank, candidates);
+      });
     }
   }
 
@@ -274,7 +300,6 @@ class Knn {
   const KnnArgs& args_;
   Memory space_;
   Output out_;
-  int select_size_;
   Launches launch_;
 };
 

@@ -10,19 +10,21 @@ namespace nefkern::cuda {
 
 constexpr int64_t kDirectChannels = 16;  // up to here
 
-// A block a row. Rows are so short that the candidates' come from the first-level cache.
-template <KnnMetric kMetric>
-__global__ void __launch_bounds__(kSelectThreads, 6)
-    direct_rows(Rows rows, bool include_self, int size, Output out) {
-  const int64_t i = blockIdx.x, begin = rows.begin[i];
+// A group of warps a row. Rows are so short that the candidates' come from the first-level cache.
+template <KnnMetric kMetric, class Selector>
+__global__ void __launch_bounds__(kSelectThreads, Selector::kMinBlocks)
+    direct_rows(Rows rows, bool include_self, Output out) {
+  const int64_t i = int64_t{blockIdx.x} * Selector::kRows + Selector::Group::in_block();
+  if (i >= rows.queries) return;
+  const int64_t begin = rows.begin[i];
   const float unscale = unscale_of<kMetric>(rows);
-  const auto key_of = [&](int64_t at) {
+  const auto order = [&](int64_t at) {
     const int64_t j = begin + at;
-    if (!rows.present[j] || (j == i && !include_self)) return kNoKey;
-    return sort_key(pair_value<kMetric>(rows, i, j, unscale), static_cast<int>(j));
+    if (!rows.present[j] || (j == i && !include_self)) return kNoOrder;
+    return order_of(pair_value<kMetric>(rows, i, j, unscale));
   };
   const int64_t total = rows.present[i] ? rows.end[i] - begin : 0;
-  write_lowest<kMetric>(out, i, dynamic_shared<uint64_t>(), size, total, key_of);
+  write_lowest<kMetric, Selector>(out, i, total, begin, order);
 }
 
 // ---- many channels: a block of rows' scores by tiles, then a selection ----
@@ -157,22 +159,21 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   }
 }
 
-// A block a row of the block of rows: its k best by their scores.
-template <KnnMetric kMetric>
-__global__ void __launch_bounds__(kSelectThreads, 8)
-    select_rows(Rows rows, RowBlock block, const float* scores, int64_t width, int size,
-                Output out) {
-  const int64_t r = blockIdx.x;
+// A group of warps a row of the block of rows: its k best by their scores.
+template <KnnMetric kMetric, class Selector>
+__global__ void __launch_bounds__(kSelectThreads, Selector::kMinBlocks)
+    select_rows(Rows rows, RowBlock block, const float* scores, int64_t width, Output out) {
+  const int64_t r = int64_t{blockIdx.x} * Selector::kRows + Selector::Group::in_block();
   if (r >= block.size()) return;
   const int64_t i = block.row(r), begin = rows.begin[i];
   const float* row = scores + r * width;
-  const auto key_of = [&](int64_t at) {
+  const auto order = [&](int64_t at) {
     float score = row[at];
-    if (score != score) return kNoKey;
+    if (score != score) return kNoOrder;
     if (kMetric == KnnMetric::kEuclidean && score > 0) score = -small_distance(rows, i, begin + at);
-    return sort_key(score, static_cast<int>(begin + at));
+    return order_of(score);
   };
-  write_lowest<kMetric>(out, i, dynamic_shared<uint64_t>(), size, rows.end[i] - begin, key_of);
+  write_lowest<kMetric, Selector>(out, i, rows.end[i] - begin, begin, order);
 }
 
 }  // namespace nefkern::cuda

@@ -340,22 +340,26 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 // ---- thresholds ----
 
-// A block a row of the chunk: the `rank`-th best of its sample's scores, less twice the margin.
-template <KnnMetric kMetric>
-__global__ void __launch_bounds__(kSelectThreads, 8)
+// A group of warps a row of the chunk: the `rank`-th best of its sample's scores, less twice the
+// margin.
+template <KnnMetric kMetric, class Selector>
+__global__ void __launch_bounds__(kSelectThreads, Selector::kMinBlocks)
     set_thresholds(Rows rows, Estimates estimates, Chunk chunk, const float* sample_scores,
-                   int64_t sample_size, int rank, int size, Candidates candidates) {
-  const int64_t r = blockIdx.x, i = chunk.first + r;
+                   int64_t sample_size, int rank, Candidates candidates) {
+  const int64_t r = int64_t{blockIdx.x} * Selector::kRows + Selector::Group::in_block();
+  const int64_t i = chunk.first + r;
+  if (i >= chunk.last) return;
   const float* scores = sample_scores + r * sample_size;
-  uint64_t* keys = dynamic_shared<uint64_t>();
-  const auto key_of = [&](int64_t s) {
-    return scores[s] > -kNothing ? sort_key(scores[s], static_cast<int>(s)) : kNoKey;
+  Selector selector(rank);
+  const auto order = [&](int64_t s) {
+    return scores[s] > -kNothing ? order_of(scores[s]) : kNoOrder;
   };
-  const int found = select_lowest(keys, size, rank, 0, sample_size, key_of);
-  if (threadIdx.x != 0) return;
+  const int found = selector.lowest(rank, 0, sample_size, 0, order);
+  if (Selector::Group::thread() != 0) return;
   float threshold = kAnything;
   if (found == rank)
-    threshold = margin_of<kMetric>(rows, estimates, i).threshold_from(key_value(keys[rank - 1]));
+    threshold =
+        margin_of<kMetric>(rows, estimates, i).threshold_from(key_value(selector.keys()[rank - 1]));
   candidates.threshold[r] = rows.present[i] ? threshold : kNothing;
   candidates.count[r] = 0;
 }
@@ -426,7 +430,7 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
   const int64_t r = blockIdx.x, i = chunk.first + r;
   const int count = candidates.count[r], k = static_cast<int>(out.k);
   const float threshold = candidates.threshold[r];
-  if (!rows.present[i]) return write_places<kMetric>(out, i, 0, out.k, nullptr, 0);
+  if (!rows.present[i]) return write_places<kMetric, WholeBlock>(out, i, 0, out.k, nullptr, 0);
   const auto redo = [&] {
     if (threadIdx.x == 0)
       candidates.redo[atomicAdd(candidates.redo_count, 1)] = static_cast<int>(i);
@@ -454,8 +458,8 @@ __global__ void __launch_bounds__(kSelectThreads, 8)
     const int j = static_cast<int>(keys[c]);
     keys[c] = sort_key(pair_value<kMetric>(rows, i, j, unscale), j);
   }
-  sort_keys(keys, kept);
-  write_places<kMetric>(out, i, 0, out.k, keys, min(kept, k));
+  sort_keys<WholeBlock>(keys, kept);
+  write_places<kMetric, WholeBlock>(out, i, 0, out.k, keys, min(kept, k));
 }
 
 }  // namespace nefkern::cuda

@@ -21,8 +21,11 @@ class Gpu:
         float64: the same, or tensor cores where they have it.
         memory: of the device memory.
         cache: of the L2 cache. The A100's white paper gives 5,120 bytes a clock; there is no such
-            figure for the others: the same is taken for H100 and H200, 2,048 for the RTX 3090.
+            figure for the others: the same is taken for H100, H200 and B200, 2,048 for the RTX
+            3090 and 4090.
         cache_bytes: the size of the L2 cache.
+        multiprocessors, clock: how many, and their boost clock in Hz. In every clock each serves
+            one wavefront of shared memory (128 bytes) and starts four instructions of a warp.
     """
 
     name: str
@@ -34,16 +37,46 @@ class Gpu:
     memory: float
     cache: float
     cache_bytes: float
+    multiprocessors: int
+    clock: float
+
+    @property
+    def shared(self) -> float:
+        """Wavefronts of shared memory a second."""
+        return self.multiprocessors * self.clock
+
+    @property
+    def issue(self) -> float:
+        """Instructions of warps a second."""
+        return 4 * self.shared
 
 
-A100 = Gpu("A100", "sm_80", 312e12, 156e12, 19.5e12, 19.5e12, 1.555e12, 5120 * 1.41e9, 40 << 20)
-H100 = Gpu("H100", "sm_90", 989e12, 495e12, 67e12, 67e12, 3.35e12, 5120 * 1.755e9, 50 << 20)
+A100 = Gpu(
+    "A100", "sm_80", 312e12, 156e12, 19.5e12, 19.5e12, 1.555e12, 5120 * 1.41e9, 40 << 20,
+    108, 1.41e9,
+)  # fmt: skip
+H100 = Gpu(
+    "H100", "sm_90", 989e12, 495e12, 67e12, 67e12, 3.35e12, 5120 * 1.755e9, 50 << 20,
+    132, 1.755e9,
+)  # fmt: skip
 # The H100's chip with other memory.
-H200 = Gpu("H200", "sm_90", 989e12, 495e12, 67e12, 67e12, 4.8e12, 5120 * 1.755e9, 50 << 20)
+H200 = Gpu(
+    "H200", "sm_90", 989e12, 495e12, 67e12, 67e12, 4.8e12, 5120 * 1.755e9, 50 << 20,
+    132, 1.755e9,
+)  # fmt: skip
 RTX_3090 = Gpu(
-    "RTX 3090", "sm_86", 71e12, 35.6e12, 35.6e12, 0.56e12, 0.936e12, 2048 * 1.7e9, 6 << 20
-)
-GPUS = (A100, H100, H200, RTX_3090)
+    "RTX 3090", "sm_86", 71e12, 35.6e12, 35.6e12, 0.56e12, 0.936e12, 2048 * 1.7e9, 6 << 20,
+    82, 1.7e9,
+)  # fmt: skip
+RTX_4090 = Gpu(
+    "RTX 4090", "sm_89", 165e12, 82.6e12, 82.6e12, 1.29e12, 1.008e12, 2048 * 2.52e9, 72 << 20,
+    128, 2.52e9,
+)  # fmt: skip
+B200 = Gpu(
+    "B200", "sm_100", 2.25e15, 1.1e15, 75e12, 37e12, 7.7e12, 5120 * 1.85e9, 126 << 20,
+    148, 1.85e9,
+)  # fmt: skip
+GPUS = (A100, H100, H200, RTX_3090, RTX_4090, B200)
 
 
 def rates_of(device: torch.device) -> Gpu:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nefkern.triton.resources import LIMITS as triton_limits
-from nefkern.triton.resources import Limits, occupancy
+from nefkern.triton.resources import occupancy
 
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90a", "100")  # the default of TORCH_CUDA_ARCH_LIST
@@ -147,7 +147,7 @@ def table(found: list[Resources]) -> str:
 
 #: By the programming guide's table, as the Triton kernels' limits are.
 LIMITS = {
-    **triton_limits, "sm_89": Limits(99 << 10, 100 << 10, 1536, blocks=24),
+    **triton_limits,
     "sm_90a": triton_limits["sm_90"],
 }  # fmt: skip
 

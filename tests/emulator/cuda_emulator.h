@@ -102,11 +102,11 @@ namespace nefkern::emulator {
 
 // Every lane of `mask` brings a payload; `F{}(payloads, mask)` runs once all have come.
 template <class Payload, class F>
-void meet(const char* name, unsigned mask, Payload& payload, F, int line) {
+void meet(const char* name, unsigned mask, Payload& payload, F, int line, unsigned parts = 1) {
   current_block()->collective(
       name, mask, &payload,
       [](void* const* lanes, unsigned all) { F{}(reinterpret_cast<Payload* const*>(lanes), all); },
-      line);
+      line, parts);
 }
 
 template <class F>
@@ -128,7 +128,7 @@ T shuffle(const char* name, unsigned mask, T value, int source, int line) {
       [](Payload* const* lanes, unsigned all) {
         for_lanes(all, [&](int lane) { lanes[lane]->result = lanes[lanes[lane]->source]->value; });
       },
-      line);
+      line, (sizeof(T) + 3) / 4);
   return payload.result;
 }
 

@@ -27,6 +27,9 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (shared_bytes > kMaxDynamicShared)
     throw nefkern::emulator::Failure("more dynamic shared memory than every GPU has");
+  if (nefkern::emulator::nefkern_count_kernel)
+    nefkern::emulator::nefkern_count_kernel(reinterpret_cast<const void*>(kernel),
+                                            uint64_t{grid.x} * grid.y * grid.z);
   nefkern::emulator::launch(grid, block, shared_bytes, [=] { kernel(args...); });
   return cudaSuccess;
 }
@@ -38,6 +41,11 @@ inline void cp_async_16(void* shared, const void* global, bool in_bounds = true)
   for (const void* address : {static_cast<const void*>(shared), global})
     if (reinterpret_cast<uintptr_t>(address) % 16)
       nefkern::emulator::current_block()->fail("cp_async_16: an address is not aligned to 16");
+  if (nefkern::emulator::nefkern_count_wide) {
+    if (in_bounds) nefkern::emulator::nefkern_count_wide(global, false);
+    nefkern::emulator::nefkern_count_wide(shared, true);
+  }
+  const nefkern::emulator::Quiet quiet;
   for (int word = 0; word < 4; ++word) static_cast<uint32_t*>(shared)[word] = 0xffffffffu;
   thread.copies.push_back({shared, in_bounds ? global : nullptr, thread.copy_groups});
 }
@@ -48,6 +56,7 @@ inline void cp_async_commit() { ++nefkern::emulator::current_block()->running().
 template <int kPending>
 void cp_async_wait() {
   auto& thread = nefkern::emulator::current_block()->running();
+  const nefkern::emulator::Quiet quiet;
   size_t done = 0;
   for (const auto& copy : thread.copies) {
     if (copy.group >= thread.copy_groups - kPending) break;
@@ -129,7 +138,12 @@ inline void load_matrices(uint32_t (&registers)[4], const void* shared_row, int 
   if (reinterpret_cast<uintptr_t>(shared_row) % 16)
     nefkern::emulator::current_block()->fail("ldmatrix: a row is not aligned to 16 bytes");
   MatrixRow payload{};
-  for (int i = 0; i < 8; ++i) payload.row[i] = static_cast<const uint16_t*>(shared_row)[i];
+  if (nefkern::emulator::nefkern_count_wide)
+    nefkern::emulator::nefkern_count_wide(shared_row, false);
+  {
+    const nefkern::emulator::Quiet quiet;
+    for (int i = 0; i < 8; ++i) payload.row[i] = static_cast<const uint16_t*>(shared_row)[i];
+  }
   nefkern::emulator::meet(
       "ldmatrix.x4", 0xffffffffu, payload,
       [](MatrixRow* const* lanes, unsigned) {

@@ -2,7 +2,8 @@
 
 A program (``<name>.cpp`` beside this file) includes kernels of ``csrc/cuda`` as they stand and is
 built twice: ``checked`` with AddressSanitizer and UndefinedBehaviorSanitizer, ``races`` with the
-race check. A call runs a case of it in forward, reverse and random thread order.
+race check. A call runs a case of it in forward, reverse and random thread order. A third variant,
+``counts``, is for costs.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ VARIANTS = {
     ],
     "races": ["-fsanitize=thread", "-O2", "--param=tsan-instrument-func-entry-exit=0"],
 }  # fmt: skip
+# Accesses as the sources have them: of whole vectors, one after the other.
+COUNTS = [
+    *("-fsanitize=thread", "-fsanitize-coverage=trace-pc"),
+    *("--param=tsan-instrument-func-entry-exit=0", "-O2", "-fno-tree-sra", "-fno-tree-vectorize"),
+]
 COMMON = [
     *("-std=c++20", "-O1", "-g1", "-no-pie", "-fno-strict-aliasing", "-DNEFKERN_EMULATED"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-tsan", "-Wno-psabi"),
@@ -89,7 +95,9 @@ def build(
     name: str, variants: tuple[str, ...] = tuple(VARIANTS), planted: Planted | None = None
 ) -> dict[str, Path]:
     """The program ``name`` in each variant, built unless it is there already."""
-    key = hashlib.sha256(_sources() + repr((VARIANTS, COMMON, planted)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        _sources() + repr((VARIANTS, COUNTS, COMMON, planted)).encode()
+    ).hexdigest()[:16]
     folder = BUILD / key
     programs = {variant: folder / f"{name}-{variant}" for variant in variants}
     if all(program.exists() for program in programs.values()):
@@ -106,7 +114,9 @@ def build(
     if "checked" in variants:
         checked = _compile(source, parts[programs["checked"]], *found_first, *VARIANTS["checked"])
     if "races" in variants:
-        _build_with_race_check(source, parts[programs["races"]], found_first)
+        _build_with_hooks(source, parts[programs["races"]], "race_check", found_first, "races")
+    if "counts" in variants:
+        _build_with_hooks(source, parts[programs["counts"]], "cost_counter", found_first, "counts")
     if checked:
         _finish(checked)
     for program, part in parts.items():
@@ -114,12 +124,15 @@ def build(
     return programs
 
 
-def _build_with_race_check(source: Path, target: Path, flags: list[str]) -> None:
+def _build_with_hooks(
+    source: Path, target: Path, hooks_of: str, flags: list[str], variant: str
+) -> None:
     """Linked without -fsanitize=thread: the hooks stand in for its library."""
     hooks, kernels = (target.with_name(f"{target.name}.{part}.o") for part in ("hooks", "kernels"))
-    race_check = _compile(HERE / "race_check.cpp", hooks, "-c", "-O2")
-    _finish(_compile(source, kernels, *flags, *VARIANTS["races"], "-c"))
-    _finish(race_check)
+    compiled = _compile(HERE / f"{hooks_of}.cpp", hooks, "-c", "-O2")
+    later = [*COUNTS, "-c"] if variant == "counts" else [*VARIANTS["races"], "-c"]
+    _finish(_compile(source, kernels, *flags, *later))
+    _finish(compiled)
     link = [_compiler(), "-no-pie", str(kernels), str(hooks), "-o", str(target)]
     subprocess.run(link, check=True)
     for rest in (hooks, kernels):

@@ -91,6 +91,27 @@ __attribute__((weak)) void nefkern_race_begin_launch();
 __attribute__((weak)) void nefkern_race_atomic(const void* address, size_t bytes);
 }
 
+// cost_counter.cpp, where it is linked in.
+extern "C" {
+__attribute__((weak)) void nefkern_count_kernel(const void* kernel, uint64_t blocks);
+__attribute__((weak)) void nefkern_count_block_end();
+__attribute__((weak)) void nefkern_count_meeting(const char* name, unsigned warp, bool whole,
+                                                 unsigned parts);
+__attribute__((weak)) void nefkern_count_barrier(unsigned warps);
+__attribute__((weak)) void nefkern_count_wide(const void* address, bool write);
+__attribute__((weak)) void nefkern_count_quiet(bool begin);
+}
+
+// Accesses while it lives are the emulator's own, and not counted.
+struct Quiet {
+  NEFKERN_UNCHECKED Quiet() {
+    if (nefkern_count_quiet) nefkern_count_quiet(true);
+  }
+  NEFKERN_UNCHECKED ~Quiet() {
+    if (nefkern_count_quiet) nefkern_count_quiet(false);
+  }
+};
+
 class Block {
  public:
   Block(dim3 grid, dim3 shape, size_t dynamic_bytes, void (*entry)())
@@ -115,6 +136,7 @@ class Block {
       if (!sweep()) report_deadlock();
     }
     running_ = nullptr;
+    if (nefkern_count_block_end) nefkern_count_block_end();
     if (nefkern_race_forget) nefkern_race_forget(true);
     shared_.clear();
     if (!failure_.empty()) throw Failure(failure_);
@@ -153,15 +175,17 @@ class Block {
       waiting_ = 0;
       tally_ = 0;
       ++epoch_;
+      if (nefkern_count_barrier) nefkern_count_barrier((alive_ + kWarp - 1) / kWarp);
       if (settings().order != Order::kRandom) return me.tally;
     }
     Fiber::suspend();
     return me.tally;
   }
 
-  // A warp collective: the last lane of `mask` to arrive combines all payloads.
+  // A warp collective: the last lane of `mask` to arrive combines all payloads. It takes `parts`
+  // instructions.
   NEFKERN_UNCHECKED void collective(const char* name, unsigned mask, void* payload, Combine combine,
-                                    int line) {
+                                    int line, unsigned parts = 1) {
     Thread& me = *running_;
     Thread* lanes = &threads_[me.warp * kWarp];
     const unsigned size = std::min<unsigned>(kWarp, threads_.size() - me.warp * kWarp);
@@ -178,6 +202,8 @@ class Block {
     void* payloads[kWarp] = {};
     for_each_lane(mask, [&](unsigned lane) { payloads[lane] = lanes[lane].payload; });
     combine(payloads, mask);
+    if (nefkern_count_meeting)
+      nefkern_count_meeting(name, me.warp, mask == ~0u >> (kWarp - size), parts);
     if (nefkern_race_track) join_clocks(lanes, mask);
     for_each_lane(mask, [&](unsigned lane) { lanes[lane].state = State::kReady; });
     if (settings().order == Order::kRandom) Fiber::suspend();  // the last goes not always first

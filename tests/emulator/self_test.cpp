@@ -135,6 +135,37 @@ void run_product_f16(Case& one) {
          one.input<uint16_t>("b"), one.output<float>("c", 128));
 }
 
+struct Words {
+  alignas(16) float of[32 * 32];
+};
+
+// A warp's accesses whose costs are known: shared[lane * stride] (a conflict for every common
+// factor with 32), x[lane * stride], and what costs.py counts by other names.
+__global__ void costs(const float* x, float* y, int stride) {
+  Words& words = block_shared<Words>();
+  const int lane = threadIdx.x;
+  words.of[lane * stride] = x[lane * stride];
+  __syncthreads();
+  y[lane] = __shfl_down_sync(0xffffffffu, words.of[0], 1);
+}
+
+// One access of 16 bytes a lane, adjacent, and atomic operations of all lanes on one word.
+__global__ void wide_costs(const float* x, float* y) {
+  Words& words = block_shared<Words>();
+  const int lane = threadIdx.x;
+  reinterpret_cast<float4*>(words.of)[lane] = reinterpret_cast<const float4*>(x)[lane];
+  __syncthreads();
+  atomicAdd(&words.of[0], 1.0f);
+  if (lane == 0) y[0] = 1;
+}
+
+void run_costs(Case& one) {
+  const float* x = one.input<float>("x");
+  launch(costs, dim3(1), dim3(32), 0, nullptr, x, one.output<float>("y", 32),
+         static_cast<int>(one.number("stride")));
+  launch(wide_costs, dim3(2), dim3(32), 0, nullptr, x, one.output<float>("z", 1));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -142,5 +173,6 @@ int main(int argc, char** argv) {
                                       {{"reverse", &run_reverse},
                                        {"copy", &run_copy},
                                        {"collectives", &run_collectives},
+                                       {"costs", &run_costs},
                                        {"product_f16", &run_product_f16}});
 }

@@ -292,3 +292,27 @@ def test_many_neighbours_take_several_passes(knn, channels):
     for k in (23, 24, 60):
         got = knn(x, k, "cosine", keep=8)
         assert_identical(got, x, k, "cosine")
+
+
+@pytest.mark.parametrize("channels", [5, 20])
+@pytest.mark.parametrize("k", [10, 64, 65, 300, 600])
+def test_selection_of_long_streams(knn, channels, k):
+    """Several chunks, full buffers, and ties that go on across warps and chunks."""
+    random = np.random.default_rng(k)
+    database = random.integers(-2, 3, (2300, channels)).astype(np.float32)
+    database[:, 4:] = 0  # 625 rows that differ
+    database[700:1900] = database[3]
+    x = database[3:6].copy()
+    database[random.integers(0, 2300, 9)] = np.nan
+    got = knn(x, k, "inner_product", database=database, method="baseline", order="random")
+    bad = np.isnan(database).any(axis=1)
+    products = np.where(bad, -np.inf, x.astype(np.float64) @ np.nan_to_num(database).T)
+    best = np.argsort(-products, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(got[1], best)
+    np.testing.assert_array_equal(got[0], np.take_along_axis(products, best, 1))
+    # Ever better candidates: every chunk displaces the last.
+    rising = np.zeros((2300, channels), dtype=np.float32)
+    rising[:, 0] = np.arange(2300)
+    one = np.ones((1, channels), dtype=np.float32)
+    got = knn(one, k, "inner_product", database=rising, method="baseline", order="forward")
+    np.testing.assert_array_equal(got[1][0], 2299 - np.arange(k))

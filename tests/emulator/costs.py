@@ -1,0 +1,239 @@
+"""``python -m tests.emulator.costs``: what the CUDA kernels ask of a GPU, counted without one.
+
+Runs the kernels of ``csrc/cuda`` on the emulator at shapes like the paper's, fewer rows where it is
+slow, and counts for every kernel, per row of its result (entry, pair; what is said):
+
+- counted: wavefronts of shared memory with their bank conflicts, shuffles (which take the same
+  path), 32-byte sectors of global memory (``sectors_read`` as asked for, ``sectors_once`` where a
+  block's first-level cache keeps all that it has read, ``sectors_written``), products of tensor
+  cores, and instructions of memory, collectives and barriers.
+- estimated: ``issued``, all instructions of a warp: the basic blocks that it ran, weighed by their
+  arithmetic, comparisons and branches as g++ compiles them, without unrolling. nvcc's are fewer.
+
+Lanes of a warp that part and meet again are taken together as far as they can be; see
+cost_counter.cpp. Atomic operations on one word of shared memory are counted one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.emulator import emulated
+
+#: Instructions of x86 that a GPU has none for, or that are counted elsewhere (memory, calls).
+NOT_ISSUED = re.compile(r"(c?mov|push|pop|call|ret|nop|endbr|leave|cdq|cqo|xchg|data16|cs$|hlt)")
+#: Calls that are an instruction of a GPU, or two.
+ARITHMETIC_CALL = re.compile(r"<(fmaf?|sqrtf?|fabsf?|fm(in|ax)f?)@plt")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kernel asks of a GPU for one row (or entry, or pair: the case's unit)."""
+
+    shared_wavefronts: float
+    shuffles: float
+    sectors_read: float
+    sectors_once: float
+    sectors_written: float
+    mma: float
+    issued: float
+
+    @property
+    def shared(self) -> float:
+        """Clocks of a multiprocessor's shared memory: wavefronts and shuffles take one each."""
+        return self.shared_wavefronts + self.shuffles
+
+    @property
+    def cached(self) -> tuple[float, float]:
+        """Bytes between the L2 cache and the multiprocessors: least, most."""
+        return (
+            32 * (self.sectors_once + self.sectors_written),
+            32 * (self.sectors_read + self.sectors_written),
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of a program: arrays, numbers, and by what its counts are divided."""
+
+    program: str
+    case: str
+    rows: int
+    make: Callable[[], tuple[Mapping[str, np.ndarray], Mapping[str, float]]]
+
+    def run(self) -> dict[str, Cost]:
+        """Costs by kernel."""
+        inputs, numbers = self.make()
+        found = counted(self.program, self.case, inputs, numbers)
+        return {name: cost_of(counts, self.rows) for name, counts in found.items()}
+
+
+def counted(
+    program: str, case: str, inputs: Mapping[str, np.ndarray], numbers: Mapping[str, float]
+) -> dict[str, dict]:
+    """The raw counts of every kernel that a case launches; ``issued`` among them."""
+    executable = emulated.build(program, ("counts",))["counts"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, array in inputs.items():
+            (Path(folder) / f"{name}.in").write_bytes(np.ascontiguousarray(array).tobytes())
+        file = Path(folder) / "counts.json"
+        subprocess.run(
+            [executable, case, folder, "order=forward", *(f"{k}={v}" for k, v in numbers.items())],
+            check=True, env={**os.environ, "NEFKERN_COUNTS": str(file)},
+        )  # fmt: skip
+        found = json.loads(file.read_text())
+    weights = block_weights(executable)
+    result = {}
+    names = symbols(executable)
+    for kernel, counts in found.items():
+        code = counts.pop("code")
+        arithmetic = sum(weights.get(int(place), 0) * times for place, times in code.items())
+        others = ("shared_instructions", "global_instructions", "shuffles", "meetings", "barriers",
+                  "mma")  # fmt: skip
+        counts["issued"] = arithmetic + sum(counts[other] for other in others)
+        result[short_name(names[int(kernel)])] = counts
+    return result
+
+
+def short_name(kernel: str) -> str:
+    """``direct_rows`` of ``void nefkern::cuda::direct_rows<(nefkern::...)1>(...)``.
+
+    An argument that says what the kernel does stays: ``estimate_tiles<true>``.
+    """
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    short = re.split(r"[<(]", name)[0].split("::")[-1]
+    kept = re.search(rf"\b{short}(<(true|false)>)", name)
+    return short + (kept[1] if kept else "")
+
+
+@functools.cache
+def symbols(executable: Path) -> dict[int, str]:
+    """Names of functions by their addresses."""
+    listing = subprocess.run(
+        ["nm", "-C", "--defined-only", executable], capture_output=True, text=True, check=True
+    )
+    lines = (line.split(maxsplit=2) for line in listing.stdout.splitlines())
+    return {int(address, 16): name for address, kind, name in lines if kind in "tTwW"}
+
+
+@functools.cache
+def block_weights(executable: Path) -> dict[int, int]:
+    """Instructions of every basic block, by the address that its call of the hook returns to.
+
+    Those of the kernels: the emulator's own functions weigh nothing.
+    """
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", executable],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    weights: dict[int, int] = {}
+    block, waiting, own = None, False, False
+    for line in listing.splitlines():
+        if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            own = "nefkern::cuda::" in head[1] and "launch" not in head[1].split("(")[0]
+            block = None
+            continue
+        if not (found := re.match(r"\s*([0-9a-f]+):\t(.*)", line)):
+            continue
+        address, text = int(found[1], 16), found[2]
+        if waiting:
+            block, waiting = address, False
+            weights[block] = 0
+        if "__sanitizer_cov_trace_pc" in text:
+            waiting = True
+        elif block is not None and own:
+            issued = not NOT_ISSUED.match(text) or ARITHMETIC_CALL.search(text)
+            weights[block] += bool(issued)
+    return weights
+
+
+def cost_of(counts: Mapping[str, int], rows: int) -> Cost:
+    names = {"sectors_once": "sectors_read_once"}
+    return Cost(**{
+        field: counts[names.get(field, field)] / rows for field in Cost.__dataclass_fields__
+    })  # fmt: skip
+
+
+# ---- the cases ----
+
+
+def neighbours(
+    rows: int, candidates: int, channels: int, k: int, *, method: int = 1, metric: int = 1,
+    **tuning: float,
+) -> Case:  # fmt: skip
+    """knn of ``rows`` queries in a database; method and metric as KnnMethod and KnnMetric."""
+
+    def make():
+        random = np.random.default_rng(0)
+        x = random.standard_normal((rows, channels), dtype=np.float32)
+        y = random.standard_normal((candidates, channels), dtype=np.float32)
+        inputs = {"features": x, "offsets": np.array([0, rows]), "database": y,
+                  "database_offsets": np.array([0, candidates])}  # fmt: skip
+        numbers = {"n": rows, "channels": channels, "segments": 1, "k": k, "metric": metric,
+                   "include_self": 0, "method": method, "score_bytes": 1 << 24,
+                   "chunk_rows": 1024, "sample_share": 16, "keep": 2048, **tuning}  # fmt: skip
+        return inputs, numbers
+
+    return Case("knn", "knn", rows, make)
+
+
+def fused(channels: int) -> Case:
+    """Eight rows in a tile of 128, with 32 tiles of candidates and eight of their sample."""
+    return neighbours(8, 4096, channels, 256, method=2, metric=0, sample_share=4, chunk_rows=16384)
+
+
+#: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.
+CASES = {
+    "knn pixels, k = 10": neighbours(8, 900, 5, 10),
+    "knn pixels, k = 5": neighbours(8, 900, 5, 5),
+    "knn select, k = 10": neighbours(4, 14_400, 32, 10),
+    "knn select, k = 256": neighbours(4, 14_400, 32, 256),
+    # As many and as good a threshold as set_thresholds asks of a sample.
+    "knn select of 1,024, k = 40": neighbours(4, 1024, 32, 40),
+    # At two widths of 384: products and re-rank grow evenly with channels.
+    "knn fused, k = 256, 32 channels": fused(32),
+    "knn fused, k = 256, 64 channels": fused(64),
+}
+
+
+def costs(names: list[str] | None = None) -> dict[str, dict[str, Cost]]:
+    return {name: case.run() for name, case in CASES.items() if not names or name in names}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.emulator.costs", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="as JSON instead of a table")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one (repeatable)")
+    options = parser.parse_args(arguments)
+    found = costs(options.case)
+    if options.json:
+        plain = {
+            case: {k: asdict(c) for k, c in kernels.items()} for case, kernels in found.items()
+        }
+        print(json.dumps(plain, indent=1))
+        return
+    fields = list(Cost.__dataclass_fields__)
+    print(f"{'case: kernel':44}", *(f"{name:>18}" for name in fields))
+    for case, kernels in found.items():
+        for kernel, cost in kernels.items():
+            numbers = (f"{getattr(cost, name):18,.1f}" for name in fields)
+            print(f"{case + ': ' + kernel:44}", *numbers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
