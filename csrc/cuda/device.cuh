@@ -5,6 +5,7 @@
 #include "cuda/runtime.h"
 
 #if !defined(NEFKERN_EMULATED)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
