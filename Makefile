@@ -1,6 +1,8 @@
 # Two commands, each complete on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes of the tests; the threads of each are its share of the cores.
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -27,7 +29,7 @@ demo: $(VENV)/setup.stamp
 	$(VENV)/bin/python -m nefkern.train --out runs/demo --resume
 
 test: $(VENV)/setup.stamp
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 $(VENV)/bench.stamp: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"

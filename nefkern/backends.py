@@ -52,7 +52,7 @@ def native_module():
         return f"the extension does not load: {str(error).splitlines()[0]}"
     info = module.build_info()
     built, wanted = info["version"], NATIVE_OPERATORS
-    wanted += NATIVE_CUDA_OPERATORS if info["cuda"] else ()
+    wanted += NATIVE_CUDA_OPERATORS if info.get("cuda") else ()
     missing = [name for name in wanted if not hasattr(torch.ops.nefkern_native, name)]
     if built != __version__ or missing:
         lack = f", without {', '.join(missing)}" if missing else ""

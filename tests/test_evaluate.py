@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 from nefkern import segment, train
 from nefkern.data import Views, eval_transform, open_dataset
 from nefkern.evaluate import main, parser
-from nefkern.images.features import Backbone
+from nefkern.images.features import FeatureCache
 from nefkern.images.graph import GraphConfig, image_kappa
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.metrics import count_matrix
@@ -493,8 +493,8 @@ def test_maps_that_the_run_has_kept_are_not_computed_again(folder, tmp_path, mon
     kept = sorted((tmp_path / "views" / "features").rglob("*.safetensors"))
     assert len(kept) == 2 * 6
     computed = []
-    forward = Backbone.forward
-    monkeypatch.setattr(Backbone, "forward", lambda b, x: computed.extend(x) or forward(b, x))
+    compute = FeatureCache._compute
+    monkeypatch.setattr(FeatureCache, "_compute", lambda c, x: computed.extend(x) or compute(c, x))
     evaluate(tmp_path / "views", folder, "--methods", "ours,kmeans")
     assert len(computed) == 4, "the images that are scored"
     assert sorted((tmp_path / "views" / "features").rglob("*.safetensors")) == kept
@@ -644,7 +644,7 @@ def test_all_of_evaluate_takes_a_continuous_run(continuous, folder, options):
 def test_merged_clusters_are_scored_as_segment_merges_them(continuous, folder, tmp_path, capsys):
     """Counts of the index images of segment --classes, matched by count."""
     run = tmp_path / "run"
-    shutil.copytree(continuous, run)
+    shutil.copytree(continuous, run, ignore=shutil.ignore_patterns("evaluation-*"))
     own = ("--protocol", "sliding", "--resize", "none")
     methods = ("--methods", "ours,kmeans,probe")
     whole = evaluate(run, folder, *own, *methods)

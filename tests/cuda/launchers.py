@@ -130,6 +130,13 @@ PAPER = [
       for c, s in ((256, 0), (512, 0), (64, 0), (256, 4))),
 ]  # fmt: skip
 
+#: A number of neighbours for every way of selecting, of rows kept as scores or scored on the way.
+SELECTIONS = [
+    ("knn", {"n": 14400, "k": k, "method": m, "metric": e, **more})
+    for k in (10, 256, 500, 600, 2000) for m in (BASELINE, FUSED) for e in METRICS
+    for more in ({}, {"channels": 5, "segments": 16}, {"channels": 5})
+]  # fmt: skip
+
 
 def launched() -> dict[str, tuple[int, int]]:
     """Every kernel's block at the paper's size: threads, most dynamic shared memory."""

@@ -11,7 +11,15 @@ from collections import Counter
 import pytest
 
 from tests.cuda import launchers, resources
-from tests.cuda.launchers import BASELINE, EUCLIDEAN, FUSED, INNER_PRODUCT, PAPER, recorded
+from tests.cuda.launchers import (
+    BASELINE,
+    EUCLIDEAN,
+    FUSED,
+    INNER_PRODUCT,
+    PAPER,
+    SELECTIONS,
+    recorded,
+)
 
 if missing := launchers.missing_tool():
     pytest.skip(missing, allow_module_level=True)
@@ -90,7 +98,11 @@ def test_shared_memory_is_asked_for_before_it_is_used(compiled, op, sizes):
 
 
 def test_every_kernel_is_launched(compiled):
-    launched = {event.kernel for op, sizes in PAPER for event in recorded(op, **sizes).launches}
+    launched = {
+        event.kernel
+        for op, sizes in [*PAPER, *SELECTIONS]
+        for event in recorded(op, **sizes).launches
+    }
     assert set(compiled) - launched == set()
 
 

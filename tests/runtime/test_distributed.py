@@ -433,7 +433,7 @@ def test_accumulated_graphs_have_objectives_of_their_own(folder):
         trainer.psi.zero_grad()
         losses.append(trainer.step.accumulate(batch, 1.0).figures[0].item())
         gradients.append([p.grad.clone() for p in trainer.psi.parameters()])
-    row = trainer.step(images, 0.0, 1)
+    row = trainer.step(images, 0.0, 1).row()
     assert losses[0] != losses[1]
     assert row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     for parameter, first, second in zip(trainer.psi.parameters(), *gradients, strict=True):
