@@ -133,8 +133,8 @@ PAPER = [
 #: A number of neighbours for every way of selecting, of rows kept as scores or scored on the way.
 SELECTIONS = [
     ("knn", {"n": 14400, "k": k, "method": m, "metric": e, **more})
-    for k in (10, 256, 500, 600, 2000) for m in (BASELINE, FUSED) for e in METRICS
-    for more in ({}, {"channels": 5, "segments": 16}, {"channels": 5})
+    for k in (10, 256, 600, 1500) for m in (BASELINE, FUSED) for e in METRICS
+    for more in ({}, {"channels": 5, "segments": 16}, {"channels": 5}, {"sample_share": 2})
 ]  # fmt: skip
 
 
