@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 _LEAST_RATIO = 1.01
 _TOL = 1e-3  # of residuals, as a share of ‖κ‖
 _BLOCK = 1 << 16  # rows that are scaled at once
-#: Patches that the graph joins wherever nothing else is said: their neighbours take a minute or two
-#: on two cores, four times as many would take sixteen times as long.
+#: Patches that the graph joins wherever nothing else is said. The neighbours of half as many, with
+#: 384 channels, are found in five seconds on two cores; the time grows with the square.
 _PATCHES = 1 << 17
 
 Tensors = dict[str, Tensor]
