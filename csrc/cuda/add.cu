@@ -98,7 +98,9 @@ Scratch allocate(const AddArgs& args) {
 
 }  // namespace
 
-cudaError_t add_bytes(const AddArgs& args, size_t* bytes) { return bytes_of(allocate(args), bytes); }
+cudaError_t add_bytes(const AddArgs& args, size_t* bytes) {
+  return bytes_of(allocate(args), bytes);
+}
 
 cudaError_t add_count(const AddArgs& args, int64_t* nnz, cudaStream_t stream) {
   const Scratch scratch = allocate(args);

@@ -47,10 +47,9 @@ std::tuple<Tensor, Tensor, Tensor> kappa_padded(const Tensor& indices,
                                                 const Tensor& pixel_indices, double alpha,
                                                 double clamp_min) {
   BothLists lists(indices, weights, pixel_indices, alpha, clamp_min);
-  return nefkern::assemble_padded_on_gpu("kappa_padded", lists.features.indices(), lists.args,
-                                         nefkern::cuda::kappa_room(lists.args),
-                                         nefkern::cuda::kappa_bytes, nefkern::cuda::kappa_count,
-                                         nefkern::cuda::kappa_fill);
+  return nefkern::assemble_padded_on_gpu(
+      "kappa_padded", lists.features.indices(), lists.args, nefkern::cuda::kappa_room(lists.args),
+      nefkern::cuda::kappa_bytes, nefkern::cuda::kappa_count, nefkern::cuda::kappa_fill);
 }
 
 }  // namespace
