@@ -167,6 +167,7 @@ def kappa(
     images: Tensor,
     grid: tuple[int, int],
     config: GraphConfig,
+    *,
     padded: bool = False,
 ) -> CSRGraph:
     """κ = D^(-1/2) A D^(-1/2) + α D̃^(-1/2) Ã D̃^(-1/2) (eq 4).
@@ -184,13 +185,7 @@ def kappa(
     """
     features = features.reshape(-1, features.shape[-1])
     k = resolve_neighbours(config.neighbours, len(features))
-    if not padded:
-        return _kappa(features, k, images, grid, config)
-    similarities, neighbours = knn(features, k, metric="cosine")
-    near = neighbours.new_empty(len(features), 0)
-    if config.alpha != 0 and config.pixel_graphs:
-        near = pixel_neighbours(images, grid, config.pixel_graphs)
-    return kappa_padded(neighbours, similarities, near, num_nodes=len(features), alpha=config.alpha)
+    return _kappa(features, k, images, grid, config, padded=padded)
 
 
 @torch.no_grad()
@@ -219,14 +214,17 @@ def _kappa(
     grid: tuple[int, int],
     config: GraphConfig,
     segments: Tensor | None = None,
+    *,
+    padded: bool = False,
 ) -> CSRGraph:
-    if config.alpha == 0 or not config.pixel_graphs:
+    pixels = config.alpha != 0 and len(config.pixel_graphs) > 0
+    if not (pixels or padded):
         return feature_graph(features, k, segments)
     similarities, neighbours = knn(features, k, metric="cosine", segments=segments)
-    return ops.kappa(
-        neighbours,
-        similarities,
-        pixel_neighbours(images, grid, config.pixel_graphs),
-        num_nodes=len(features),
-        alpha=config.alpha,
+    near = (
+        pixel_neighbours(images, grid, config.pixel_graphs)
+        if pixels
+        else neighbours.new_empty(len(features), 0)
     )
+    assemble = kappa_padded if padded else ops.kappa
+    return assemble(neighbours, similarities, near, num_nodes=len(features), alpha=config.alpha)

@@ -68,8 +68,9 @@ class TrainingStep:
         self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
         self.temperatures = options.temperatures()
         self.teacher: Teacher | None = None
+        #: The reference, on whatever device, takes κ of its exact size only.
+        self.padded = self.unread and backends.compiled("cuda")
         if self.unread:
-            self.padded = backends.compiled("cuda")
             self.temperature = self._number(1.0)
             #: 1 once a loss was not finite: Adam then leaves ψ as it is, in all later steps too.
             self.optimizer.found_inf = self._number(0.0)
@@ -180,10 +181,9 @@ class TrainingStep:
         self, batches: tuple[Tensor, ...], temperature: float | Tensor, graph: CSRGraph | None
     ) -> Tensor:
         """Gradients of the objective; what is recorded, ``[accumulate, 6 + K]``."""
-        known = () if graph is None else (graph,)
         # Graphs of a process's own need no messages: an error in any is then an error of all.
         with contextlib.nullcontext() if self.shared else together():
-            return _packed([self.accumulate(batch, temperature, *known) for batch in batches])
+            return _packed([self.accumulate(batch, temperature, graph) for batch in batches])
 
     def _learn(self, batches: tuple[Tensor, ...]) -> tuple[float, dict[str, float]]:
         """Gradients of the regression on the teacher's targets: the loss, and the record."""
@@ -242,8 +242,7 @@ class TrainingStep:
         if self.shared:  # features have no gradient, so that every process can make the same κ
             near_by, images = distributed.gather_rows(near_by), distributed.gather_rows(images)
         near_by = standardized(near_by) if every else near_by
-        padded = (True,) if self.unread and self.padded else ()
-        return kappa(near_by, images, maps.grid, self.graph_config, *padded)
+        return kappa(near_by, images, maps.grid, self.graph_config, padded=self.padded)
 
 
 class Graph(NamedTuple):

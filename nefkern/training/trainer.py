@@ -352,12 +352,12 @@ class Trainer:
             )
         return self.loader
 
-    def _graph(self) -> tuple[CSRGraph, ...]:
+    def _graph(self) -> CSRGraph | None:
         """The next batch's part of the data set's κ, if batches are drawn along its edges."""
         if self.edges is None:
-            return ()
+            return None
         position = self.position
-        return (self.edges.graph(position.batch_size, position.epoch, position.step),)
+        return self.edges.graph(position.batch_size, position.epoch, position.step)
 
     def _images(self, loader: TrainLoader) -> Iterator[Tensor]:
         """This process's images of every step left in the epoch, one batch after another."""
@@ -386,7 +386,7 @@ class Trainer:
             for images in agreed(self._images(loader)):
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
                 loaded = time.perf_counter()
-                record = self.step(images, progress, self.position.total + 1, *self._graph())
+                record = self.step(images, progress, self.position.total + 1, self._graph())
                 now = time.perf_counter()
                 count = len(images) * distributed.ranks()
                 times = {

@@ -68,11 +68,11 @@ def interrupt_in_step(step: int, who: int) -> contextlib.AbstractContextManager:
     """Process ``who`` gets a signal in the course of a step, twice as from a scheduler."""
     original = TrainingStep.__call__
 
-    def stepping(self, images, progress, number):
+    def stepping(self, images, progress, number, *graph):
         if number == step and distributed.rank() == who:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, images, progress, number)
+        return original(self, images, progress, number, *graph)
 
     return replaced(TrainingStep, "__call__", stepping)
 
@@ -81,15 +81,15 @@ def fail_in_features(who: int, when: Callable[[TrainingStep, int], bool], error:
     """The backbone of process ``who`` raises ``error()`` where ``when(step, images)``."""
     original = TrainingStep.accumulate
 
-    def accumulate(self, images, temperature):
+    def accumulate(self, images, temperature, *graph):
         if distributed.rank() != who or not when(self, len(images)):
-            return original(self, images, temperature)
+            return original(self, images, temperature, *graph)
 
         def features(images):
             raise error()
 
         with replaced(self, "features", features):
-            return original(self, images, temperature)
+            return original(self, images, temperature, *graph)
 
     return replaced(TrainingStep, "accumulate", accumulate)
 

@@ -159,10 +159,10 @@ def test_resuming_equals_never_having_stopped(taught, tmp_path, monkeypatch, ste
     start(taught(out=whole, **changes)).train()
     original = TrainingStep.__call__
 
-    def stepping(self, images, progress, number):
+    def stepping(self, images, progress, number, *graph):
         if number == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, images, progress, number)
+        return original(self, images, progress, number, *graph)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "__call__", stepping)

@@ -46,10 +46,10 @@ def stop_after(step: int, monkeypatch) -> None:
     """Interrupt training in the course of its ``step``-th step, as Ctrl-C does."""
     original = TrainingStep.__call__
 
-    def stepping(self, images, progress, number):
+    def stepping(self, images, progress, number, *graph):
         if number == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, images, progress, number)
+        return original(self, images, progress, number, *graph)
 
     monkeypatch.setattr(TrainingStep, "__call__", stepping)
 
@@ -544,13 +544,13 @@ def watch(monkeypatch, limit: int, at: int, error: Callable[[], Exception]) -> l
     seen: list[tuple] = []
     original = TrainingStep.__call__
 
-    def stepping(self, images, progress, number):
+    def stepping(self, images, progress, number, *graph):
         if len(images) > limit and number >= at:
             raise error()
         epoch = int(progress * self.options.epochs + 1e-9)
         names = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in images]
         seen.extend((epoch, name) for name in names)
-        return original(self, images, progress, number)
+        return original(self, images, progress, number, *graph)
 
     monkeypatch.setattr(TrainingStep, "__call__", stepping)
     return seen
@@ -609,10 +609,10 @@ def test_non_finite_loss_is_told_and_nothing_is_lost(tiny, monkeypatch):
     trainer = start(options)
     original = TrainingStep.__call__
 
-    def spoiled(self, images, progress, number):
+    def spoiled(self, images, progress, number, *graph):
         if number == 8:
             self.psi.norm.weight.data.fill_(float("nan"))
-        return original(self, images, progress, number)
+        return original(self, images, progress, number, *graph)
 
     monkeypatch.setattr(TrainingStep, "__call__", spoiled)
     with pytest.raises(UserError, match="the loss is nan at step 8; a lower --lr may help"):
