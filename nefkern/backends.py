@@ -140,7 +140,7 @@ def _why_not_these_gpus(architectures: str) -> str | None:
 
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        if not any(_runs_on(one, major, minor) for one in architectures.split(",")):
+        if not serves(architectures, (major, minor)):
             return (
                 f"the extension was built for {architectures}, {torch.cuda.get_device_name(i)} is "
                 f"{major}.{minor}: TORCH_CUDA_ARCH_LIST={major}.{minor}, and install nefkern again"
@@ -148,17 +148,23 @@ def _why_not_these_gpus(architectures: str) -> str | None:
     return None
 
 
-def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether code for an architecture, such as "86-real", runs on a GPU of that capability.
+def serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures, as "80-real,90a-real,100", runs on a GPU of that capability.
 
-    Machine code runs within its generation on its own minor number or a later one, PTX on all that
-    is later; what is specific to an architecture (a) runs on no other, to a family (f) within it.
+    Machine code ("real") runs within its generation on its own minor number or a later one, PTX
+    ("virtual") on all that is later, an architecture without either has both; what is specific to
+    an architecture (a) runs on no other, to a family (f) within it.
     """
-    number, letter, kind = re.fullmatch(r"(\d+)([af]?)-(real|virtual)", architecture).groups()
-    own, ours = divmod(int(number), 10), (major, minor)
+    return any(_runs_on(one, capability) for one in architectures.split(","))
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    number, letter, kind = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", architecture).groups()
+    own = divmod(int(number), 10)
     if letter == "a":
-        return own == ours
-    return own <= ours and (own[0] == major or (kind == "virtual" and not letter))
+        return own == capability
+    ptx = kind != "real" and not letter
+    return own <= capability and (own[0] == capability[0] or ptx)
 
 
 def takes(name: str, device_type: str) -> bool:

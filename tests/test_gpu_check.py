@@ -32,6 +32,7 @@ from bench.gpu import (
 from bench.gpu.document import Document
 from bench.gpu.plan import Settings, Stage
 from bench.gpu.worker import Skipped
+from nefkern import backends
 from nefkern.triton.rates import H200
 
 FAULTS = "tests.gpu_check_faults"
@@ -342,10 +343,13 @@ def test_a_backend_that_cannot_take_a_call_is_skipped_with_its_words():
         ("80-real,100-virtual", (12, 0), True),
         ("100-real", (12, 0), False),
         ("100-virtual", (9, 0), False),
+        ("80", (9, 0), True),  # both kinds
+        ("100f-real", (10, 3), True),
+        ("100f-real", (12, 0), False),
     ],
 )
 def test_which_devices_an_extension_serves(architectures, capability, right):
-    assert build.serves(architectures, capability) is right
+    assert backends.serves(architectures, capability) is right
 
 
 def test_a_failed_build_is_told_by_its_first_error():

@@ -93,7 +93,7 @@ def extension(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def unfit(settings: Settings) -> str | None:
     """Why the extension that is installed does not serve the device; None: it does."""
-    from nefkern.backends import native_module
+    from nefkern.backends import native_module, serves
 
     native = native_module()
     if isinstance(native, str):
@@ -106,25 +106,6 @@ def unfit(settings: Settings) -> str | None:
     return None if serves(built["cuda_architectures"], torch.cuda.get_device_capability()) else (
         f"built for {built['cuda_architectures']}"
     )  # fmt: skip
-
-
-def serves(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for "80-real,90a-real,100-virtual" runs on a device of this capability.
-
-    Machine code runs on later devices of its generation, with an "a" on its own alone; PTX on any
-    later one.
-    """
-    for one in architectures.split(","):
-        number, specific, kind = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", one).groups()
-        major, minor = int(number[:-1]), int(number[-1])
-        if (major, minor) == capability:
-            return True
-        if specific:
-            continue
-        same = major == capability[0] and minor <= capability[1]
-        if same or (kind != "real" and (major, minor) <= capability):
-            return True
-    return False
 
 
 def _in_a_new_process(settings: Settings) -> str | None:
