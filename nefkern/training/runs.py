@@ -181,8 +181,7 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         replace_file(self.path(name), buffer.getvalue())
-        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        self._write_checkpoint(tensors, {"step": str(step), "state": name})
+        self._write_checkpoint(weights, {"step": str(step), "state": name})
         for old in self.folder.glob("state-*.pt"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -190,11 +189,10 @@ class Run:
     def save_stage(self, tensors: dict[str, Tensor], stage: str, step: int) -> None:
         """Replace the checkpoint by what a run of ``--method spectral`` has after a stage, its
         ``step``-th."""
-        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        self._write_checkpoint(content, {"step": str(step), "stage": stage})
+        self._write_checkpoint(tensors, {"step": str(step), "stage": stage})
 
     def _write_checkpoint(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        content = save(tensors, metadata | {"nefkern": __version__})
+        content = _saved(tensors, metadata | {"nefkern": __version__})
         replace_file(self.path(CHECKPOINT), _in_one_order(content))
 
     def part(self, *names: str) -> dict[str, Tensor]:
@@ -209,8 +207,7 @@ class Run:
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keep tensors in a file of their own."""
-        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        replace_file(self.path(name), save(content))
+        replace_file(self.path(name), _saved(tensors))
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
         """What :meth:`save_tensors` kept, or None.
@@ -218,15 +215,8 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.path(name)
-        if not path.exists():
-            return None
-        try:
-            return _read_tensors(path)[0]
-        except SafetensorError as error:
-            raise UserError(
-                f"{path}: damaged ({first_line(error)}); remove it, and --resume makes it anew"
-            ) from None
+        found = self._read(name, "damaged (%s); remove it, and --resume makes it anew")
+        return found and found[0]
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Weights and metadata of the checkpoint, or None where there is none yet.
@@ -234,18 +224,11 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.path(CHECKPOINT)
-        if not path.exists():
-            return None
-        try:
-            return _read_tensors(path)
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+        return self._read(CHECKPOINT, "not a readable checkpoint (%s)")
 
     def save_clusters(self, tensors: dict[str, Tensor]) -> None:
         """Keep the clusters that belong to the checkpoint: K-means on a continuous ψ's outputs."""
-        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        replace_file(self.path(CLUSTERS), save(content, {"step": self._step()}))
+        replace_file(self.path(CLUSTERS), _saved(tensors, {"step": self._step()}))
 
     def load_clusters(self) -> dict[str, Tensor] | None:
         """The clusters of the checkpoint, or None: none were kept, or those of an earlier step.
@@ -253,17 +236,22 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.path(CLUSTERS)
+        told = "not a readable file of clusters (%s); remove it, and --resume makes it anew"
+        found = self._read(CLUSTERS, told)
+        return found[0] if found and found[1].get("step") == self._step() else None
+
+    def _read(self, name: str, told: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and metadata of a safetensors file, or None where there is none; ``told`` is what
+        an error says of a damaged one, with a place for the reason."""
+        path = self.path(name)
         if not path.exists():
             return None
         try:
-            tensors, metadata = _read_tensors(path)
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, dict(file.metadata() or {})
         except SafetensorError as error:
-            raise UserError(
-                f"{path}: not a readable file of clusters ({first_line(error)}); remove it, and "
-                "--resume makes it anew"
-            ) from None
-        return tensors if metadata.get("step") == self._step() else None
+            raise UserError(f"{path}: {told % first_line(error)}") from None
 
     def _step(self) -> str:
         """Of the checkpoint."""
@@ -330,8 +318,6 @@ class Run:
         return rows
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, dict(file.metadata() or {})
+def _saved(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file of tensors from any device."""
+    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
