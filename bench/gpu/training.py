@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from bench import device_time, roofline
 from bench.gpu import predictions
 from bench.gpu.plan import Settings
-from bench.harness import DEVICE
+from bench.harness import DEVICE, wall
 from bench.profile_step import group_of
 
 STEPS = {"paper": 30, "small": 3}
@@ -24,7 +23,7 @@ def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
     step = {"psi": psi_step, "whole": whole_step}[part](settings, how == "amp")
     for _ in range(WARM):
         step()
-    yield {"step": seconds_a_step(step, STEPS[settings.size])}
+    yield {"step": wall(step, STEPS[settings.size])}  # what training takes
     kinds = ("cpu_op",) if settings.rehearsal else device_time.DEVICE_WORK
     trace = device_time.traced(step, PROFILED, kinds)
     yield summary(trace)
@@ -34,21 +33,6 @@ def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
             k for k in roofline.step(how == "amp") if part == "whole" or k.part != "backbone"
         ]
         yield {"predicted": predictions.expected(kernels, gpu), "rates of": gpu.name}
-
-
-def seconds_a_step(step: Callable[[], object], steps: int) -> float:
-    """By the wall clock: what training takes."""
-    _wait()
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    _wait()
-    return (time.perf_counter() - began) / steps
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def summary(trace: device_time.Trace) -> dict[str, Any]:
