@@ -130,20 +130,12 @@ def _room(indices: Tensor, pixel_indices: Tensor) -> int:
     return 2 * (indices.numel() + pixel_indices.numel())
 
 
-def _padded_fake(indices, weights, pixel_indices, num_nodes, alpha, clamp_min):
-    wide = weights is not None and weights.dtype == torch.float64
-    room = _room(indices, pixel_indices)
-    return (
-        indices.new_empty(num_nodes + 1, dtype=torch.int64),
-        indices.new_empty(room, dtype=torch.int32),
-        indices.new_empty(room, dtype=torch.float64 if wide else torch.float32),
-    )
-
-
 registry.define(
     "kappa_padded(Tensor indices, Tensor? weights, Tensor pixel_indices, SymInt num_nodes, "
     "float alpha, float clamp_min) -> (Tensor, Tensor, Tensor)",
-    fake=_padded_fake,
+    fake=lambda indices, weights, pixel_indices, num_nodes, *_: fake_graph(
+        indices, weights, num_nodes, _room(indices, pixel_indices)
+    ),
 )
 
 

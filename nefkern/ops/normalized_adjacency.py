@@ -119,9 +119,12 @@ def check_weights(
         checks.finite("weights", weights.masked_fill(indices < 0, 0))
 
 
-def fake_graph(indices: Tensor, weights: Tensor | None, num_nodes: int) -> tuple[Tensor, ...]:
-    """A graph of an unknown number of entries, from lists of such dtypes, for fake kernels."""
-    nnz = torch.library.get_ctx().new_dynamic_size()
+def fake_graph(
+    indices: Tensor, weights: Tensor | None, num_nodes: int, room: int | None = None
+) -> tuple[Tensor, ...]:
+    """For fake kernels: a graph from lists of such dtypes, with ``room`` for entries, or of an
+    unknown number of them."""
+    nnz = torch.library.get_ctx().new_dynamic_size() if room is None else room
     wide = weights is not None and weights.dtype == torch.float64
     return (
         indices.new_empty(num_nodes + 1, dtype=torch.int64),
