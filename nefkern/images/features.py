@@ -326,17 +326,17 @@ class Backbone(nn.Module):
         """The parts of the high map, all with an index where they can have one."""
         layers = parse_high(high)
         if not self.is_transformer:
-            if layers == (Layer("late"),):  # objects in the last stage, parts in the one before
-                last = len(feature_info(self.model)) - 1
-                return tuple(Layer("stage", index) for index in (last - 1, last) if index >= 0)
-            return tuple(self._stage(high, layer) for layer in layers or (Layer("final"),))
+            chosen = (self._stages(high, layer) for layer in layers or (Layer("final"),))
+            return tuple(itertools.chain.from_iterable(chosen))
         auto = Layer("keys" if _is_dino_v1(self.model) else "final")
         return tuple(self._block(high, layer) for layer in layers or (auto,))
 
-    def _stage(self, high: str, layer: Layer) -> Layer:
+    def _stages(self, high: str, layer: Layer) -> tuple[Layer, ...]:
         last = len(feature_info(self.model)) - 1
-        if layer.kind in ("final", "late"):
-            return Layer("stage", last)
+        if layer.kind == "final":
+            return (Layer("stage", last),)
+        if layer.kind == "late":  # objects in the last stage, parts in the one before
+            return tuple(Layer("stage", index) for index in (last - 1, last) if index >= 0)
         name = type(self.model).__name__
         if layer.kind != "stage":
             raise UserError(
@@ -345,7 +345,7 @@ class Backbone(nn.Module):
             )
         if layer.index > last:
             raise UserError(f"--high {high}: {name} has {last + 1} stages, stage:0 to stage:{last}")
-        return layer
+        return (layer,)
 
     def _block(self, high: str, layer: Layer) -> Layer:
         last = len(self.model.blocks) - 1

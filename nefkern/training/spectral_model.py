@@ -40,14 +40,14 @@ class ChannelScale:
         Args:
             rows: of the data set.
             widths: channels of the maps that they are made of, C together: every map gets the same
-                weight, its channels a variance of C over its width and their number; (): one map.
+                weight, its channels a variance of C over its width and their number. (): one map.
         """
         blocks = rows.split(_BLOCK)
         mean = sum(block.double().sum(0) for block in blocks) / len(rows)
         squares = sum((block.double() - mean).square().sum(0) for block in blocks)
-        std = (squares / max(1, len(rows) - 1)).sqrt()
-        std = std.float().clamp_min(1e-6)
-        for part, width in zip(std.split(widths), widths, strict=True) if widths else ():
+        std = (squares / max(1, len(rows) - 1)).sqrt().float().clamp_min(1e-6)
+        widths = widths or (len(std),)
+        for part, width in zip(std.split(widths), widths, strict=True):
             part *= (width * len(widths) / len(std)) ** 0.5
         return cls(mean.float(), std)
 
@@ -99,7 +99,8 @@ class SpectralModel:
         return unit_rows(found if self.scale is None else self.scale(found))
 
     def span(self) -> SpectralModel:
-        """The same with the data set's rows told by its eigenvectors, for :meth:`cluster_rows`."""
+        """The same with :attr:`spanned`, from all rows ``[N, C]`` of the data set: not of landmarks
+        alone."""
         vectors, rows = self.embedding.vectors, self.embedding.rows
         blocks = zip(vectors.split(_BLOCK), rows.split(_BLOCK), strict=True)
         product = sum(v.double().T @ x.double() for v, x in blocks)

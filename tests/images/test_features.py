@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.images import features as module
 from nefkern.images.features import Backbone, FeatureCache, load_backbone
+from nefkern.images.layers import Layer
 from nefkern.reproduction.paper import TABLES
 from nefkern.runtime.errors import UserError
 
@@ -182,6 +183,8 @@ def test_late_stages_are_the_last_two():
     assert [str(layer) for layer in backbone.high] == [f"stage:{last - 1}", f"stage:{last}"]
     assert len(backbone.high_widths) == 2
     assert sum(backbone.high_widths) == backbone.dim
+    more = load_backbone("test_resnet", "random", high="stage:1,late")
+    assert list(more.high) == [Layer("stage", 1), *backbone.high]
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
