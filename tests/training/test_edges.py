@@ -23,7 +23,8 @@ from nefkern.training.runs import GRAPH, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.step import TrainingStep
 from nefkern.training.trainer import Trainer
-from tests.training.test_teacher import assert_same, start
+from tests.training.outcomes import assert_same
+from tests.training.test_teacher import start
 
 CELLS = 3
 

@@ -24,6 +24,7 @@ from nefkern.training.options import TrainOptions, resolve
 from nefkern.training.runs import CHECKPOINT, STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.spectral_model import ChannelScale
+from tests.training.outcomes import assert_same
 
 K = 5
 
@@ -41,21 +42,6 @@ def spectral(tiny):
 def computed(options: TrainOptions) -> Path:
     SpectralTrainer(options, Run.create(options)).train()
     return Path(options.out)
-
-
-def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    run = Run(folder)
-    timed = ("seconds", "knn_seconds")  # the only things that a clock decides
-    rows = [{k: v for k, v in row.items() if k not in timed} for row in run.metrics()]
-    return run.load()[0], rows
-
-
-def assert_same(first: str | Path, second: str | Path) -> None:
-    (tensors, rows), (others, other_rows) = outcome(first), outcome(second)
-    assert rows == other_rows
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, others[name]), name
 
 
 def test_the_stages_and_what_is_recorded(spectral):

@@ -20,6 +20,7 @@ from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.step import TrainingStep
 from nefkern.training.teacher import FOLDER, check_data_set, indicator_rotation, regression_loss
 from nefkern.training.trainer import Trainer
+from tests.training.outcomes import assert_same
 
 K = 5
 
@@ -37,22 +38,6 @@ def taught(tiny):
 
 def start(options: TrainOptions) -> Trainer:
     return Trainer(options, Run.create(options))
-
-
-def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    run = Run(folder)
-    rows = run.metrics()
-    for row in rows:
-        del row["images_per_second"], row["input_wait"]  # the only things that a clock decides
-    return run.load()[0], rows
-
-
-def assert_same(first: str | Path, second: str | Path) -> None:
-    (weights, rows), (others, other_rows) = outcome(first), outcome(second)
-    assert rows == other_rows
-    assert weights.keys() == others.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, others[name]), name
 
 
 @pytest.mark.parametrize("loss", ["rows", "values"])

@@ -29,6 +29,7 @@ from nefkern.training.options import TrainOptions
 from nefkern.training.runs import CHECKPOINT, CONFIG, METRICS, Run
 from nefkern.training.step import TrainingStep
 from nefkern.training.trainer import Trainer
+from tests.training.outcomes import assert_same, outcome
 
 THREADS = torch.get_num_threads()
 
@@ -52,22 +53,6 @@ def stop_after(step: int, monkeypatch) -> None:
         return original(self, images, progress, number, *graph)
 
     monkeypatch.setattr(TrainingStep, "__call__", stepping)
-
-
-def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    run = Run(folder)
-    rows = run.metrics()
-    for row in rows:
-        del row["images_per_second"], row["input_wait"]  # the only things that a clock decides
-    return run.load()[0], rows
-
-
-def assert_same(first: str | Path, second: str | Path) -> None:
-    (weights, rows), (others, other_rows) = outcome(first), outcome(second)
-    assert rows == other_rows
-    assert weights.keys() == others.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, others[name]), name
 
 
 def test_a_run_falls_and_records_all(tiny):

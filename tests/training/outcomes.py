@@ -1,0 +1,28 @@
+"""What a run leaves, to be compared with another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nefkern.training.runs import Run
+
+#: The only things in a record that a clock decides.
+TIMED = ("images_per_second", "input_wait", "seconds", "knn_seconds")
+
+
+def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The checkpoint's tensors, and the record without times."""
+    run = Run(folder)
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in run.metrics()]
+    return run.load()[0], rows
+
+
+def assert_same(first: str | Path, second: str | Path) -> None:
+    """Two runs came to the same, to the bit."""
+    (tensors, rows), (others, other_rows) = outcome(first), outcome(second)
+    assert rows == other_rows
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
