@@ -122,31 +122,9 @@ void nefkern_race_atomic(const void* address, size_t bytes) {
   check(address, bytes, Kind::kAtomic, __builtin_return_address(0));
 }
 
-#define NEFKERN_HOOK(name, bytes, kind) \
-  void name(void* address) { check(address, bytes, kind, __builtin_return_address(0)); }
-#define NEFKERN_HOOKS(bytes)                                       \
-  NEFKERN_HOOK(__tsan_read##bytes, bytes, Kind::kRead)             \
-  NEFKERN_HOOK(__tsan_write##bytes, bytes, Kind::kWrite)           \
-  NEFKERN_HOOK(__tsan_unaligned_read##bytes, bytes, Kind::kRead)   \
-  NEFKERN_HOOK(__tsan_unaligned_write##bytes, bytes, Kind::kWrite) \
-  NEFKERN_HOOK(__tsan_volatile_read##bytes, bytes, Kind::kRead)    \
-  NEFKERN_HOOK(__tsan_volatile_write##bytes, bytes, Kind::kWrite)
-NEFKERN_HOOKS(1)
-NEFKERN_HOOKS(2)
-NEFKERN_HOOKS(4)
-NEFKERN_HOOKS(8)
-NEFKERN_HOOKS(16)
-void __tsan_read_range(void* address, size_t bytes) {
-  check(address, bytes, Kind::kRead, __builtin_return_address(0));
-}
-void __tsan_write_range(void* address, size_t bytes) {
-  check(address, bytes, Kind::kWrite, __builtin_return_address(0));
-}
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
+#define NEFKERN_ON_ACCESS(address, bytes, kind) \
+  check(address, bytes, kind, __builtin_return_address(0))
+#include "access_hooks.h"
 
 }  // extern "C"
 }  // namespace nefkern::emulator
