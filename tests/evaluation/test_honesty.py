@@ -23,8 +23,7 @@ def asked(wrong: dict[str, list[int]], **options: int) -> Honesty:
     for name, pixels in wrong.items():
         tables = torch.tensor([[[100 - w, 0], [w, 100]] for w in pixels])
         counts = counted(tables)
-        find = lambda table: matchings(table)[0]  # noqa: E731
-        honesty.add(name, "none", counts, match(counts.total()), find)
+        honesty.add(name, "none", counts, match(counts.total()), lambda t: matchings(t)[0])
     return honesty
 
 

@@ -58,7 +58,10 @@ def test_an_image_drawn_twice_counts_twice():
 
 def test_matching_on_one_half_scored_on_the_other():
     """Where clusters turn round between the halves nothing is right, and both halves count."""
-    find = lambda counts: matchings(counts)[0]  # noqa: E731
+
+    def find(counts):
+        return matchings(counts)[0]
+
     cross = cross_matched(TURNED, find, [mask(1, 0), mask(0, 1)])
     assert figures(cross["count"], once(2))[:, 0].tolist() == [0, 0]
     # Three images: the first two agree, the third has cluster 0 half and half.
