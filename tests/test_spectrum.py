@@ -117,8 +117,8 @@ def test_kappa_is_the_trainers(tiny, images, monkeypatch, graph_features):
     trainer = Trainer(options, Run.create(options))
     graphs = []
 
-    def keep(*args):
-        graphs.append(kappa(*args))
+    def keep(*args, **kwargs):
+        graphs.append(kappa(*args, **kwargs))
         return graphs[-1]
 
     monkeypatch.setattr(module, "kappa", keep)

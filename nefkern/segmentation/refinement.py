@@ -163,8 +163,8 @@ def _told(first: str, *others: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, and in workers born in it for :func:`_begin_worker`:
-    while they import they would end with a traceback."""
+    """Ctrl-C waits for the end of the block; workers born in it never hear of it: while they import
+    they would end with a traceback."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -176,10 +176,10 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    # Ctrl-C reaches every process of the terminal: a worker ends at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Ctrl-C reaches every process of the terminal. A worker that it ended halfway through sending a
+    # result would leave the main process waiting for the rest, for ever; so a worker finishes what
+    # it is at, and the main process, which is interrupted, sends it away.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()
 
 
