@@ -182,8 +182,10 @@ def test_half_precisions_round_the_result(backend, feature_map, masked, dtype):
 @only("cpu", "reference", "triton")
 def test_bfloat16_is_no_worse_than_pytorch(backend, feature_map, shape, scale):
     """The error against float64 of PyTorch's own bfloat16 einsum, which rounds at every step."""
+    interpreted = backend == "triton" and backends.interpreting()
+    shape = (1, 1, *shape[2:]) if interpreted else shape
     runs = []
-    for seed in range(4):
+    for seed in range(2 if interpreted else 4):
         data = inputs(shape, torch.bfloat16, seed, scale)
         exact = with_gradients(naive, *(x.double() for x in data), feature_map=feature_map)
         ours = with_gradients(linear_attention, *data, feature_map=feature_map)
