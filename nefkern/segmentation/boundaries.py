@@ -59,8 +59,8 @@ def boundary_f(predicted: np.ndarray, annotated: np.ndarray, tolerance: float = 
 
 
 def boundary(labels: np.ndarray) -> np.ndarray:
-    """Pixels ``[H, W]`` with a neighbour, above, below, left or right, of another label. The image's
-    frame is no boundary."""
+    """Pixels ``[H, W]`` with a neighbour, above, below, left or right, of another label; the
+    image's frame is no boundary."""
     found = np.zeros(labels.shape, bool)
     for axis in (0, 1):
         changes = np.diff(labels, axis=axis) != 0

@@ -22,7 +22,8 @@ def halves(column: int) -> np.ndarray:
 
 def test_the_boundary_of_two_halves():
     found = boundary(halves(80))
-    assert found[:, 79:81].all() and found.sum() == 2 * SHAPE[0]  # not the frame
+    assert found[:, 79:81].all()
+    assert found.sum() == 2 * SHAPE[0], "the frame is none"
 
 
 @pytest.mark.parametrize(("shift", "score"), [(0, 1.0), (1, 1.0), (-1, 1.0), (2, 0.0), (9, 0.0)])
