@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from nefkern.backends import check_environment
 from nefkern.naming.choices import FORMATS, parse_formats
 from nefkern.runtime.commandline import (
+    EDGES,
     add_crf_workers,
     add_device,
     add_run,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from nefkern.naming.names import Names
     from nefkern.naming.output import Confidence
+    from nefkern.segmentation.graph_edges import GraphRefiner
     from nefkern.segmentation.refinement import Job, Refiner
     from nefkern.segmentation.segmenter import Segmenter
     from nefkern.segmentation.windows import Replay
@@ -54,7 +56,7 @@ With --names, a file that says which class each cluster stands for (python -m ne
 one), it writes classes instead of clusters:
   NAME.overlay.png     in the classes' colours
   NAME.classes.png     pixel values are class indices, 255 where the cluster has no name
-  NAME.confidence.png  how probable the class is, 255 for certain (before a CRF's refinement)
+  NAME.confidence.png  how probable the class is, 255 for certain (as up-sampled, whatever --edges)
   classes.legend.png   the classes' colours and names
   classes.txt          their names; the line is the index, from 0
 and with --formats what annotation tools read, each connected region of a class an instance:
@@ -66,7 +68,8 @@ examples:
   python -m nefkern.segment runs/voc holiday/ --out segments         every image of a folder
   python -m nefkern.segment runs/voc holiday/ --out segments --recursive
                                      and of the folders inside; segments/ is laid out like holiday/
-  python -m nefkern.segment runs/voc photo.jpg --out segments --crf  edges as sharp as the image's
+  python -m nefkern.segment runs/voc photo.jpg --out segments --edges graph
+                                     edges where the image has them
   python -m nefkern.segment runs/voc map.tif --out segments --sliding
                                      small things in a large image, window by window
   python -m nefkern.segment runs/voc photo.jpg --out segments --classes 20
@@ -100,7 +103,14 @@ def parser() -> argparse.ArgumentParser:
         help="take the images in folders inside the given folders too",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
-    add("--crf", action="store_true", help="refine by a CRF (needs pydensecrf)")
+    add(
+        "--edges",
+        choices=EDGES,
+        help="what draws the edges of segments: bilinear up-sampling of patches; graph: a solve on "
+        "the image's pixels, which moves them to where colours change, in a fraction of a second; "
+        "crf: a fully connected CRF, ten times slower (needs pydensecrf) [bilinear]",
+    )
+    add("--crf", action="store_true", help="the same as --edges crf")
     add_crf_workers(result)
     add(
         "--sliding",
@@ -135,6 +145,10 @@ def parser() -> argparse.ArgumentParser:
 
 def check(arguments: argparse.Namespace) -> list[str]:
     """The formats asked for; a UserError that names the first option that cannot be used."""
+    if arguments.crf and arguments.edges not in (None, "crf"):
+        raise UserError(f"--edges {arguments.edges}: expected crf, or no --crf beside it")
+    arguments.edges = "crf" if arguments.crf else arguments.edges or "bilinear"
+    arguments.crf = arguments.edges == "crf"
     check_crf_workers(arguments)
     if arguments.min_area < 0:
         raise UserError(f"--min-area {arguments.min_area}: expected 0 or more pixels")
@@ -278,38 +292,19 @@ def segment(
     return sliding_clusters(replay or predict, *cut, batch_size=1, dtype=dtype).cpu()
 
 
-def occurring(clusters: Tensor) -> Tensor:
-    """The clusters that win a pixel, int64 and ascending: ``unique`` without sorting."""
-    import torch
-
-    counts = torch.zeros(0, dtype=torch.int64)
-    for part in clusters.flatten().split(1 << 22):
-        seen = part.bincount(minlength=len(counts)).cpu()
-        seen[: len(counts)] += counts
-        counts = seen
-    return counts.nonzero().flatten()
-
-
-def crf_job(
+def refinable(
     segmenter: Segmenter, file: Path, name: str, *, sliding: bool, names: Names | None
 ) -> Job:
-    """A file to refine: the clusters that win a pixel, and their probabilities."""
+    """A file whose edges are to be drawn."""
     from nefkern.naming.output import confidence
-    from nefkern.segmentation.refinement import Job
-    from nefkern.segmentation.windows import Replay, sliding_clusters, sliding_windows
+    from nefkern.segmentation.windows import Replay
 
     pixels = read(segmenter, file)
-    predict, _, window, stride = windows(segmenter, pixels, sliding=sliding)
+    predict, *cut = windows(segmenter, pixels, sliding=sliding)
     replay = Replay(predict)
-    clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
-    shown = occurring(clusters).to(clusters.device)
-    again = replay.select(shown)
-    logits = sliding_windows(again, pixels, window, stride, batch_size=1)
-    probabilities = segmenter.probabilities(logits)
-    measure = None
-    if names is not None:
-        measure = confidence(segmenter, replay, pixels, window, stride, names.class_of())
-    return Job(str(file), pixels, probabilities, shown, (file, name, pixels, measure))
+    measure = names and confidence(segmenter, replay, *cut, names.class_of())
+    context = file, name, pixels, measure
+    return segmenter.refinable(replay, *cut, name=str(file), context=context)
 
 
 def read(segmenter: Segmenter, file: Path) -> Tensor:
@@ -331,7 +326,7 @@ def segment_files(
     fail: Callable[[UserError], None],
     *,
     sliding: bool,
-    refiner: Refiner | None,
+    refiner: Refiner | GraphRefiner | None,
     names: Names | None = None,
 ) -> Iterator[Segmented]:
     """Segment files, each given with its output name; ``fail`` hears of those that cannot be."""
@@ -360,7 +355,7 @@ def segment_files(
     if refiner is None:
         yield from usable(plain)
         return
-    job = partial(crf_job, segmenter, sliding=sliding, names=names)
+    job = partial(refinable, segmenter, sliding=sliding, names=names)
     with refiner(usable(job)) as results:
         for clusters, (file, name, pixels, measure) in results:
             yield Segmented(file, name, pixels, clusters.cpu(), measure)
@@ -395,17 +390,27 @@ def run_names(file: Path, run: Path, num_clusters: int) -> Names:
     return names
 
 
+def refiner_of(arguments: argparse.Namespace) -> Refiner | GraphRefiner | None:
+    """What draws the edges; a UserError without the package that it needs."""
+    from nefkern.segmentation.graph_edges import GraphRefiner
+    from nefkern.segmentation.mean_field import require_pydensecrf
+    from nefkern.segmentation.refinement import Refiner
+
+    if arguments.edges == "graph":
+        return GraphRefiner()
+    if not arguments.crf:
+        return None
+    require_pydensecrf()
+    return Refiner(arguments.crf_workers)
+
+
 def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
     from nefkern.naming.output import NamedOutput
     from nefkern.runtime.progress import image_bar
-    from nefkern.segmentation.mean_field import require_pydensecrf
-    from nefkern.segmentation.refinement import Refiner
-    from nefkern.segmentation.segmenter import Segmenter
+    from nefkern.segmentation.segmenter import Segmenter, occurring
 
-    if arguments.crf:
-        require_pydensecrf()
-    refiner = Refiner(arguments.crf_workers) if arguments.crf else None
+    refiner = refiner_of(arguments)
     files, folders = zip(*_found(arguments.images, recursive=arguments.recursive), strict=True)
     segmenter = Segmenter.load(arguments.run, arguments.device, flip=arguments.flip)
     segmenter.require_clusters()
@@ -441,11 +446,11 @@ def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int,
     if output:
         output.finish()
     if refiner and refiner.inferences:
-        log.info(
-            "CRF: %.2f s an image; worker processes: %d",
-            refiner.seconds / refiner.inferences,
-            refiner.workers,
-        )
+        each = refiner.seconds / refiner.inferences
+        if arguments.crf:
+            log.info("CRF: %.2f s an image; worker processes: %d", each, refiner.workers)
+        else:
+            log.info("edges on the pixel graph: %.2f s an image", each)
     return len(files) - len(failures), len(failures)
 
 

@@ -929,7 +929,7 @@ def failure(capsys, *arguments: object) -> str:
         (["--protocol", "tiles"], "invalid choice: 'tiles'"),
         (["--crf", "--crf-workers", "-1"], "--crf-workers -1: expected 0 to 256"),
         (["--crf", "--crf-workers", "999"], "--crf-workers 999: expected 0 to 256"),
-        (["--crf-workers", "2"], "--crf-workers 2: expected --crf beside it"),
+        (["--crf-workers", "2"], "--crf-workers 2: expected --crf, or --edges crf, beside it"),
     ],
 )
 def test_mistaken_options_are_one_line(run, folder, capsys, options, message):

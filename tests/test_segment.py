@@ -14,8 +14,8 @@ from PIL import Image
 
 from nefkern.data import read_image
 from nefkern.runtime.errors import UserError
-from nefkern.segment import image_files, main, occurring, output_names, parser
-from nefkern.segmentation.segmenter import Segmenter
+from nefkern.segment import image_files, main, output_names, parser
+from nefkern.segmentation.segmenter import Segmenter, occurring
 from nefkern.segmentation.windows import window_starts
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import Run
@@ -113,7 +113,7 @@ def test_crf_in_worker_processes_gives_the_same_files(run, pictures, tmp_path, c
 def test_crf_workers_without_a_crf(run, pictures, tmp_path, capsys):
     options = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--crf-workers", "1"]
     assert main(options) == 2
-    assert "--crf-workers 1: expected --crf beside it" in capsys.readouterr().err
+    assert "--crf-workers 1: expected --crf, or --edges crf, beside it" in capsys.readouterr().err
 
 
 def test_flip_makes_a_mirrored_image_the_mirrored_segments(run, photograph, tmp_path):
