@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -284,7 +285,7 @@ def _even(array: np.ndarray) -> np.ndarray:
 def _join(parts: list[Path], target: Path) -> None:
     import av
 
-    with av.open(str(target), "w") as output:
+    with av.open(str(target), "w", options={"fflags": "bitexact"}) as output:  # nor random names
         stream = None
         for part in parts:
             with av.open(str(part)) as source:
@@ -300,16 +301,16 @@ def _join(parts: list[Path], target: Path) -> None:
 def segment_clip(
     clip: Clip,
     output: Output,
-    paint: Callable[[Tensor], Painted],
+    paint: Callable[[Iterable[Frame]], Iterator[tuple[Frame, Painted]]],
     made_of: dict[str, Any],
     shown: Callable[[int], object] = lambda frames: None,
 ) -> int:
-    """Segment a video, frame by frame; a run that was killed goes on from its last whole part.
+    """Segment a video; a run that was killed goes on from its last whole part.
 
     Args:
         clip: what to read.
         output: where to write.
-        paint: from a frame's pixels, uint8 ``[3, H, W]``.
+        paint: frames to what becomes of them, in order; it may look a few ahead.
         made_of: see :meth:`Output.begin`.
         shown: called with the number of frames that are done.
 
@@ -319,26 +320,23 @@ def segment_clip(
     Raises:
         UserError: the video cannot be read, or its frames change their size.
     """
-    done = output.begin(made_of)
-    shown(done)
-    frames = _of_one_size(clip.read(done), clip.path)
-    number, total = done // PART, done
+    total = output.begin(made_of)
+    shown(total)
+    parts = total // PART
+    with contextlib.closing(paint(_of_one_size(clip.read(total), clip.path))) as painted:
 
-    def painted(first: Frame) -> Iterator[tuple[Frame, Painted]]:
-        nonlocal total
-        frame: Frame | None = first
-        for place in range(PART):
-            if frame is None:
-                return
-            yield frame, paint(frame.pixels)
-            total += 1
-            shown(total)
-            frame = next(frames, None) if place < PART - 1 else None
+        def counted(frames: Iterable[tuple[Frame, Painted]]) -> Iterator[tuple[Frame, Painted]]:
+            nonlocal total
+            for one in frames:
+                yield one
+                total += 1
+                shown(total)
 
-    while (first := next(frames, None)) is not None:
-        output.write_part(number, painted(first))
-        number += 1
-    output.finish(number)
+        while (first := next(painted, None)) is not None:
+            rest = itertools.islice(painted, PART - 1)
+            output.write_part(parts, counted(itertools.chain((first,), rest)))
+            parts += 1
+    output.finish(parts)
     return total
 
 
