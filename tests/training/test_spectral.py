@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nefkern import eigenmaps, evaluate, segment, spectrum, summarize, train
+from nefkern import eigenmaps, evaluate, segment, spectrum, summarize, train, vote
 from nefkern.images.graph import pixel_graph
 from nefkern.ops import add
 from nefkern.reference.knn import unit_rows
@@ -329,7 +329,8 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     assert "Objective" not in page
     assert len(list((run / "overlays").glob("*.png"))) == 2
     methods = "ours,ours*,kmeans,kmeans-concat,deep-spectral,linear-probe"
-    assert evaluate.main([str(run), "--methods", methods, "--size", "64", "--crf"]) == 0
+    asked = ["--methods", methods, "--size", "64", "--edges", "graph,crf", "--boundary"]
+    assert evaluate.main([str(run), *asked]) == 0
     scores = json.loads(next(run.glob("evaluation-*.json")).read_text())["methods"]
     assert "K-means on the data set's eigenvectors" in scores["ours"]["title"]
     assert scores["ours"]["stages"] == scores["ours*"]["stages"]
@@ -339,6 +340,13 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     photo = str(annotated / "images" / "val" / "1.png")
     assert segment.main([str(run), photo, "--out", str(tmp_path / "s"), "--crf", "--flip"]) == 0
     assert np.array(Image.open(tmp_path / "s" / "1.clusters.png")).max() < K
+    graph = [str(run), photo, "--out", str(tmp_path / "g"), "--edges", "graph"]
+    assert segment.main(graph) == 0
+    assert np.array(Image.open(tmp_path / "g" / "1.clusters.png")).max() < K
+    drawn = [str(run), "--pictures", "1,2", "--draws", "3", "--json", str(tmp_path / "vote.json")]
+    assert vote.main(drawn) == 0
+    voted = json.loads((tmp_path / "vote.json").read_text())
+    assert [len(row["draws"]) for row in voted] == [3, 3, 1, 1, 1]
     assert spectrum.main([str(run), "--images", "6", "--score"]) == 0
     found = json.loads((run / "spectrum.json").read_text())
     assert list(found["functions"]) == ["data set's eigenvectors", "their clusters"]
