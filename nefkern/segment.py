@@ -304,7 +304,8 @@ def refinable(
     replay = Replay(predict)
     measure = names and confidence(segmenter, replay, *cut, names.class_of())
     context = file, name, pixels, measure
-    return segmenter.refinable(replay, *cut, name=str(file), context=context)
+    scale = 1.0 if sliding else segmenter.training_scale(pixels)
+    return segmenter.refinable(replay, *cut, scale, name=str(file), context=context)
 
 
 def read(segmenter: Segmenter, file: Path) -> Tensor:
