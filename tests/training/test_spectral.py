@@ -141,6 +141,36 @@ def test_maps_side_by_side_have_the_same_weight():
     assert torch.allclose(variances, torch.tensor([2.0] * 2 + [2 / 3] * 6), atol=1e-4)
 
 
+def test_the_temperature_foretells_the_clusters_of_neighbours(spectral, images):
+    """Kept with the run, computed for one from before; the argmax is the same at any."""
+    run = Run(computed(spectral()))
+    segmenter = Segmenter.load(run.folder, "cpu")
+    model = segmenter.head.model
+    kept = model.temperature
+    assert run.metrics()[2]["temperature"] == pytest.approx(kept, rel=0.01)
+    assert segmenter.clusterer.temperature == kept != pytest.approx(model.kmeans.variance, rel=0.1)
+
+    near = model.embedding.neighbours(model.embedding.rows)
+    others = near.indices != torch.arange(160)[:, None]
+    weights = near.similarities * others
+    rows = model.cluster_rows(model.embedding.vectors)
+    clusters = model.kmeans.predict(rows)[near.indices.long()]
+
+    def likelihood(temperature):
+        shares = (model.kmeans.logits(rows) / temperature).log_softmax(1).gather(1, clusters)
+        return float((weights / weights.sum(1, keepdim=True) * shares).sum())
+
+    assert likelihood(kept) > max(likelihood(0.9 * kept), likelihood(1.1 * kept))
+
+    tensors, _ = run.load()
+    del tensors["temperature"]
+    run.save_stage(tensors, STAGES[-1], len(STAGES))
+    older = Segmenter.load(run.folder, "cpu")
+    assert older.clusterer.temperature == pytest.approx(kept)
+    logits = older.logits(images[0])
+    assert torch.equal(older.probabilities(logits).argmax(0), logits.argmax(0))
+
+
 def test_clusters_of_the_eigenvectors_alone(spectral, images):
     segmenter = Segmenter.load(computed(spectral(cluster_on="vectors")), "cpu")
     maps = segmenter.maps(images)
