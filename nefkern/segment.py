@@ -278,7 +278,8 @@ def refinable(segmenter: Segmenter, picture: Picture, *, sliding: bool, names: N
     replay = Replay(predict)
     measure = names and confidence(segmenter, replay, *cut, names.class_of())
     context = picture.file, picture.name, pixels, measure
-    return segmenter.refinable(replay, *cut, name=str(picture.file), context=context)
+    scale = 1.0 if sliding else segmenter.training_scale(pixels)
+    return segmenter.refinable(replay, *cut, scale, name=str(picture.file), context=context)
 
 
 def read(segmenter: Segmenter, file: Path) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -348,7 +349,8 @@ class Comparison:
                 batch_size=w.batch_size,
             )
             probabilities = self.clusterers[name].probabilities(logits)
-            yield Job(sample.name, sample.image, probabilities, shown, (sample, name))
+            patch = math.prod(self.patch) ** 0.5 * min(sample.image.shape[1:]) / min(seen.shape[1:])
+            yield Job(sample.name, sample.image, probabilities, shown, (sample, name), patch)
 
     def _class_jobs(
         self, sample: Sample, assignments: dict[str, dict[str, Tensor]], num_classes: int

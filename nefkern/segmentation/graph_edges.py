@@ -1,20 +1,22 @@
-"""Edges of segments by a sparse solve on the image's pixel graph: no CRF, and a tenth of its time.
+"""Edges of segments by a sparse solve on the image's pixel graph: no CRF, in a tenth of its time.
 
-Probabilities come from patches, a dozen pixels wide. On the graph W whose nodes are the pixels and
-whose weights tell how alike two near ones look, the solution of
+Probabilities come from patches, a dozen pixels wide. On the graph W whose weights tell how alike
+two near pixels look, the solution of
 
     (C + λ (I − P)) u = C p,        P = D⁻¹ W
 
-is as smooth as W is and, where C is large, near to the patches' probabilities p: each pixel asks
-those that a random walk over like pixels leads to (Zhou et al., *Learning with local and global
-consistency*, NeurIPS 2003; Grady, *Random walks for image segmentation*, PAMI 2006, with the
-patches as soft seeds). C is how decided a pixel is: between two patches nothing is known, and
-there the edge moves to where colours change.
+is near to the patches' probabilities p and as smooth as W is: each pixel asks those that a random
+walk over like pixels leads to (Zhou et al., *Learning with local and global consistency*, NeurIPS
+2003; Grady, *Random walks for image segmentation*, PAMI 2006, with patches as soft seeds). C, how
+far the first cluster leads the second, is what the walk trusts: between two patches nothing is
+known, and there edges move to where colours change.
 
-Solved by a few steps of Chebyshev's semi-iterative method (Golub and Varga, 1961), whose products
-are :func:`nefkern.ops.spmm`: the steps and their coefficients are always the same, so that the
-result is deterministic, differentiable in probabilities and image, and each pixel's depends only on
-pixels within reach of the steps. Large images are therefore solved in bands, to the same result.
+It is solved by steps of the Chebyshev semi-iterative method (Golub and Varga 1961), whose products
+are :func:`nefkern.ops.spmm`. Steps and coefficients are always the same: the result is
+deterministic, differentiable in probabilities and image, and a pixel's depends on those within
+reach alone. Where a patch spans many pixels, the nodes are cells of a few; between cells of
+different segments a pixel goes with those that it looks like (Kopf et al., *Joint bilateral
+upsampling*, SIGGRAPH 2007).
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ from torch import Tensor
 from nefkern.ops import CSRGraph, spmm
 from nefkern.segmentation.refinement import Job, Refined
 
-#: Pixels that are solved at once: their graph takes some 300 bytes each.
-_MOST_PIXELS = 1 << 20
+#: Nodes that are solved at once: their graph takes some 300 bytes each.
+_MOST_NODES = 1 << 20
+
+#: The least weight of an edge: in a grain of its own colour a pixel would be alone.
+_LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -40,41 +45,51 @@ class GraphEdges:
     """Parameters of the pixel graph and of the solve.
 
     Attributes:
-        distances: neighbours lie in eight directions at these distances, in pixels.
-        colour: standard deviation of the weight's Gaussian of two pixels' difference in colour,
+        distances: neighbours lie in eight directions at these distances, in nodes.
+        colour: standard deviation of the weight's Gaussian of two nodes' difference in colour,
             channels in [0, 1].
         smoothness: λ.
-        least: C of a pixel whose first two clusters are equally probable; of a decided one it is 1.
+        least: C where the first two clusters are equally probable; where one is certain it is 1.
         steps: of the iteration.
+        cells: nodes along a patch's side, at least.
     """
 
-    distances: tuple[int, ...] = (1, 2, 4, 8)
-    colour: float = 0.05
+    distances: tuple[int, ...] = (1, 2, 4)
+    colour: float = 0.03
     smoothness: float = 20.0
-    least: float = 0.05
+    least: float = 0.3
     steps: int = 10
+    cells: int = 7
 
     @property
     def reach(self) -> int:
-        """Pixels, along an axis, that a step takes anything from."""
+        """Nodes, along an axis, that a step takes anything from."""
         return max(self.distances)
+
+    def pixels(self, patch: float) -> int:
+        """Pixels along a node's side, where a patch's has ``patch`` of them."""
+        return max(1, int(patch / self.cells))
 
 
 DEFAULT = GraphEdges()
-"""Chosen on training images of the two small sets; docs/quality.md."""
+"""Chosen on images of the two small sets of docs/quality.md, by boundary F-score and mean IoU."""
 
 
-def graph_edges(image: Tensor, probabilities: Tensor, parameters: GraphEdges = DEFAULT) -> Tensor:
+def graph_edges(
+    image: Tensor, probabilities: Tensor, patch: float = 1.0, parameters: GraphEdges = DEFAULT
+) -> Tensor:
     """Probabilities drawn to the edges of one image.
 
     Args:
         image: ``[3, H, W]`` RGB, uint8, or floating point in [0, 1].
         probabilities: floating point ``[K, H, W]``, K ≥ 1, sums to 1 over K. Time and memory grow
             with K: give the clusters that win a pixel.
+        patch: side in pixels of what the probabilities were interpolated between; nodes are of as
+            many pixels as leave ``parameters.cells`` along it.
 
     Returns:
-        float32 ``[K, H, W]`` on the device of ``probabilities``; sums to 1 over K up to rounding.
-        Between 0 and 1 but for what the iteration leaves, about a hundredth.
+        float32 ``[K, H, W]`` on the device of ``probabilities``; sums to 1 over K up to rounding,
+        and lies in [0, 1] up to what the iteration leaves, a few thousandths on photographs.
 
     Raises:
         ValueError: wrong dtype or shape, or a probability that is NaN.
@@ -83,12 +98,13 @@ def graph_edges(image: Tensor, probabilities: Tensor, parameters: GraphEdges = D
     p = probabilities.float()
     if len(p) == 1:
         return p
-    bands = list(_bands(*image.shape[1:], parameters))
-    parts = [
-        _solved(image[:, low:high], p[:, low:high], parameters)[:, first - low : last - low]
-        for first, last, low, high in bands
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    side = parameters.pixels(patch)
+    if side == 1:
+        return _banded(image, p, parameters)
+    size = [-(-length // side) for length in image.shape[1:]]
+    nodes = F.interpolate(image[None], size, mode="area")[0]
+    coarse = F.interpolate(p[None], size, mode="bilinear")[0]
+    return _upsampled(_banded(nodes, coarse, parameters), nodes, image, parameters.colour)
 
 
 class GraphRefiner:
@@ -107,10 +123,11 @@ class GraphRefiner:
     def refine(self, job: Job) -> Tensor:
         """The best of the job's labels at every pixel, int64 ``[H, W]``; of equals the first."""
         started = time.perf_counter()
-        best = graph_edges(job.image, job.probabilities, self.parameters).argmax(0)
+        found = graph_edges(job.image, job.probabilities, job.patch, self.parameters)
+        labels = job.labels[found.argmax(0).to(job.labels.device)]
         self.inferences += 1
         self.seconds += time.perf_counter() - started
-        return job.labels[best.to(job.labels.device)]
+        return labels
 
     @contextlib.contextmanager
     def __call__(self, jobs: Iterable[Job]) -> Iterator[Iterator[Refined]]:
@@ -134,29 +151,57 @@ def _checked(image: Tensor, probabilities: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
+# ---- the solve ----
+
+
+def _banded(image: Tensor, p: Tensor, parameters: GraphEdges) -> Tensor:
+    """The solution; of large images band by band, which changes nothing: none reaches farther."""
+    parts = [
+        solved(image[:, low:high], p[:, low:high], parameters)[:, first - low : last - low]
+        for first, last, low, high in _bands(*image.shape[1:], parameters)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def _bands(height: int, width: int, p: GraphEdges) -> Iterator[tuple[int, int, int, int]]:
     """Rows that are solved together: first and last of the result, low and high of what they look
     at, half-open."""
-    halo = p.reach * (p.steps + 1)  # a step takes from neighbours, a weight from their degrees
-    rows = height if height * width <= _MOST_PIXELS else max(halo, _MOST_PIXELS // width)
+    halo = p.reach * (p.steps + 1)  # a step takes from neighbours, and these have their own degrees
+    rows = height if height * width <= _MOST_NODES else max(halo, _MOST_NODES // width)
     for first in range(0, height, rows):
         last = min(first + rows, height)
         yield first, last, max(0, first - halo), min(height, last + halo)
 
 
-def _solved(image: Tensor, p: Tensor, parameters: GraphEdges) -> Tensor:
-    frame = [parameters.reach] * 4
+def solved(image: Tensor, p: Tensor, parameters: GraphEdges = DEFAULT) -> Tensor:
+    """About u of an image, float ``[3, H, W]``, whose pixels are the nodes, and p ``[K, H, W]``,
+    K ≥ 2.
+
+    u is the fixed point of u = M u + b with M = λ (C + λ)⁻¹ P and b = C (C + λ)⁻¹ p. M is similar
+    to a symmetric matrix and has no eigenvalue beyond ρ = λ / (min C + λ), so that
+
+        u₊ = u₋ + ω (M u + b − u₋),    ω₁ = 1, ω₂ = 2 / (2 − ρ²), ω₊ = 4 / (4 − ρ² ω)
+
+    is the best for all such M that so many products can do.
+    """
+    frame, smooth = [parameters.reach] * 4, parameters.smoothness
     first, second = p.topk(2, dim=0).values
-    weight = parameters.least + (1 - parameters.least) * (first - second)
-    rows = F.pad(p, frame).flatten(1).T.contiguous()
-    weight = F.pad(weight, frame, value=1.0).flatten()[:, None]
-    found = chebyshev(random_walk(image, parameters), rows, weight, parameters)
+    trust = parameters.least + (1 - parameters.least) * (first - second)
+    moved = smooth / (trust + smooth)
+    walk = random_walk(image, parameters, moved)
+    rho = smooth / (parameters.least + smooth)
+    given = F.pad(p, frame).flatten(1).T.contiguous()
+    fixed = F.pad(1 - moved, frame).flatten()[:, None] * given
+    before, found, omega = given, spmm(walk, given) + fixed, 1.0
+    for step in range(1, parameters.steps):
+        omega = 2 / (2 - rho**2) if step == 1 else 4 / (4 - rho**2 * omega)
+        before, found = found, torch.lerp(before, spmm(walk, found).add_(fixed), omega)
     found = found.T.unflatten(1, (image.shape[1] + 2 * frame[0], -1))
     return found[:, frame[0] : -frame[0], frame[0] : -frame[0]]
 
 
-def random_walk(image: Tensor, p: GraphEdges = DEFAULT) -> CSRGraph:
-    """P = D⁻¹ W of an image, float ``[3, H, W]``.
+def random_walk(image: Tensor, p: GraphEdges = DEFAULT, scale: Tensor | None = None) -> CSRGraph:
+    """P = D⁻¹ W of an image, float ``[3, H, W]``; with a scale ``[H, W]``, its rows times that.
 
     Returns:
         A graph whose nodes are the pixels within a frame of ``p.reach`` further ones,
@@ -175,12 +220,9 @@ def random_walk(image: Tensor, p: GraphEdges = DEFAULT) -> CSRGraph:
             alike = _alike(image[(slice(None), *here)], image[(slice(None), *there)], p.colour)
             weights[(*here, every.index((y, x)))] = alike
             weights[(*there, every.index((-y, -x)))] = alike
-    values = weights / weights.sum(-1, keepdim=True).clamp_min(_LEAST)
+    total = weights.sum(-1).clamp_min(_LEAST)
+    values = weights * (1 / total if scale is None else scale / total)[..., None]
     return _framed(values, every, p.reach)
-
-
-#: The least weight of an edge: in a grain of its own colour a pixel would be alone.
-_LEAST = 1e-4
 
 
 def _alike(first: Tensor, second: Tensor, deviation: float) -> Tensor:
@@ -200,24 +242,34 @@ def _framed(values: Tensor, steps: list[tuple[int, int]], frame: int) -> CSRGrap
     return CSRGraph(offsets, columns.flatten(), values.flatten(), len(inside))
 
 
-def chebyshev(walk: CSRGraph, given: Tensor, weight: Tensor, p: GraphEdges) -> Tensor:
-    """About the solution u ``[N, K]`` of (C + λ (I − P)) u = C p.
+# ---- from nodes to pixels ----
 
-    Args:
-        walk: P, whose eigenvalues lie in [-1, 1].
-        given: p ``[N, K]``, the first guess too.
-        weight: the diagonal of C ``[N, 1]``, from ``p.least`` to 1.
-    """
-    low, high = p.least, 1 + 2 * p.smoothness
-    middle, half = (high + low) / 2, (high - low) / 2
-    diagonal = weight + p.smoothness
-    found = given
-    residual = p.smoothness * (spmm(walk, given) - given)  # C p − (C + λ − λP) p
-    change, ratio = residual / middle, half / middle
-    for _ in range(p.steps - 1):
-        found = found + change
-        residual = residual - diagonal * change + p.smoothness * spmm(walk, change)
-        after = 1 / (2 * middle / half - ratio)
-        change = after * ratio * change + (2 * after / half) * residual
-        ratio = after
-    return found + change
+
+def _upsampled(u: Tensor, nodes: Tensor, image: Tensor, deviation: float) -> Tensor:
+    """``[K, h, w]`` to the pixels: bilinear, and where the nodes about a pixel are of different
+    segments, each counts as it looks like the pixel, too."""
+    height, width = image.shape[1:]
+    found = F.interpolate(u[None], (height, width), mode="bilinear")[0]
+    best = u.detach().argmax(0)
+    corners = [*_corners(height, u.shape[1], u.device), *_corners(width, u.shape[2], u.device)]
+    top, bottom, down, left, right, across = corners
+    places = [(r, c) for r in (top, bottom) for c in (left, right)]
+    labels = [best[r[:, None], c] for r, c in places]
+    rows, cols = torch.stack([label != labels[0] for label in labels]).any(0).nonzero().unbind(1)
+    shares = [a * b for a in (1 - down[rows], down[rows]) for b in (1 - across[cols], across[cols])]
+    pixels, total, weights = image[:, rows, cols], 0, 0
+    for (r, c), share in zip(places, shares, strict=True):
+        at = r[rows], c[cols]
+        weight = (share + _LEAST) * _alike(pixels, nodes[:, at[0], at[1]], deviation)
+        total, weights = total + weight * u[:, at[0], at[1]], weights + weight
+    found = found.clone() if found.requires_grad else found
+    found[:, rows, cols] = total / weights
+    return found
+
+
+def _corners(length: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every pixel of an axis, the nodes before and after it, and how far it is between them."""
+    position = (torch.arange(length, device=device) + 0.5) * (count / length) - 0.5
+    position = position.clamp(0, count - 1)
+    before = position.long()
+    return before, (before + 1).clamp(max=count - 1), position - before

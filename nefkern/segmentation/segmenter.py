@@ -359,11 +359,20 @@ class Segmenter:
         if edges == "bilinear":
             return sliding_clusters(predict, *cut, batch_size=1).cpu()
         refiner = GraphRefiner() if edges == "graph" else Refiner()
-        with refiner([self.refinable(Replay(predict), *cut, name=str(name))]) as results:
+        job = self.refinable(Replay(predict), *cut, self.training_scale(pixels), name=str(name))
+        with refiner([job]) as results:
             return next(iter(results)).labels.cpu()
 
     def refinable(
-        self, replay: Replay, pixels: Tensor, window: int, stride: int, *, name: str, context=None
+        self,
+        replay: Replay,
+        pixels: Tensor,
+        window: int,
+        stride: int,
+        scale: float = 1.0,
+        *,
+        name: str,
+        context: object = None,
     ) -> Job:
         """What has to be known to draw an image's edges: the clusters that win a pixel, and their
         probabilities.
@@ -371,13 +380,15 @@ class Segmenter:
         Args:
             replay: of the predictor; it keeps what that says.
             pixels, window, stride: as :mod:`nefkern.segmentation.windows` takes them.
+            scale: by how much the predictor enlarges pixels.
             name, context: of the job.
         """
         clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
         shown = occurring(clusters).to(clusters.device)
         logits = sliding_windows(replay.select(shown), pixels, window, stride, batch_size=1)
         whole = pixels if pixels.dtype == torch.uint8 else (255 * pixels).round().byte()
-        return Job(name, whole, self.probabilities(logits), shown, context)
+        patch = self.patch / scale
+        return Job(name, whole, self.probabilities(logits), shown, context, patch)
 
     def check_size(self, pixels: Tensor, name: object = "image") -> None:
         """Raise a UserError that names the image if it is smaller than a patch."""
