@@ -346,10 +346,11 @@ def merged(segmented: Segmented, groups: Tensor) -> Segmented:
 
 def write(segmented: Segmented, num_clusters: int, folder: Path, made_of: str) -> None:
     """Write both pictures of a file."""
+    from nefkern.runtime.files import make_folder
     from nefkern.segmentation.listing import CLUSTERS, OVERLAY
     from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
 
-    (folder / segmented.name).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, (folder / segmented.name).parent)
     sheet = overlay(segmented.pixels, segmented.clusters, colours=palette(num_clusters))
     write_png(sheet, folder / f"{segmented.name}{OVERLAY}")
     indices = index_image(segmented.clusters, num_clusters)
@@ -485,12 +486,13 @@ class Work:
         Raises:
             UserError: it cannot be.
         """
+        from nefkern.runtime.files import make_folder
         from nefkern.runtime.progress import frame_bar
         from nefkern.segmentation.video import Clip, Output, require_av, segment_clip
 
         require_av()
         clip = Clip.open(file)
-        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, (self.folder / name).parent)
         kind = "clusters" if self.names is None else "classes"
         output = Output(
             self.folder / f"{name}.overlay.mp4",

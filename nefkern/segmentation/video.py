@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nefkern.runtime.errors import UserError, first_line
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import make_folder, replace_file
 from nefkern.segmentation.pictures import boundaries, colorize
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Output:
         wanted = json.dumps(made_of, sort_keys=True)
         if not key.is_file() or key.read_text("utf-8", errors="replace") != wanted:
             shutil.rmtree(self.parts, ignore_errors=True)
-            self.parts.mkdir(parents=True)
+            make_folder(self.overlay.parent, self.parts)
             replace_file(key, wanted)
         done = 0
         while all(path.is_file() for path in self._pair(done)):
