@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.utils.tensorboard
 from PIL import Image
 
+# What training imports late, imported once, before processes are forked.
 from nefkern import train
 from nefkern.training.runs import CHECKPOINT, CLUSTERS, CONFIG, Run
 from tests.faults.processes import Ended, Forked
