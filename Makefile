@@ -33,7 +33,7 @@ test: $(VENV)/setup.stamp
 
 # Faults, fuzz, thread orders, interpreters: what proves, and takes longer than one waits.
 test-all: test
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist load --long -m long
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --long -m long
 
 $(VENV)/bench.stamp: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"
