@@ -64,7 +64,8 @@ class SpectralTrainer:
     """
 
     #: What asks for the data set's graph, and for how many neighbours: for the text of errors.
-    flag, k_flag, way_out = "--method spectral", "--k", "take --method neural"
+    flag, k_flag = "--method spectral", "--k"
+    way_out = "join fewer --graph-images, or take --method neural"
 
     def __init__(self, options: TrainOptions, run: Run, parts: Parts | None = None) -> None:
         if distributed.ranks() > 1:
@@ -354,12 +355,14 @@ class SpectralTrainer:
             kmeans.fit(model.cluster_rows(model.embedding.vectors), on_iteration=show)
         patches = len(model.embedding.vectors)
         kept = self.options.kept(patches)
-        model.embedding = landmarks(model.embedding, kept, self.options.seed)
         model.kmeans = kmeans
+        model = model.calibrated()
+        model.embedding = landmarks(model.embedding, kept, self.options.seed)
         return model.state(), {
             "clusters": kmeans.num_clusters,
             "iterations": kmeans.iterations,
             "inertia": round(kmeans.inertia, 3),
+            "temperature": float(f"{model.temperature:.3g}"),
             "kept": len(model.embedding.vectors),
         }
 
