@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from nefkern.images.features import Features
 from nefkern.images.graph import pixel_graph
 from nefkern.reference.knn import unit_rows
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.states import BOOL, FLOATS, INTEGERS, check_state
 from nefkern.spectral.embedding import Embedding
 from nefkern.spectral.kmeans import KMeans
 from nefkern.spectral.temperature import fitted_temperature
@@ -27,6 +29,31 @@ _NEIGHBOURS, _EVERY, _SPANNED, _TEMPERATURE = "neighbours", "every", "spanned", 
 
 #: Rows whose neighbours a temperature is fitted to.
 _CALIBRATED = 2048
+
+#: What the parts of a state have in common.
+_STATE = {
+    _NEIGHBOURS: (INTEGERS, ""),
+    f"[{_EVERY}]": (BOOL, ""),
+    f"{_EMBEDDING}vectors": (FLOATS, "N m"),
+    f"{_EMBEDDING}rows": (FLOATS, "N C"),
+    f"[{_SCALE}mean]": (FLOATS, "C"),
+    f"[{_SCALE}std]": (FLOATS, "C"),
+    f"[{_SPANNED}]": (FLOATS, "m C"),
+    f"[{_CLUSTERS}centers]": (FLOATS, "K D"),
+    f"[{_TEMPERATURE}]": (FLOATS, ""),
+}
+
+
+def _check(state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the parts of a state fit each other."""
+    sizes = check_state(state, _STATE)
+    if int(state[_NEIGHBOURS]) < 1:
+        raise ValueError(f"{_NEIGHBOURS}: expected at least 1, got {int(state[_NEIGHBOURS])}")
+    if _TEMPERATURE in state and not 0 < float(state[_TEMPERATURE]) < math.inf:
+        raise ValueError(f"{_TEMPERATURE}: expected above 0, got {float(state[_TEMPERATURE])}")
+    width = sizes["m"] + (sizes["C"] if _SPANNED in state else 0)
+    if sizes.get("D", width) != width:
+        raise ValueError(f"{_CLUSTERS}centers: expected {width} columns, got {sizes['D']}")
 
 
 @dataclass
@@ -210,6 +237,7 @@ class SpectralModel:
             UserError: not such a state.
         """
         try:
+            _check(state)
             embedding, scale, clusters = (
                 {n.removeprefix(head): t for n, t in state.items() if n.startswith(head)}
                 for head in (_EMBEDDING, _SCALE, _CLUSTERS)
