@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +48,7 @@ def _check(state: dict[str, Tensor]) -> None:
     sizes = check_state(state, _STATE)
     if int(state[_NEIGHBOURS]) < 1:
         raise ValueError(f"{_NEIGHBOURS}: expected at least 1, got {int(state[_NEIGHBOURS])}")
-    if _TEMPERATURE in state and not 0 < float(state[_TEMPERATURE]) < math.inf:
+    if _TEMPERATURE in state and float(state[_TEMPERATURE]) <= 0:
         raise ValueError(f"{_TEMPERATURE}: expected above 0, got {float(state[_TEMPERATURE])}")
     width = sizes["m"] + (sizes["C"] if _SPANNED in state else 0)
     if sizes.get("D", width) != width:
