@@ -14,7 +14,8 @@ from PIL import Image
 
 from nefkern.data import read_image
 from nefkern.runtime.errors import UserError
-from nefkern.segment import image_files, main, output_names, parser
+from nefkern.segment import main, parser
+from nefkern.segmentation.listing import image_files, output_names
 from nefkern.segmentation.segmenter import Segmenter, occurring
 from nefkern.segmentation.windows import window_starts
 from nefkern.training.options import TrainOptions
