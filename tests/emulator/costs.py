@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.emulator import emulated
+from tests.emulator import emulated, graphs
+from tests.emulator.graphs import Lists
 
 #: Instructions of x86 that a GPU has none for, or that are counted elsewhere (memory, calls).
 NOT_ISSUED = re.compile(r"(c?mov|push|pop|call|ret|nop|endbr|leave|cdq|cqo|xchg|data16|cs$|hlt)")
@@ -44,6 +45,7 @@ class Cost:
 
     shared_wavefronts: float
     shuffles: float
+    lines: float
     sectors_read: float
     sectors_once: float
     sectors_written: float
@@ -54,6 +56,11 @@ class Cost:
     def shared(self) -> float:
         """Clocks of a multiprocessor's shared memory: wavefronts and shuffles take one each."""
         return self.shared_wavefronts + self.shuffles
+
+    @property
+    def first_level(self) -> float:
+        """The same of the unit that shared memory and the first-level cache are."""
+        return self.shared + self.lines
 
     @property
     def cached(self) -> tuple[float, float]:
@@ -70,14 +77,15 @@ class Case:
 
     program: str
     case: str
-    rows: int
+    rows: int | Callable[[], int]
     make: Callable[[], tuple[Mapping[str, np.ndarray], Mapping[str, float]]]
 
     def run(self) -> dict[str, Cost]:
         """Costs by kernel."""
         inputs, numbers = self.make()
         found = counted(self.program, self.case, inputs, numbers)
-        return {name: cost_of(counts, self.rows) for name, counts in found.items()}
+        rows = self.rows if isinstance(self.rows, int) else self.rows()
+        return {name: cost_of(counts, rows) for name, counts in found.items()}
 
 
 def counted(
@@ -142,7 +150,9 @@ def block_weights(executable: Path) -> dict[int, int]:
     block, waiting, own = None, False, False
     for line in listing.splitlines():
         if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            own = "nefkern::cuda::" in head[1] and "launch" not in head[1].split("(")[0]
+            # Some names of templates objdump leaves as they are.
+            named = "nefkern::cuda::" in head[1] or "7nefkern4cuda" in head[1]
+            own = named and "launch" not in head[1].split("(")[0]
             block = None
             continue
         if not (found := re.match(r"\s*([0-9a-f]+):\t(.*)", line)):
@@ -194,6 +204,73 @@ def fused(channels: int) -> Case:
     return neighbours(8, 4096, channels, 256, method=2, metric=0, sample_share=4, chunk_rows=16384)
 
 
+def sparse(
+    lists: Callable[[], Lists], columns: int, *, dtype: str = "float32", rows: int = 128
+) -> Case:
+    """spmm of ``rows`` rows beside each other of such a graph, per entry."""
+    parts = functools.cache(lambda: graphs.some_rows(graphs.adjacency(lists()), rows))
+
+    def make():
+        offsets, nodes, values = parts()
+        n = len(offsets) - 1
+        x = np.ones((n, columns), np.float32 if dtype == "float32" else np.uint16)
+        inputs = {"row_offsets": offsets, "columns": nodes, "values": values, "x": x}
+        return inputs, {"n": n, "k": columns, "nnz": len(nodes), "stride": columns, "shift": 0}
+
+    return Case("spmm", dtype, lambda: len(parts()[1]), make)
+
+
+def assembled(lists: Callable[[], Lists], *, pixels: bool) -> Case:
+    """The lists of both graphs to kappa, or those of features to their graph; per listed
+    neighbour."""
+    made = functools.cache(lists)
+
+    def make():
+        found = made()
+        numbers = {"n": len(found.indices), "k": found.indices.shape[1], "clamp_min": 0}
+        inputs = {"indices": found.indices, "weights": found.weights}
+        if not pixels:
+            return inputs, numbers | {"take_union": 0}
+        near = found.pixels.shape[1]
+        return inputs | {"pixel_indices": found.pixels}, numbers | {
+            "near": near, "alpha": 0.3, "padded": 0,
+        }  # fmt: skip
+
+    def listed() -> int:
+        return made().indices.size + pixels * made().pixels.size
+
+    return Case("kappa" if pixels else "normalized_adjacency", "int32", listed, make)
+
+
+def summed(lists: Callable[[], Lists]) -> Case:
+    """The graph of the lists and that of their pixels, per entry of both."""
+    parts = functools.cache(lambda: _both_graphs(lists()))
+
+    def make():
+        inputs = {
+            f"{name}_{which}": array
+            for which, graph in zip("ab", parts(), strict=True)
+            for name, array in zip(("row_offsets", "columns", "values"), graph, strict=True)
+        }
+        nnz = {f"nnz_{which}": len(g[1]) for which, g in zip("ab", parts(), strict=True)}
+        return inputs, {"n": len(parts()[0][0]) - 1, "alpha": 0.3, **nnz}
+
+    return Case("add", "add", lambda: sum(len(g[1]) for g in parts()), make)
+
+
+def _both_graphs(lists: Lists) -> tuple:
+    none = lists.indices[:, :0]
+    return (
+        graphs.adjacency(Lists(lists.indices, lists.weights, none)),
+        graphs.adjacency(Lists(lists.pixels, lists.weights, none)),
+    )
+
+
+def photographs() -> Lists:
+    """Two of 30 x 30 patches; a row has half the paper's neighbours, of an eighth of its nodes."""
+    return graphs.photographs(2, 30, 128)
+
+
 #: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.
 CASES = {
     "knn pixels, k = 10": neighbours(8, 900, 5, 10),
@@ -205,6 +282,17 @@ CASES = {
     # At two widths of 384: products and re-rank grow evenly with channels.
     "knn fused, k = 256, 32 channels": fused(32),
     "knn fused, k = 256, 64 channels": fused(64),
+    # Per entry of the graph.
+    "spmm of photographs, float32": sparse(lambda: graphs.photographs(4, 30, 256), 256),
+    "spmm of photographs, bfloat16": sparse(
+        lambda: graphs.photographs(4, 30, 256), 256, dtype="bfloat16"
+    ),
+    "spmm of scattered clusters, float32": sparse(lambda: graphs.scattered(3600, 256), 256),
+    # Per listed neighbour.
+    "normalized_adjacency of photographs": assembled(photographs, pixels=False),
+    "kappa of photographs": assembled(photographs, pixels=True),
+    # Per entry of both graphs.
+    "add of photographs": summed(photographs),
 }
 
 
