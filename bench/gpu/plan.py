@@ -69,6 +69,7 @@ OPERATORS: dict[str, Sequence[str]] = {
     "normalized_adjacency union": ("float32",),
     "add": ("float32",),
     "kappa": ("float32",),
+    "kappa_padded": ("float32",),
     "feature_kappa": FLOATS,
     "spmm": FLOATS,
     "sddmm": FLOATS,
@@ -87,6 +88,7 @@ TIMED = (
     *(("knn segments", "float32"), ("linear_attention softmax", "float32"), ("spmm", "bfloat16")),
     *(("linear_attention elu", "bfloat16"), ("normalized_adjacency mean", "float32")),
     *(("add", "float32"), ("sddmm", "float32"), ("quadratic_form", "float32")),
+    ("kappa_padded", "float32"),
 )
 OPPONENTS = (
     *("bench_knn.test_cosine", "bench_spmm.test_spmm", "bench_kappa.test_kappa"),

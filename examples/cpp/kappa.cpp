@@ -174,7 +174,7 @@ bool on_a_gpu() {
                      .x_storage = Storage::kFloat32,
                      .y_storage = Storage::kFloat32,
                      .workspace = nullptr};
-    OnGpu<char> sums(static_cast<int64_t>(spmm_workspace(product)), stream);
+    OnGpu<char> sums(static_cast<int64_t>(spmm_workspace(product)) + 1, stream);
     product.workspace = sums.data();
     check(spmm(product, stream), "spmm");
     const std::vector<int64_t> begin = offsets.to_host();

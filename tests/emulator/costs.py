@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.emulator import emulated, graphs
+from tests.emulator import emulated, graphs, other_costs
 from tests.emulator.graphs import Lists
 
 #: Instructions of x86 that a GPU has none for, or that are counted elsewhere (memory, calls).
@@ -220,14 +220,17 @@ def sparse(
     return Case("spmm", dtype, lambda: len(parts()[1]), make)
 
 
-def assembled(lists: Callable[[], Lists], *, pixels: bool) -> Case:
+def assembled(
+    lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1 << 16
+) -> Case:
     """The lists of both graphs to kappa, or those of features to their graph; per listed
     neighbour."""
     made = functools.cache(lists)
 
     def make():
         found = made()
-        numbers = {"n": len(found.indices), "k": found.indices.shape[1], "clamp_min": 0}
+        numbers = {"n": len(found.indices), "k": found.indices.shape[1], "clamp_min": 0,
+                   "merged_nodes": merged_nodes}  # fmt: skip
         inputs = {"indices": found.indices, "weights": found.weights}
         if not pixels:
             return inputs, numbers | {"take_union": 0}
@@ -272,7 +275,7 @@ def photographs() -> Lists:
 
 
 #: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.
-CASES = {
+CASES: dict[str, Case | Other] = {
     "knn pixels, k = 10": neighbours(8, 900, 5, 10),
     "knn pixels, k = 5": neighbours(8, 900, 5, 5),
     "knn select, k = 10": neighbours(4, 14_400, 32, 10),
@@ -291,8 +294,34 @@ CASES = {
     # Per listed neighbour.
     "normalized_adjacency of photographs": assembled(photographs, pixels=False),
     "kappa of photographs": assembled(photographs, pixels=True),
+    "kappa of photographs, sorted": assembled(photographs, pixels=True, merged_nodes=0),
+    "kappa of a hub": assembled(lambda: graphs.with_hub(photographs()), pixels=True),
     # Per entry of both graphs.
     "add of photographs": summed(photographs),
+}
+
+
+def sectors(name: str) -> dict[str, Cost]:
+    """Of a kernel that is not of csrc/cuda: sectors alone, the rest is not known."""
+    found = other_costs.run()[name]
+    read, written = found["sectors_read"], found["sectors_written"]
+    return {name: Cost(0, 0, 0, read, read, written, 0, 0)}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A case of other_costs.py."""
+
+    name: str
+
+    def run(self) -> dict[str, Cost]:
+        return sectors(self.name)
+
+
+CASES |= {
+    # Per entry, and per listed neighbour.
+    "sddmm of photographs (Triton)": Other("sddmm"),
+    "gradient of kappa's weights (PyTorch)": Other("kappa_backward"),
 }
 
 

@@ -43,6 +43,10 @@ COMMON = [
 ]
 
 
+#: Numbers that a test module's calls have in common.
+usual: dict[str, float] = {}
+
+
 class Failed(AssertionError):
     """The emulator or a sanitizer reported what is in the message."""
 
@@ -179,7 +183,7 @@ def run(
         executable = build(program, variants, planted)[variant]
         done = subprocess.run(
             [executable, case, str(folder), *arguments],
-            capture_output=True, text=True, timeout=120, env={**os.environ, **_ENVIRONMENT},
+            capture_output=True, text=True, timeout=300, env={**os.environ, **_ENVIRONMENT},
         )  # fmt: skip
         if done.returncode:
             raise Failed(f"{program} {case}, {variant}: {_with_lines(done.stderr, executable)}")

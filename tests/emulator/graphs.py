@@ -46,7 +46,7 @@ def photographs(images: int, side: int, k: int, near: int = 15, seed: int = 0) -
         rows.append((prototypes[region] + 0.7 * smooth).reshape(-1, 24))
         colour = prototypes[region][..., :3] + 0.3 * smooth[..., :3]
         points.append(np.concatenate([colour, 8 * np.stack([x, y], -1)], -1).reshape(-1, 5))
-    features = np.concatenate(rows) + 0.02 * random.standard_normal((images * side**2, 24))
+    features = np.concatenate(rows) + 0.3 * random.standard_normal((images * side**2, 24))
     return Lists(*_cosine(features, k), _within(points, near))
 
 

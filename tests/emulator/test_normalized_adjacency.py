@@ -16,6 +16,15 @@ OUTPUTS = {
 }  # fmt: skip
 
 
+#: Of the assembly: up to so many nodes rows are merged, of more all edges are sorted.
+MERGED, SORTED = 1 << 16, 0
+
+
+@pytest.fixture(params=[MERGED, SORTED], ids=["merged", "sorted"], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(emulated, "usual", {"merged_nodes": request.param})
+
+
 def emulate(folder, indices, weights, symmetrize="mean", clamp_min=0.0):
     """The graph, or None where the kernels call an index invalid."""
     n, k = indices.shape
@@ -25,6 +34,7 @@ def emulate(folder, indices, weights, symmetrize="mean", clamp_min=0.0):
             "indices": indices.numpy(), "weights": None if weights is None else weights.numpy(),
         },
         outputs=OUTPUTS, n=n, k=k, clamp_min=clamp_min, take_union=int(symmetrize == "union"),
+        **emulated.usual,
     )  # fmt: skip
     valid = got.pop("valid")[0]
     return CSRGraph(*map(torch.from_numpy, got.values()), n, True) if valid else None
