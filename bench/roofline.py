@@ -492,8 +492,7 @@ def cuda_table() -> str:
     for part in dict.fromkeys(kernel.part for kernel in cuda_kernels()):
         kernels = [kernel for kernel in cuda_kernels() if kernel.part == part]
         named = [
-            replace(k, name=f"{part}: {k.name}" if part not in k.name else k.name)
-            for k in kernels
+            replace(k, name=f"{part}: {k.name}" if part not in k.name else k.name) for k in kernels
         ]
         rows += kernel_table(named).splitlines()[2 if rows else 0 :]
         if len(kernels) > 1 and part != "spmm":

@@ -106,24 +106,22 @@ __device__ __forceinline__ void for_each_edge(const MergedRows& rows,
 }
 
 struct Degrees {
-  double features, pixels;
+  double features;
+  unsigned pixels;  // entries of weight 1
 };
 
 // The sum of a block's threads, in an order that only their numbers decide; in thread 0.
 __device__ __forceinline__ Degrees block_sum(Degrees own) {
   struct Parts {
-    double features[kMergeThreads / kWarp], pixels[kMergeThreads / kWarp];
+    Degrees of[kMergeThreads / kWarp];
   };
   Parts& parts = block_shared<Parts>();
-  own = {warp_sum(own.features), warp_sum(own.pixels)};
-  if (lane_id() == 0) {
-    parts.features[threadIdx.x / kWarp] = own.features;
-    parts.pixels[threadIdx.x / kWarp] = own.pixels;
-  }
+  own = {warp_sum(own.features), __reduce_add_sync(kAllLanes, own.pixels)};
+  if (lane_id() == 0) parts.of[threadIdx.x / kWarp] = own;
   __syncthreads();
   for (int warp = 1; warp < kMergeThreads / kWarp && threadIdx.x == 0; ++warp) {
-    own.features += parts.features[warp];
-    own.pixels += parts.pixels[warp];
+    own.features += parts.of[warp].features;
+    own.pixels += parts.of[warp].pixels;
   }
   return own;
 }
@@ -164,7 +162,7 @@ __device__ __forceinline__ Degrees merge_into(const MergedEntries& own, const Me
   for (int i = threadIdx.x; i < size; i += kMergeThreads) {
     const Merged entry = merged_at(own, i);
     degrees.features += symmetrized(entry, take_union);
-    degrees.pixels += entry.pixels;
+    degrees.pixels += entry.pixels != 0;
   }
   return degrees;
 }

@@ -66,9 +66,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
                                           lanes_a_group, partial);
 }
 
+// Blocks that a multiprocessor has registers for: 32 sums a lane, or 64.
+template <class X, int kVectors>
+constexpr int kResident = kVectors * kWidth<X> <= 8 ? 3 : 2;
+
 // kSharedRows rows a block, which share rows of x where that pays.
 template <class X, class Y, int kVectors>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
+__global__ void __launch_bounds__(kWarps* kWarp, kResident<X, kVectors>)
     spmm_shared_rows(const SpmmArgs args, int words, const Plan plan) {
   static_assert(sizeof(Partials<X, kVectors>) <= kStagedBytes<kVectors>);
   auto& partial = *dynamic_shared<Partials<X, kVectors>>();  // once nothing is staged

@@ -220,9 +220,7 @@ def sparse(
     return Case("spmm", dtype, lambda: len(parts()[1]), make)
 
 
-def assembled(
-    lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1 << 16
-) -> Case:
+def assembled(lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1 << 16) -> Case:
     """The lists of both graphs to kappa, or those of features to their graph; per listed
     neighbour."""
     made = functools.cache(lists)
@@ -270,8 +268,8 @@ def _both_graphs(lists: Lists) -> tuple:
 
 
 def photographs() -> Lists:
-    """Two of 30 x 30 patches; a row has half the paper's neighbours, of an eighth of its nodes."""
-    return graphs.photographs(2, 30, 128)
+    """One of 20 x 20 patches: rows nearly as long as the paper's, among fewer nodes."""
+    return graphs.photographs(1, 20, 200)
 
 
 #: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.

@@ -56,9 +56,7 @@ def scattered(nodes: int, k: int, near: int = 15, seed: int = 0) -> Lists:
     random = np.random.default_rng(seed)
     place = random.permutation(len(ordered.indices)).astype(np.int32)
     back = np.argsort(place)
-    return Lists(
-        place[ordered.indices[back]], ordered.weights[back], place[ordered.pixels[back]]
-    )
+    return Lists(place[ordered.indices[back]], ordered.weights[back], place[ordered.pixels[back]])
 
 
 def with_hub(lists: Lists, hub: int = 0) -> Lists:

@@ -8,6 +8,7 @@ Wavefronts and instructions of either are not known.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ SECTOR = 32
 NODES, NEIGHBOURS, COLUMNS = 225, 32, 256
 
 
+@functools.cache
 def run() -> dict[str, dict[str, float]]:
     """Counts by kernel, per entry (sddmm) and per listed neighbour; in a process of its own, since
     Triton decides at its import whether it interprets."""
@@ -89,7 +91,13 @@ def kappa_backward() -> dict[str, float]:
     grad = torch.ones(len(columns))
     with Counting():
         reference.normalized_adjacency_backward(
-            grad, indices, weights, torch.from_numpy(offsets), torch.from_numpy(columns), "mean", 0.0
+            grad,
+            indices,
+            weights,
+            torch.from_numpy(offsets),
+            torch.from_numpy(columns),
+            "mean",
+            0.0,
         )
     edges = indices.numel()
     return {name: n if name == "launches" else n / edges for name, n in counts.items()}

@@ -167,7 +167,7 @@ def test_what_a_row_does_not_have_is_not_added_to_it(tmp_path):
     dense = graph.to_dense()
     got = emulate(tmp_path, graph, x, "float32")
     touched = (dense[:, 10] != 0) | (dense[:, 50] != 0)
-    assert touched.any() and not touched.all()
+    assert 0 < touched.sum() < 64
     assert torch.equal(~got.isfinite().all(1), touched)
 
 
