@@ -29,13 +29,15 @@ VARIANTS = {
         "-fsanitize=address,undefined", "-fsanitize=bounds-strict", "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",
     ],
-    "races": ["-fsanitize=thread", "-O2", "--param=tsan-instrument-func-entry-exit=0"],
+    "races": ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"],
 }  # fmt: skip
 # Accesses as the sources have them: of whole vectors, one after the other.
 COUNTS = [
     *("-fsanitize=thread", "-fsanitize-coverage=trace-pc"),
-    *("--param=tsan-instrument-func-entry-exit=0", "-O2", "-fno-tree-sra", "-fno-tree-vectorize"),
+    *("--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra", "-fno-tree-vectorize"),
 ]
+# Kernels whose instructions are most of all loops of constant length: unrolled as nvcc does.
+UNROLLED = {"spmm": ["-O3", "-mfma", "--param=max-completely-peeled-insns=1000"]}
 COMMON = [
     *("-std=c++20", "-O1", "-g1", "-no-pie", "-fno-strict-aliasing", "-DNEFKERN_EMULATED"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-tsan", "-Wno-psabi"),
@@ -69,7 +71,7 @@ def _sources() -> bytes:
 
 def _compile(source: Path, target: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [_compiler(), *flags, *COMMON, str(source), "-x", "none", "-o", str(target)],
+        [_compiler(), *COMMON, *flags, str(source), "-x", "none", "-o", str(target)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -100,7 +102,7 @@ def build(
 ) -> dict[str, Path]:
     """The program ``name`` in each variant, built unless it is there already."""
     key = hashlib.sha256(
-        _sources() + repr((VARIANTS, COUNTS, COMMON, planted)).encode()
+        _sources() + repr((VARIANTS, COUNTS, UNROLLED, COMMON, planted)).encode()
     ).hexdigest()[:16]
     folder = BUILD / key
     programs = {variant: folder / f"{name}-{variant}" for variant in variants}
@@ -134,8 +136,9 @@ def _build_with_hooks(
     """Linked without -fsanitize=thread: the hooks stand in for its library."""
     hooks, kernels = (target.with_name(f"{target.name}.{part}.o") for part in ("hooks", "kernels"))
     compiled = _compile(HERE / f"{hooks_of}.cpp", hooks, "-c", "-O2")
-    later = [*COUNTS, "-c"] if variant == "counts" else [*VARIANTS["races"], "-c"]
-    _finish(_compile(source, kernels, *flags, *later))
+    counts = [*COUNTS, *UNROLLED.get(source.stem, [])]
+    later = counts if variant == "counts" else VARIANTS["races"]
+    _finish(_compile(source, kernels, *flags, *later, "-c"))
     _finish(compiled)
     link = [_compiler(), "-no-pie", str(kernels), str(hooks), "-o", str(target)]
     subprocess.run(link, check=True)
