@@ -375,9 +375,10 @@ def merged(segmented: Segmented, groups: Tensor) -> Segmented:
 
 def write(segmented: Segmented, num_clusters: int, folder: Path) -> None:
     """Write both pictures of a file."""
+    from nefkern.runtime.files import make_folder
     from nefkern.segmentation.pictures import index_image, overlay, palette, write_png
 
-    (folder / segmented.name).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, (folder / segmented.name).parent)
     sheet = overlay(segmented.pixels, segmented.clusters, colours=palette(num_clusters))
     write_png(sheet, folder / f"{segmented.name}{OVERLAY}")
     indices = index_image(segmented.clusters, num_clusters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -24,6 +23,7 @@ from nefkern.evaluation.honesty import Key as Scored
 from nefkern.evaluation.resampling import SCORES
 from nefkern.runtime.commandline import command_parser
 from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.tables import difference_cells, with_interval
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import FREE_OPTIONS, Run
@@ -89,14 +89,27 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
-        content["settings"]["seed"], content["methods"].items()
+        content = parse_json(file.read_text("utf-8"))
+        _check_scores(content)
         return content
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{file}: expected scores written by python -m nefkern.evaluate; remove it, or score "
             "the run again"
         ) from None
+
+
+def _check_scores(content: dict[str, Any]) -> None:
+    """Raise whatever comes first if these are not the scores of an evaluation."""
+    settings = content["settings"]
+    kinds = {"data_root": str, "split": str, "protocol": str, "ignored": list, "seed": int}
+    for name, kind in kinds.items():
+        if not isinstance(settings[name], kind):
+            raise TypeError(f"{name}: expected {kind.__name__}")
+    for method in content["methods"].values():
+        for stage in method["stages"].values():
+            for scores in stage["matchings"].values():
+                float(scores["accuracy"]), float(scores["mean_iou"])
 
 
 def title(settings: dict[str, Any]) -> str:

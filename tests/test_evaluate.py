@@ -363,7 +363,7 @@ def test_crf_on_clusters_starts_from_the_clusters(run, folder, pointwise, monkey
         assert figures(result, method, "clusters") == figures(result, method, "none")
 
 
-@pytest.mark.parametrize("on", ["clusters", "classes"])
+@pytest.mark.parametrize("on", ["clusters", pytest.param("classes", marks=pytest.mark.long)])
 def test_crf_in_worker_processes_gives_the_same_figures(run, folder, pointwise, on, capsys):
     pytest.importorskip("pydensecrf")
     asked = ("--methods", "ours,kmeans", "--crf", on, "--crf-workers")
@@ -752,7 +752,7 @@ def test_classes_follow_the_protocol_unless_given(
         (16, [], (768, 512, 1024)),
         (14, [], (770, 518, 1024)),  # on the patch grid
         (16, ["--window", "60", "--resize", "80"], (60, 40, 80)),
-        (16, ["--stride", "64"], (768, 64, 1024)),
+        (16, ["--stride", "384"], (768, 384, 1024)),
         (16, ["--window", "60", "--stride", "50", "--resize", "none"], (60, 50, None)),
     ],
 )

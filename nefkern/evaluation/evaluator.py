@@ -33,8 +33,9 @@ from nefkern.evaluation.honesty import Honesty
 from nefkern.evaluation.report import write_report
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import make_folder, replace_file
 from nefkern.runtime.progress import image_bar
+from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.evaluation import Matched, match, matchings, unmatched
@@ -414,7 +415,7 @@ class Evaluator:
     def draw(self, result: dict[str, Any], folder: Path) -> None:
         """Bars of IoU, confusion matrices, the first images in the matched classes, and a legend
         of those that they show."""
-        folder.mkdir(exist_ok=True)
+        make_folder(self.options.run, folder)
         for old in folder.iterdir():  # of an earlier evaluation with these settings
             old.unlink()
         replace_file(folder / "iou.svg", iou_bars(result))
@@ -630,6 +631,6 @@ def free_name(folder: Path, settings: dict[str, Any]) -> Path:
         if not path.exists():
             return path
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(path.read_text("utf-8"))["settings"] == settings:
+            if parse_json(path.read_text("utf-8"))["settings"] == settings:
                 return path
     raise AssertionError("count() never ends")

@@ -14,7 +14,7 @@ from nefkern.data.constants import VOID
 from nefkern.naming.formats import WRITERS, Annotated, palette_image
 from nefkern.naming.instances import instances, require_tools, without_specks
 from nefkern.naming.names import Names, class_names
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import make_folder, replace_file
 from nefkern.segmentation.pictures import BACKGROUND, overlay, write_png
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.windows import Replay, sliding_tiles
@@ -62,7 +62,7 @@ class NamedOutput:
         classes = self.table[clusters.numpy()]
         if self.min_area:
             classes = without_specks(classes, self.min_area)
-        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, (self.folder / name).parent)
         write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}")
         write_png(Image.fromarray(confidence(classes)), self.folder / f"{name}{CONFIDENCE}")
         sheet = overlay(pixels, classes, colours=self.colours)

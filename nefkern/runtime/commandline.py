@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nefkern.runtime.errors import ArgumentParser, UserError
+from nefkern.runtime.errors import ArgumentParser, UserError, visible
 
 #: The largest seed that PyTorch's generators take.
 MAX_SEED = 2**63 - 1
@@ -41,7 +41,8 @@ class AboveBars(logging.Handler):
         from tqdm import tqdm  # here: --help should not wait for it
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            lines = self.format(record).split("\n")
+            tqdm.write("\n".join(map(visible, lines)), file=sys.stderr)
         except Exception:
             self.handleError(record)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nefkern.runtime.states import FLOATS, check_state
 from nefkern.segmentation.methods import Method
 from nefkern.segmentation.rows import RowStore, mean_and_std, root_mean_square
 from nefkern.spectral.kmeans import KMeans
@@ -130,7 +131,13 @@ class Clusterer:
         return {**self.kmeans.state(), **scale}
 
     def load(self, state: dict[str, Tensor]) -> Clusterer:
-        """Take over the :meth:`state` of a fitted clusterer of the same method."""
+        """Take over the :meth:`state` of a fitted clusterer of the same method.
+
+        Raises:
+            ValueError: not such a state.
+        """
+        names = {"centers": (FLOATS, "K C"), "[mean]": (FLOATS, "C"), "[scale]": (FLOATS, "C")}
+        check_state(state, names)
         self.kmeans.load(state)
         self._mean, self._scale = state.get("mean"), state.get("scale")
         return self

@@ -390,6 +390,9 @@ def _trained(
             )
         pairs = options.graph().pixel_graphs
         trained = SpectralModel.from_state(tensors, pairs, run.path(CHECKPOINT))
+        channels = backbone.concat_dim if trained.every else backbone.dim
+        if trained.kmeans is None or trained.embedding.rows.shape[1] != channels:
+            raise UserError(f"{run.path(CHECKPOINT)}: does not fit the run's backbone")
     else:
         config = options.eigenfunction(transformer=backbone.is_transformer)
         trained = Eigenfunction(backbone.concat_dim, config)
@@ -402,7 +405,16 @@ def clusters_of(run: Run, options: TrainOptions, device: torch.device) -> Cluste
     found = run.load_clusters() if options.kind == "continuous" else None
     if found is None:
         return None
-    return Clusterer(CONTINUOUS, options.num_eigenfunctions).load(found).to(device)
+    try:
+        clusterer = Clusterer(CONTINUOUS, options.num_eigenfunctions).load(found)
+        if clusterer.kmeans.centers.shape[1] != options.num_eigenfunctions:
+            raise ValueError("centers: of other functions")
+    except ValueError as error:
+        raise UserError(
+            f"{run.path(CLUSTERS)}: not the run's clusters ({error}); remove it, and --resume "
+            "makes it anew"
+        ) from None
+    return clusterer.to(device)
 
 
 def as_image(image: object) -> Tensor:

@@ -12,6 +12,7 @@ from nefkern.images.features import Features
 from nefkern.images.graph import pixel_graph
 from nefkern.reference.knn import unit_rows
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.states import BOOL, FLOATS, INTEGERS, check_state
 from nefkern.spectral.embedding import Embedding
 from nefkern.spectral.kmeans import KMeans
 
@@ -23,6 +24,28 @@ _TOLD = 0.7
 
 _EMBEDDING, _CLUSTERS, _SCALE = "embedding.", "kmeans.", "channels."
 _NEIGHBOURS, _EVERY, _SPANNED = "neighbours", "every", "spanned"
+
+#: What the parts of a state have in common.
+_STATE = {
+    _NEIGHBOURS: (INTEGERS, ""),
+    f"[{_EVERY}]": (BOOL, ""),
+    f"{_EMBEDDING}vectors": (FLOATS, "N m"),
+    f"{_EMBEDDING}rows": (FLOATS, "N C"),
+    f"[{_SCALE}mean]": (FLOATS, "C"),
+    f"[{_SCALE}std]": (FLOATS, "C"),
+    f"[{_SPANNED}]": (FLOATS, "m C"),
+    f"[{_CLUSTERS}centers]": (FLOATS, "K D"),
+}
+
+
+def _check(state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the parts of a state fit each other."""
+    sizes = check_state(state, _STATE)
+    if int(state[_NEIGHBOURS]) < 1:
+        raise ValueError(f"{_NEIGHBOURS}: expected at least 1, got {int(state[_NEIGHBOURS])}")
+    width = sizes["m"] + (sizes["C"] if _SPANNED in state else 0)
+    if sizes.get("D", width) != width:
+        raise ValueError(f"{_CLUSTERS}centers: expected {width} columns, got {sizes['D']}")
 
 
 @dataclass
@@ -187,6 +210,7 @@ class SpectralModel:
             UserError: not such a state.
         """
         try:
+            _check(state)
             embedding, scale, clusters = (
                 {n.removeprefix(head): t for n, t in state.items() if n.startswith(head)}
                 for head in (_EMBEDDING, _SCALE, _CLUSTERS)

@@ -31,6 +31,7 @@ from nefkern.runtime.distributed import (
     together,
 )
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.files import make_folder
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.edges import DatasetEdges, edges_of
 from nefkern.training.interrupts import Interrupts
@@ -149,7 +150,7 @@ class Trainer:
         weights, metadata = found
         config = self.run.config()
         self.parts.check_same(config)
-        state = self.run.load_state(metadata["state"])
+        state = self.run.load_state(metadata)
         total = state["position"]["total"]
         self.run.truncate_metrics(total)
         log.info("resumed %s after step %d", self.run.folder, total)
@@ -262,10 +263,11 @@ class Trainer:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = self.run.path(METRICS)
+        path, events_folder = self.run.path(METRICS), self.run.path("events")
+        make_folder(self.run.folder, events_folder)
         with (
             open(path, "ab", buffering=0) as record,
-            SummaryWriter(self.run.path("events"), purge_step=self.position.total + 1) as events,
+            SummaryWriter(events_folder, purge_step=self.position.total + 1) as events,
         ):
 
             def write(row: dict[str, float]) -> None:

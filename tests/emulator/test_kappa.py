@@ -14,6 +14,8 @@ from tests.emulator import emulated, test_add, test_normalized_adjacency
 from tests.emulator.test_normalized_adjacency import way  # noqa: F401
 from tests.ops.graph_common import random_lists
 
+pytestmark = pytest.mark.long
+
 OUTPUTS = {
     "row_offsets": np.int64, "columns": np.int32, "values": np.float32, "valid": np.int32,
 }  # fmt: skip
