@@ -69,9 +69,10 @@ def _sources() -> bytes:
     return version + b"".join(path.name.encode() + path.read_bytes() for path in files)
 
 
-def _compile(source: Path, target: Path, *flags: str) -> subprocess.Popen:
+def _compile(source: Path, target: Path, *flags: str, first: list[str]) -> subprocess.Popen:
+    """``first`` come before the common flags, ``flags`` after."""
     return subprocess.Popen(
-        [_compiler(), *COMMON, *flags, str(source), "-x", "none", "-o", str(target)],
+        [_compiler(), *first, *COMMON, *flags, str(source), "-x", "none", "-o", str(target)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -118,7 +119,9 @@ def build(
     source = HERE / f"{name}.cpp"
     checked = None
     if "checked" in variants:
-        checked = _compile(source, parts[programs["checked"]], *found_first, *VARIANTS["checked"])
+        checked = _compile(
+            source, parts[programs["checked"]], *VARIANTS["checked"], first=found_first
+        )
     if "races" in variants:
         _build_with_hooks(source, parts[programs["races"]], "race_check", found_first, "races")
     if "counts" in variants:
@@ -135,10 +138,10 @@ def _build_with_hooks(
 ) -> None:
     """Linked without -fsanitize=thread: the hooks stand in for its library."""
     hooks, kernels = (target.with_name(f"{target.name}.{part}.o") for part in ("hooks", "kernels"))
-    compiled = _compile(HERE / f"{hooks_of}.cpp", hooks, "-c", "-O2")
+    compiled = _compile(HERE / f"{hooks_of}.cpp", hooks, "-c", "-O2", first=[])
     counts = [*COUNTS, *UNROLLED.get(source.stem, [])]
     later = counts if variant == "counts" else VARIANTS["races"]
-    _finish(_compile(source, kernels, *flags, *later, "-c"))
+    _finish(_compile(source, kernels, *later, "-c", first=flags))
     _finish(compiled)
     link = [_compiler(), "-no-pie", str(kernels), str(hooks), "-o", str(target)]
     subprocess.run(link, check=True)
