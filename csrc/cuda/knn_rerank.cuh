@@ -2,9 +2,9 @@
 //
 // A block takes kQueries rows that follow one another. What their candidates' scores and the margin
 // leave of each row's candidates is joined: neighbouring rows (patches of an image) have most of
-// them in common, and a candidate's row is fetched once for all. Then a warp takes 32 candidates at
+// them in common, and a candidate's row is fetched once for all. Then a warp takes 64 candidates at
 // a time. Their rows go through shared memory, 16 channels at a time, whole sectors of them; a lane
-// reads its own candidate's, and sums its pairs with all of the block's rows.
+// reads those of two candidates of its own, and sums their pairs with all of the block's rows.
 #pragma once
 
 #include "cuda/knn_fused.cuh"
@@ -19,13 +19,15 @@ constexpr unsigned kNoRow = ~0u;
 template <class Owner>
 constexpr int kMostReranked = Owner::kWarps == 1 ? 1024 : 4096;
 static_assert(kSumChannels % kRerankDepth == 0);
+constexpr int kLaneCandidates = 2;  // the l-th lane of a warp has the l-th and the (l + 32)-th
+constexpr int kWarpCandidates = kLaneCandidates * kWarp;
 
-// Channels of a warp's 32 candidates, then of the block's rows. A piece's place is exchanged with
+// Channels of a warp's candidates, then of the block's rows. A piece's place is exchanged with
 // others of its row by the row's number: eight rows' pieces of the same channels, which are read at
 // once, then lie in different banks.
 template <int kQueries>
 struct RerankStage {
-  alignas(128) float rows[(kWarp + kQueries) * kRerankDepth];
+  alignas(128) float rows[(kWarpCandidates + kQueries) * kRerankDepth];
 
   __device__ __forceinline__ float* piece(int row, int piece) {
     return rows + row * kRerankDepth + (piece ^ (row >> 1 & 3)) * 4;
@@ -35,30 +37,32 @@ struct RerankStage {
   }
 };
 
-// A block's shared memory, for `size` candidates of each of kQueries rows. The stages, then, one
-// after the other in the same place, scores of all candidates, the table by which candidates are
-// joined, and keys; the list of joined candidates last.
+// A block's shared memory, for `size` candidates of each of kQueries rows. One after the other in
+// the same place: scores of all candidates, the table by which candidates are joined, stages, and
+// keys. After it the list of joined candidates.
 template <int kQueries>
 class RerankMemory {
  public:
   using Stage = RerankStage<kQueries>;
 
   static constexpr size_t bytes(int64_t size, int64_t capacity) {
-    const size_t joined = static_cast<size_t>(kQueries) * size;
-    const size_t needed = kStageBytes + joined * (sizeof(uint64_t) + sizeof(unsigned) + kMask);
-    const size_t scores = kStageBytes + kQueries * capacity * sizeof(unsigned);
+    const int64_t joined = kQueries * size;
+    const size_t needed = shared_place(joined) + joined * (sizeof(unsigned) + kMask);
+    const size_t scores = kQueries * capacity * sizeof(unsigned);
     return needed > scores ? needed : scores;
   }
 
   __device__ explicit RerankMemory(int size)
-      : stages_(dynamic_shared<Stage>()), size_(size), joined_(kQueries * size) {}
+      : memory_(dynamic_shared<char>()), size_(size), joined_(kQueries * size) {}
 
-  __device__ __forceinline__ Stage* stages(int warp) { return stages_ + warp * kRerankStages; }
+  __device__ __forceinline__ Stage* stages(int warp) {
+    return reinterpret_cast<Stage*>(memory_) + warp * kRerankStages;
+  }
   __device__ __forceinline__ unsigned* orders(int q, int64_t capacity) {
-    return reinterpret_cast<unsigned*>(second()) + q * capacity;
+    return reinterpret_cast<unsigned*>(memory_) + q * capacity;
   }
   __device__ __forceinline__ uint64_t* keys(int q) {
-    return reinterpret_cast<uint64_t*>(second()) + static_cast<int64_t>(q) * size_;
+    return reinterpret_cast<uint64_t*>(memory_) + static_cast<int64_t>(q) * size_;
   }
   // The list: a candidate's row, and by bits whose candidate it is.
   __device__ __forceinline__ unsigned& row(int at) { return rows()[at]; }
@@ -100,22 +104,26 @@ class RerankMemory {
   }
 
  private:
-  static constexpr size_t kStageBytes = kSelectWarps * kRerankStages * sizeof(Stage);
   static constexpr size_t kMask = kQueries > 1 ? sizeof(uint16_t) : 0;
 
-  __device__ __forceinline__ char* second() const {
-    return reinterpret_cast<char*>(stages_) + kStageBytes;
+  static __host__ __device__ constexpr size_t shared_place(int64_t joined) {
+    const size_t stages = kSelectWarps * kRerankStages * sizeof(Stage);
+    const size_t keys = joined * sizeof(uint64_t);
+    return stages > keys ? stages : keys;
   }
+
   __device__ __forceinline__ unsigned* table() const {
-    return reinterpret_cast<unsigned*>(second());
+    return reinterpret_cast<unsigned*>(memory_);
   }
   __device__ __forceinline__ unsigned* table_members() const { return table() + joined_; }
-  __device__ __forceinline__ unsigned* rows() const { return table() + 2 * joined_; }
+  __device__ __forceinline__ unsigned* rows() const {
+    return reinterpret_cast<unsigned*>(memory_ + shared_place(joined_));
+  }
   __device__ __forceinline__ uint16_t* masks() const {
     return reinterpret_cast<uint16_t*>(rows() + joined_);
   }
 
-  Stage* stages_;
+  char* memory_;
   int size_, joined_;
 };
 
@@ -189,26 +197,34 @@ __device__ __forceinline__ Shortlist shortlist(const Rows& rows, const Estimates
 
 // ---- values ----
 
-// The sums of a lane's candidate with the block's rows.
+// The sums of a lane's candidates with the block's rows.
 template <KnnMetric kMetric, int kQueries>
 struct PairSums {
-  float chain[kQueries], total[kQueries];
+  float chain[kLaneCandidates][kQueries], total[kLaneCandidates][kQueries];
 
   __device__ __forceinline__ void add(RerankStage<kQueries>& stage) {
 #pragma unroll
     for (int piece = 0; piece < kRerankPieces; ++piece) {
-      const float4 y = stage.read(lane_id(), piece);
+      float4 y[kLaneCandidates];
 #pragma unroll
-      for (int q = 0; q < kQueries; ++q)
-        chain[q] = add_channels<kMetric>(chain[q], stage.read(kWarp + q, piece), y);
+      for (int m = 0; m < kLaneCandidates; ++m) y[m] = stage.read(lane_id() + kWarp * m, piece);
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) {
+        const float4 x = stage.read(kWarpCandidates + q, piece);
+#pragma unroll
+        for (int m = 0; m < kLaneCandidates; ++m)
+          chain[m][q] = add_channels<kMetric>(chain[m][q], x, y[m]);
+      }
     }
   }
   __device__ __forceinline__ void end_chain() {
 #pragma unroll
-    for (int q = 0; q < kQueries; ++q) {
-      total[q] = __fadd_rn(total[q], chain[q]);
-      chain[q] = 0;
-    }
+    for (int m = 0; m < kLaneCandidates; ++m)
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) {
+        total[m][q] = __fadd_rn(total[m][q], chain[m][q]);
+        chain[m][q] = 0;
+      }
   }
 };
 
@@ -216,10 +232,11 @@ struct PairSums {
 template <int kQueries>
 struct RerankLoads {
   static constexpr int kRows = kWarp / kRerankPieces;  // at a time
+  static constexpr int kTimes = kWarpCandidates / kRows;
   static_assert(kQueries <= kRows);
 
-  const float* candidates[kRerankPieces];  // null: zeros
-  const float* query;                      // null: none
+  const float* candidates[kTimes];  // null: zeros
+  const float* query;               // null: none
 
   static __device__ __forceinline__ int row() { return lane_id() / kRerankPieces; }
   static __device__ __forceinline__ int piece() { return lane_id() % kRerankPieces; }
@@ -227,10 +244,10 @@ struct RerankLoads {
   __device__ __forceinline__ void start(RerankStage<kQueries>& stage, int64_t c,
                                         const float* anywhere) const {
 #pragma unroll
-    for (int h = 0; h < kRerankPieces; ++h)
+    for (int h = 0; h < kTimes; ++h)
       cp_async_16(stage.piece(row() + kRows * h, piece()),
                   candidates[h] ? candidates[h] + c : anywhere, candidates[h] != nullptr);
-    if (query) cp_async_16(stage.piece(kWarp + row(), piece()), query + c);
+    if (query) cp_async_16(stage.piece(kWarpCandidates + row(), piece()), query + c);
   }
 };
 
@@ -257,22 +274,25 @@ __device__ __forceinline__ void sum_pairs(PairSums<kMetric, kQueries>& sums,
 
 struct RerankCounts {
   int listed;
-  int kept[kSelectWarps];  // keys of every row
+  int valued[kSelectWarps];  // candidates of every row
 };
 
-// The keys of the candidates [first, first + 32) of the list, by one warp.
+// The values of the pairs of the list's candidates [first, first + kWarpCandidates), by one warp.
+// They take the place of the candidates' scores.
 template <KnnMetric kMetric, int kQueries>
-__device__ __forceinline__ void find_keys(const Rows& rows, int64_t first_query, int64_t last_query,
-                                          RerankMemory<kQueries>& memory, RerankCounts& counts,
-                                          int first, float unscale) {
+__device__ __forceinline__ void find_values(const Rows& rows, const Chunk& chunk, int64_t first_row,
+                                            const Candidates& candidates,
+                                            RerankMemory<kQueries>& memory, RerankCounts& counts,
+                                            int first, float unscale) {
   const int listed = counts.listed, lane = lane_id();
+  const int64_t first_query = chunk.first + first_row, last_query = chunk.last - 1;
   using Loads = RerankLoads<kQueries>;
   const auto piece_of = [&](int64_t row) {
     return rows.values + row * rows.depth + Loads::piece() * 4;
   };
   Loads loads;
 #pragma unroll
-  for (int h = 0; h < kRerankPieces; ++h) {
+  for (int h = 0; h < Loads::kTimes; ++h) {
     const int at = first + Loads::row() + Loads::kRows * h;
     loads.candidates[h] = at < listed ? piece_of(memory.row(at)) : nullptr;
   }
@@ -281,20 +301,24 @@ __device__ __forceinline__ void find_keys(const Rows& rows, int64_t first_query,
   PairSums<kMetric, kQueries> sums = {};
   sum_pairs(sums, memory.stages(threadIdx.x / kWarp), loads, rows);
 
-  const int at = first + lane;
-  const int j = at < listed ? static_cast<int>(memory.row(at)) : 0;
-  const unsigned members = at < listed ? memory.members(at) : 0;
 #pragma unroll
-  for (int q = 0; q < kQueries; ++q) {
-    const bool member = members >> q & 1;
-    const unsigned all = __ballot_sync(kAllLanes, member);
-    int base = 0;
-    if (lane == 0 && all) base = atomicAdd(&counts.kept[q], __popc(all));
-    base = __shfl_sync(kAllLanes, base, 0) + __popc(all & lanes_below(lane));
-    if (!member) continue;
-    const int64_t i = first_query + q;
-    const float value = value_of<kMetric>(rows, sums.total[q], i, j, unscale);
-    memory.keys(q)[base] = sort_key(settled<kMetric>(rows, value, i, j), j);
+  for (int m = 0; m < kLaneCandidates; ++m) {
+    const int at = first + kWarp * m + lane;
+    const int j = at < listed ? static_cast<int>(memory.row(at)) : 0;
+    const unsigned members = at < listed ? memory.members(at) : 0;
+#pragma unroll
+    for (int q = 0; q < kQueries; ++q) {
+      const bool member = members >> q & 1;
+      const unsigned all = __ballot_sync(kAllLanes, member);
+      int base = 0;
+      if (lane == 0 && all) base = atomicAdd(&counts.valued[q], __popc(all));
+      base = __shfl_sync(kAllLanes, base, 0) + __popc(all & lanes_below(lane));
+      if (!member) continue;
+      const int64_t i = first_query + q, to = (first_row + q) * candidates.capacity + base;
+      const float value = value_of<kMetric>(rows, sums.total[m][q], i, j, unscale);
+      candidates.score[to] = settled<kMetric>(rows, value, i, j);
+      candidates.index[to] = j;
+    }
   }
 }
 
@@ -312,7 +336,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const Shortlist mine = shortlist<kMetric, Owner>(rows, estimates, chunk, candidates, r, size, k,
                                                    memory.orders(q, candidates.capacity));
   if (threadIdx.x == 0) counts.listed = 0;
-  if (threadIdx.x < kQueries) counts.kept[threadIdx.x] = 0;
+  if (threadIdx.x < kQueries) counts.valued[threadIdx.x] = 0;
   __syncthreads();  // the scores are done with
   if constexpr (kQueries > 1) {
     memory.clear_table();
@@ -334,17 +358,23 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     __syncthreads();
   }
   const float unscale = unscale_of<kMetric>(rows);
-  for (int first = threadIdx.x / kWarp * kWarp; first < counts.listed; first += kSelectThreads)
-    find_keys<kMetric, kQueries>(rows, chunk.first + first_row, chunk.last - 1, memory, counts,
-                                 first, unscale);
+  for (int first = threadIdx.x / kWarp * kWarpCandidates; first < counts.listed;
+       first += kSelectWarps * kWarpCandidates)
+    find_values<kMetric, kQueries>(rows, chunk, first_row, candidates, memory, counts, first,
+                                   unscale);
   __syncthreads();
   const int64_t i = chunk.first + r;
   if (i >= chunk.last || (mine.count == 0 && rows.present[i])) return;
-  const int kept = counts.kept[q];
-  if (kept > 0)
-    sort_keys<Owner, Owner::kWarps == 1 ? 2 : 8, kMostReranked<Owner> / Owner::kThreads>(
-        memory.keys(q), kept);
-  write_places<kMetric, Owner>(out, i, 0, out.k, memory.keys(q), min(kept, k));
+  const int found = counts.valued[q];
+  uint64_t* keys = memory.keys(q);
+  for (int c = Owner::thread(); c < found; c += Owner::kThreads) {
+    const int64_t at = r * candidates.capacity + c;
+    keys[c] = sort_key(candidates.score[at], candidates.index[at]);
+  }
+  if (found > 0)
+    sort_keys<Owner, Owner::kWarps == 1 ? 2 : 8, kMostReranked<Owner> / Owner::kThreads>(keys,
+                                                                                         found);
+  write_places<kMetric, Owner>(out, i, 0, out.k, keys, min(found, k));
 }
 
 }  // namespace nefkern::cuda

@@ -191,7 +191,7 @@ def neighbours(
         numbers = {"n": rows, "channels": channels, "segments": 1, "k": k, "metric": metric,
                    "include_self": 0, "method": method, "score_bytes": 1 << 24,
                    "chunk_rows": 1024, "sample_share": 16, "keep": 2048, "tile_side": 16,
-                   **tuning}  # fmt: skip
+                   "fused_share": 8, **tuning}  # fmt: skip
         return inputs, numbers
 
     return Case("knn", "knn", rows, make)

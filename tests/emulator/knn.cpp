@@ -33,6 +33,7 @@ void run_knn(Case& one) {
   args.tuning.chunk_rows = one.number("chunk_rows");
   args.tuning.sample_share = one.number("sample_share");
   args.tuning.keep = one.number("keep");
+  args.tuning.fused_share = one.number("fused_share");
   args.tuning.tile_side = one.number("tile_side");
   char* workspace = one.workspace<char>(knn_workspace(args));
   const cudaError_t error = knn(args, workspace, nullptr);

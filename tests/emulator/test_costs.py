@@ -51,6 +51,13 @@ BOUNDS = {
     # Before: 45,359 at 14,400 candidates.
     "select 256": (costs.neighbours(4, 3600, 17, 256), "select_rows",
                    {"shared": 3500, "issued": 42_000}),
+    # Before, sorted in shared memory: 211,391 at 14,400 candidates.
+    "select 2,048": (costs.neighbours(2, 3600, 17, 2048), "select_rows",
+                     {"shared": 9000, "issued": 150_000}),
+    # Four rows' candidates are joined. Before, a row's of its own.
+    "re-rank": (costs.neighbours(8, 512, 64, 64, method=2, metric=0, sample_share=4,
+                                 alike=costs.PHOTOGRAPHS), "rerank_rows",
+                {"shared": 9000, "sectors_read": 9000, "issued": 150_000}),
 }  # fmt: skip
 
 

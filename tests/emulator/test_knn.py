@@ -15,7 +15,8 @@ METRICS = ("cosine", "euclidean", "inner_product")  # the order of KnnMetric
 METHODS = ("auto", "baseline", "fused")  # the order of KnnMethod
 # Small enough that blocks of rows, chunks and passes have several of them in a small input.
 TUNING = {
-    "score_bytes": 1 << 16, "chunk_rows": 128, "sample_share": 2, "keep": 2048, "tile_side": 2,
+    "score_bytes": 1 << 16, "fused_share": 8, "chunk_rows": 128, "sample_share": 2, "keep": 2048,
+    "tile_side": 2,
 }  # fmt: skip
 
 
@@ -150,6 +151,19 @@ def test_segments(knn, channels, method):
     x = normal(140, channels)
     got = knn(x, 4, "euclidean", segments=segments, method=method)
     assert_best(got, x, 4, "euclidean", segments=segments)
+
+
+@pytest.mark.parametrize(("n", "k"), [(7, 8), (7, 200), (7, 300), (3, 820), (3, 1000)])
+def test_rerank_of_rows_that_share_candidates(knn, n, k):
+    """Groups of four rows, the last with one missing, and beyond 819 neighbours of one row."""
+    y = normal(1200, 33, seed=1)
+    x = y[0] + 0.5 * normal(n, 33)
+    x[2] = np.nan
+    options = {"database": y, "fused_share": 1, "order": "forward"}
+    fused = knn(x, k, "euclidean", method="fused", **options)
+    assert 0 <= fused[2] <= 1
+    assert_same(fused, knn(x, k, "euclidean", method="baseline", **options))
+    assert (fused[1][2] == -1).all()
 
 
 # ---- ties, and rows that estimates cannot decide ----
