@@ -109,7 +109,8 @@ def _add_data(group: Any) -> None:
         type=int,
         metavar="N",
         help="59 or 60 (with background) of pascal_context, 27 or 19 of cityscapes [59 and 27 with "
-        "crop320, 60 and 19 with sliding]",
+        "crop320, 60 and 19 with sliding], 21 or 20 (without background) of voc2012 [21], 3 or 6 "
+        "of potsdam [3]",
     )
     group.add_argument("--split", default="val", help="images to score on [val]")
     group.add_argument(

@@ -13,6 +13,7 @@ from pathlib import Path
 from nefkern.data.ade20k import ADE20K
 from nefkern.data.benchmark import open_benchmark
 from nefkern.data.cityscapes import CITYSCAPES
+from nefkern.data.cocostuff import COCOSTUFF
 from nefkern.data.constants import EVAL_SIZE, IMAGE_SUFFIXES, RESIZE_RATIO, VOID
 from nefkern.data.dataset import ImageDataset, Sample
 from nefkern.data.folder import open_folder
@@ -20,6 +21,7 @@ from nefkern.data.imagenet import IMAGENET
 from nefkern.data.images import read_annotation, read_image
 from nefkern.data.loader import TrainLoader, View, Views, train_loader
 from nefkern.data.pascal_context import PASCAL_CONTEXT
+from nefkern.data.potsdam import POTSDAM
 from nefkern.data.samples import open_samples
 from nefkern.data.transforms import (
     TrainTransform,
@@ -27,6 +29,7 @@ from nefkern.data.transforms import (
     photometric_distortion,
     resize_shorter,
 )
+from nefkern.data.voc2012 import VOC2012
 from nefkern.runtime.errors import UserError
 
 __all__ = [
@@ -51,8 +54,10 @@ __all__ = [
     "train_loader",
 ]
 
-BENCHMARKS = {b.name: b for b in (PASCAL_CONTEXT, CITYSCAPES, ADE20K, IMAGENET)}
-"""The paper's data sets by name."""
+BENCHMARKS = {
+    b.name: b for b in (PASCAL_CONTEXT, CITYSCAPES, ADE20K, IMAGENET, VOC2012, COCOSTUFF, POTSDAM)
+}
+"""Published data sets by name: the paper's four, then others that the field compares on."""
 
 DATASETS = ("samples", "folder", *BENCHMARKS)
 """Names that :func:`open_dataset` knows."""
@@ -77,7 +82,8 @@ def open_dataset(
         root: the folder; of all but "samples".
         split: e.g. "train" or "val".
         classes: how many classes to count, where there are several ways: 59 or 60 (with
-            background) for "pascal_context", 27 or 19 for "cityscapes"; None takes the first.
+            background) for "pascal_context", 27 or 19 for "cityscapes", 21 or 20 (without
+            background) for "voc2012", 3 or 6 for "potsdam"; None takes the first.
         strict: an unreadable image ends training instead of being reported and replaced.
         ignore_classes: names or indices of classes whose pixels are read as void.
 

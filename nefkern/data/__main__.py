@@ -1,4 +1,4 @@
-"""``python -m nefkern.data``: check data sets, and prepare the one that needs it."""
+"""``python -m nefkern.data``: check data sets, and prepare those that need it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from nefkern.data import BENCHMARKS
 from nefkern.data.check import SplitReport, check, check_folder
 from nefkern.data.prepare import prepare_pascal_context
+from nefkern.data.prepare_potsdam import prepare_potsdam
 from nefkern.runtime.commandline import command_parser, log_to_stderr
 from nefkern.runtime.errors import UserError, command
 
 DESCRIPTION = """\
-The paper's data sets as their publishers lay them out, and folders of your own. Nothing is
+Published data sets as their publishers lay them out, and folders of your own. Nothing is
 downloaded: check says what is missing and where to get it; prepare converts Pascal Context's .mat
-files to index images.
+files and Potsdam's large pictures to images and index images.
 """
 EXAMPLES = """\
 examples:
@@ -24,6 +25,7 @@ examples:
   python -m nefkern.data check ade20k --data-root DIR --quick        only count
   python -m nefkern.data check folder --data-root voc                a folder of your own
   python -m nefkern.data prepare pascal_context --data-root DIR
+  python -m nefkern.data prepare potsdam --data-root DIR
 
 below DIR:
   pascal_context  [VOCdevkit/VOC2010/]JPEGImages/*.jpg, .../ImageSets/Main/{train,val}.txt, and
@@ -34,6 +36,12 @@ below DIR:
   ade20k          [ADEChallengeData2016/]{images,annotations}/{training,validation}/*
                   (0 void, 1 to 150 the classes)
   imagenet        [ILSVRC/Data/CLS-LOC/]train/<synset>/*.JPEG; no annotations
+  voc2012         [VOCdevkit/VOC2012/]JPEGImages/*.jpg, .../SegmentationClass/*.png,
+                  .../ImageSets/Segmentation/{train,val}.txt (0 background, 1 to 20, 255 void)
+  cocostuff       {images,annotations}/{train2017,val2017}/* (labels 0 to 181, 255 void);
+                  curated/*2017/Coco164kFull_Stuff_Coarse_7.txt, if the usual part is meant
+  potsdam         2_Ortho_RGB/*_RGB.tif and 5_Labels_all/*_label.tif, or imgs/*.mat, gt/*.mat and
+                  lists, from which prepare makes {images,annotations}/{train,val}/*.png
   folder          images/{split}/*, annotations/{split}/<same name>.png (class indices, 255 void:
                   in masks of 0 and 255, write 1 for 255), classes.txt (one name a line); without
                   splits, or images alone
@@ -46,6 +54,7 @@ megapixels.
 """
 _SHOWN = 20  # problems of a split
 _CHECKED = (*BENCHMARKS, "folder")
+_PREPARED = {"pascal_context": prepare_pascal_context, "potsdam": prepare_potsdam}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     prepared = tasks.add_parser("prepare", help="convert annotations, once")
     prepared.add_argument(
-        "name", choices=("pascal_context",), metavar="NAME", help="pascal_context"
+        "name", choices=tuple(_PREPARED), metavar="NAME", help=", ".join(_PREPARED)
     )
     for task in (checked, prepared):
         task.add_argument(
@@ -115,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.task == "check":
         print_check(options)
     else:
-        print(f"written: {prepare_pascal_context(options.data_root)}")
+        print(f"written: {_PREPARED[options.name](options.data_root)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the paper's data sets have in common: a publisher's layout, labels, and expected counts."""
+"""What published data sets have in common: a publisher's layout, labels, and expected counts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the paper's data sets.
+    """One of the published data sets.
 
     Attributes:
         name: as in ``--data``.
@@ -121,7 +121,7 @@ def open_benchmark(
     strict: bool = False,
     ignore_classes: Sequence[str | int] = (),
 ) -> ImageDataset:
-    """Open one of the paper's data sets in its publisher's layout.
+    """Open one of the published data sets in its publisher's layout.
 
     Without its annotations (the whole part, or the split in it) it has none; without some of them
     it is damaged.
@@ -196,6 +196,19 @@ def _names(folder: str) -> set[str]:
         return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+def listed(path: Path) -> list[str]:
+    """The names in a list of images: the first word of every line that has one.
+
+    Raises:
+        UserError: there is none.
+    """
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    names = [line.split()[0] for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"{path}: expected names of images, the file is empty")
+    return names
 
 
 def split_folder(parent: Path, split: str, folders: Mapping[str, str]) -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nefkern.data.benchmark import Benchmark, ClassSet, Part
+from nefkern.data.benchmark import Benchmark, ClassSet, Part, listed
 from nefkern.data.constants import VOID
 from nefkern.data.tables.pascal_context import BACKGROUND_COLOUR, COLOURS, NAMES
 from nefkern.runtime.errors import UserError
@@ -24,11 +24,8 @@ MAT_SOURCE = "trainval.tar.gz from cs.stanford.edu/~roozbeh/pascal-context"
 
 
 def _images(home: Path, split: str) -> list[Path]:
-    names = _split_file(home, split).read_text("utf-8").split("\n")
-    # Lists by class hold a second column; an empty line ends every list.
-    stems = [name.split()[0] for name in names if name.strip()]
-    if not stems:
-        raise UserError(f"{_split_file(home, split)}: expected names of images, the file is empty")
+    # Lists by class hold a second column.
+    stems = listed(_split_file(home, split))
     return [home / "JPEGImages" / f"{stem}.jpg" for stem in stems]
 
 

@@ -64,7 +64,8 @@ class SpectralTrainer:
     """
 
     #: What asks for the data set's graph, and for how many neighbours: for the text of errors.
-    flag, k_flag, way_out = "--method spectral", "--k", "take --method neural"
+    flag, k_flag = "--method spectral", "--k"
+    way_out = "join fewer --graph-images, or take --method neural"
 
     def __init__(self, options: TrainOptions, run: Run, parts: Parts | None = None) -> None:
         if distributed.ranks() > 1:

@@ -73,3 +73,47 @@ def imagenet(root: Path) -> Path:
         for number in range(count):
             write_image(root / "train" / synset / f"{synset}_{number}.JPEG", number)
     return root
+
+
+def voc2012(root: Path, values: list[int], home: str = "VOCdevkit/VOC2012") -> Path:
+    """With one image that no split names, and the lists of another task beside."""
+    for task, names in (("Segmentation", ("2007_000032\n2007_000039\n", "2007_000033\n")),
+                        ("Main", ("2008_000002\n", "2008_000003\n"))):  # fmt: skip
+        folder = root / home / "ImageSets" / task
+        folder.mkdir(parents=True)
+        for split, text in zip(("train", "val"), names, strict=True):
+            (folder / f"{split}.txt").write_text(text)
+    for number in (32, 33, 39, 99):
+        write_image(root / home / "JPEGImages" / f"2007_{number:06}.jpg", number)
+        write_labels(root / home / "SegmentationClass" / f"2007_{number:06}.png", values)
+    return root
+
+
+def cocostuff(root: Path, values: list[int], *, curated: bool = True) -> Path:
+    """Three images for training and two for validation, of which lists name two and one."""
+    for split, count in (("train2017", 3), ("val2017", 2)):
+        stems = [f"{number:012}" for number in range(count)]
+        for number, stem in enumerate(stems):
+            write_image(root / "images" / split / f"{stem}.jpg", number)
+            write_labels(root / "annotations" / split / f"{stem}.png", values)
+        if curated:
+            path = root / "curated" / split / "Coco164kFull_Stuff_Coarse_7.txt"
+            path.parent.mkdir(parents=True)
+            path.write_text("\n".join(stems[:-1]))
+    return root
+
+
+def potsdam(root: Path, values: list[int]) -> Path:
+    """As others cut it: pieces as .mat files, with infra-red, and lists."""
+    lists = {"labelled_train": ["0", "1"], "unlabelled_train": ["2"], "labelled_test": ["3"]}
+    (root / "imgs").mkdir(parents=True)
+    (root / "gt").mkdir()
+    random = np.random.default_rng(0)
+    for name, stems in lists.items():
+        (root / f"{name}.txt").write_text("\n".join(stems) + "\n")
+        for stem in stems:
+            pixels = random.integers(0, 255, (HEIGHT, WIDTH, 4), np.uint8)
+            scipy.io.savemat(root / "imgs" / f"{stem}.mat", {"img": pixels})
+            if not name.startswith("unlabelled"):
+                write_mat(root / "gt" / f"{stem}.mat", values, "gt", np.uint8)
+    return root

@@ -1,16 +1,20 @@
-"""The paper's data sets: layouts, splits, labels to classes, and what is missing."""
+"""Published data sets: layouts, splits, labels to classes, and what is missing."""
 
 from __future__ import annotations
 
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from nefkern.data import BENCHMARKS, DATASETS, VOID, open_dataset
+from nefkern.data import prepare_potsdam as potsdam_module
+from nefkern.data.potsdam import COLOURS as POTSDAM_COLOURS
 from nefkern.data.prepare import prepare_pascal_context
+from nefkern.data.prepare_potsdam import prepare_potsdam
 from nefkern.runtime.errors import UserError
 from nefkern.training.options import CLASSES, PRESETS, WINDOWS
 from tests.data import publisher
@@ -28,6 +32,22 @@ ADE20K = {1: "wall", 2: "building", 3: "sky", 8: "bed", 13: "person", 21: "car",
           "chest of drawers", 90: "television receiver", 128: "bicycle", 150: "flag"}  # fmt: skip
 PASCAL = {2: "aeroplane", 19: "bedclothes", 23: "bicycle", 45: "bus", 98: "cow", 284: "person",
           360: "sky", 397: "table", 416: "train", 427: "tvmonitor", 458: "wood"}  # fmt: skip
+
+# The number of a label in COCO-Stuff's own list, its name there, and the group it belongs to.
+COCOSTUFF = {
+    1: ("person", "person"), 2: ("bicycle", "vehicle"), 9: ("boat", "vehicle"),
+    10: ("traffic light", "outdoor"), 17: ("cat", "animal"), 33: ("suitcase", "accessory"),
+    34: ("frisbee", "sports"), 44: ("bottle", "kitchen"), 61: ("cake", "food"),
+    62: ("chair", "furniture"), 72: ("tv", "electronic"), 82: ("refrigerator", "appliance"),
+    91: ("hair brush", "indoor"), 92: ("banner", "textile"), 95: ("bridge", "building"),
+    102: ("ceiling-other", "ceiling"), 106: ("clouds", "sky"), 113: ("fence", "structural"),
+    118: ("floor-wood", "floor"), 124: ("grass", "plant"), 130: ("light", "furniture-stuff"),
+    135: ("mountain", "solid"), 139: ("paper", "raw-material"), 149: ("road", "ground"),
+    153: ("salad", "food-stuff"), 171: ("wall-brick", "wall"), 178: ("water-other", "water"),
+    181: ("window-other", "window"), 182: ("wood", "solid"),
+}  # fmt: skip
+VOC = {1: ("aeroplane", (128, 0, 0)), 9: ("chair", (192, 0, 0)), 12: ("dog", (64, 0, 128)),
+       15: ("person", (192, 128, 128)), 20: ("tvmonitor", (0, 64, 128))}  # fmt: skip
 
 
 def classes_of(dataset, values: list[int]) -> dict[int, int]:
@@ -203,6 +223,8 @@ def test_what_is_not_there_is_named_with_its_source(tmp_path, name):
     site = {
         "pascal_context": "host.robots.ox.ac.uk", "cityscapes": "www.cityscapes-dataset.com",
         "ade20k": "sceneparsing.csail.mit.edu", "imagenet": "image-net.org",
+        "voc2012": "host.robots.ox.ac.uk", "cocostuff": "cocodataset.org",
+        "potsdam": "www.isprs.org",
     }[name]  # fmt: skip
     message = error(name, root=tmp_path)
     assert BENCHMARKS[name].title in message
@@ -244,3 +266,123 @@ def test_a_split_that_should_be_there(tmp_path):
     with pytest.raises(UserError, match="split 'test'") as caught:
         open_dataset("pascal_context", root=tmp_path, split="test")
     assert "nefkern.data check" not in str(caught.value), "there is no such split"
+
+
+# ---- Pascal VOC 2012 ----
+
+
+@pytest.mark.parametrize("home", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_voc2012_in_both_ways_to_count(tmp_path, home):
+    values = [0, 255, *VOC]
+    publisher.voc2012(tmp_path, values, home)
+    dataset = open_dataset("voc2012", root=tmp_path)
+    assert classes_of(dataset, values) == {255: VOID, 0: 0, **{value: value for value in VOC}}
+    assert {v: (dataset.classes[v], dataset.colours[v]) for v in VOC} == VOC
+    objects = open_dataset("voc2012", root=tmp_path, classes=20)
+    assert classes_of(objects, values) == {255: VOID, 0: VOID, **{v: v - 1 for v in VOC}}
+    assert {v: (objects.classes[v - 1], objects.colours[v - 1]) for v in VOC} == VOC
+
+
+def test_voc2012_s_splits_are_those_of_segmentation(tmp_path):
+    publisher.voc2012(tmp_path, [1])
+    assert open_dataset("voc2012", root=tmp_path).names == ["2007_000032", "2007_000039"]
+    assert open_dataset("voc2012", root=tmp_path, split="val").names == ["2007_000033"]
+    assert "expected train, val, trainval, and the file test.txt in" in error(
+        "voc2012", root=tmp_path, split="test"
+    )
+
+
+# ---- COCO-Stuff ----
+
+
+@pytest.mark.parametrize("home", ["", "dataset", "cocostuff"])
+def test_cocostuff_s_labels_in_27_groups(tmp_path, home):
+    values = [255, *(number - 1 for number in COCOSTUFF)]
+    publisher.cocostuff(tmp_path / home, values)
+    dataset = open_dataset("cocostuff", root=tmp_path)
+    found = classes_of(dataset, values)
+    assert found.pop(255) == VOID
+    assert {v + 1: dataset.classes[c] for v, c in found.items()} == {
+        number: group for number, (_, group) in COCOSTUFF.items()
+    }
+    assert set(found.values()) == set(range(27))
+    assert dataset.classes.index("electronic") == 0
+    assert dataset.classes.index("ceiling") == 12
+
+
+def test_cocostuff_takes_the_usual_part_where_its_list_is(tmp_path):
+    publisher.cocostuff(tmp_path, [0])
+    assert len(open_dataset("cocostuff", root=tmp_path)) == 2
+    assert open_dataset("cocostuff", root=tmp_path, split="val").names == ["000000000000"]
+    shutil.rmtree(tmp_path / "curated")
+    assert len(open_dataset("cocostuff", root=tmp_path)) == 3
+    assert len(open_dataset("cocostuff", root=tmp_path, split="val")) == 2
+
+
+# ---- Potsdam ----
+
+
+def test_potsdam_of_pieces_that_others_cut(tmp_path):
+    publisher.potsdam(tmp_path, [0, 1, 2, 3, 4, 5, 255])
+    prepare_potsdam(tmp_path)
+    three = open_dataset("potsdam", root=tmp_path)
+    assert classes_of(three, [0, 1, 2, 3, 4, 5, 255]) == {
+        0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2, 255: VOID,
+    }  # fmt: skip
+    six = open_dataset("potsdam", root=tmp_path, classes=6, split="val")
+    assert six.names == ["3"]
+    assert classes_of(six, [0, 1, 2, 3, 4, 5, 255]) == {**{i: i for i in range(6)}, 255: VOID}
+    assert three.names == ["0", "1", "2"]
+    assert (three[2].annotation == VOID).all()  # of the unlabelled list
+    assert six.colours[4] == (255, 255, 0)
+
+
+def test_potsdam_of_the_publisher_s_pictures(tmp_path, monkeypatch):
+    """Two by two pieces of 4 pixels in place of 15 by 15 of 400, and labels painted not quite as
+    the publisher says, as one of the real files is."""
+    monkeypatch.setattr(potsdam_module, "_SIDE", 4)
+    monkeypatch.setattr(potsdam_module, "_ACROSS", 2)
+    index = np.random.default_rng(0).integers(0, 6, (8, 9), np.uint8)  # a column too many
+    painted = np.array(POTSDAM_COLOURS, np.uint8)[index]
+    painted[painted == 255] = 252
+    pixels = np.random.default_rng(1).integers(0, 255, (8, 9, 3), np.uint8)
+    for part, array, end in (("2_Ortho_RGB", pixels, "RGB"), ("5_Labels_all", painted, "label")):
+        (tmp_path / "Potsdam" / part).mkdir(parents=True)
+        for name in ("2_10", "7_13"):
+            path = tmp_path / "Potsdam" / part / f"top_potsdam_{name}_{end}.tif"
+            Image.fromarray(array).save(path)
+    prepare_potsdam(tmp_path)
+    train = open_dataset("potsdam", root=tmp_path, classes=6)
+    assert train.names == ["2_10_000", "2_10_001", "2_10_002", "2_10_003"]
+    assert open_dataset("potsdam", root=tmp_path, split="val").names[0] == "7_13_000"
+    piece = train[1]  # of the first row, the second
+    assert piece.annotation.tolist() == index[:4:2, 4:8:2].tolist()
+    mean = pixels[:4, 4:8].reshape(2, 2, 2, 2, 3).mean((1, 3))
+    assert np.abs(piece.image.permute(1, 2, 0).numpy() - mean).max() <= 0.5
+
+
+def test_potsdam_s_mistakes(tmp_path, monkeypatch):
+    def told() -> str:
+        with pytest.raises(UserError) as caught:
+            prepare_potsdam(tmp_path)
+        return str(caught.value)
+
+    assert "expected 2_Ortho_RGB/*_RGB.tif or imgs/*.mat, none found; get 2_Ortho_RGB" in told()
+    monkeypatch.setattr(potsdam_module, "_SIDE", 4)
+    monkeypatch.setattr(potsdam_module, "_ACROSS", 2)
+    picture = tmp_path / "2_Ortho_RGB" / "top_potsdam_2_10_RGB.tif"
+    labels = tmp_path / "5_Labels_all" / "top_potsdam_2_10_label.tif"
+    for path in (picture, labels):
+        path.parent.mkdir()
+    Image.new("RGB", (8, 7)).save(picture)
+    assert "label.tif: these labels are missing" in told()
+    Image.new("RGB", (8, 8)).save(labels)
+    assert "RGB.tif: expected 8 pixels on each side, got 8 x 7 (1 of 1 files" in told()
+    Image.new("RGB", (8, 8)).save(picture)
+    assert "six colours of Potsdam's labels, pixel (0, 0) is (0, 0, 0)" in told()
+    publisher.potsdam(tmp_path, [0, 6])
+    assert "0.mat: expected labels 0 to 5, gt holds 6 (3 of 4 files not converted)" in told()
+    (tmp_path / "gt" / "1.mat").write_bytes(b"MATLAB")
+    assert "cannot read this .mat file" in told() or "gt holds 6" in told()
+    (tmp_path / "labelled_test.txt").unlink()
+    assert "labelled_test.txt: this list of pieces is missing" in told()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from nefkern.data import BENCHMARKS, prepare
 from nefkern.data.__main__ import main
+from nefkern.data.prepare_potsdam import prepare_potsdam
 from nefkern.data.tables.pascal_context import CLASSES
 from tests.data import publisher
 
@@ -19,6 +20,9 @@ COUNTS = {
     "ade20k": {"train": (2,), "val": (1,)},
     "pascal_context": {"train": (9, 2), "val": (1,)},
     "imagenet": {"train": (3,)},
+    "voc2012": {"train": (2,), "val": (1,)},
+    "cocostuff": {"train": (2,), "val": (1,)},
+    "potsdam": {"train": (3,), "val": (1,)},
 }
 
 
@@ -52,9 +56,11 @@ def check(run, name, root, *options):
 def build(name: str, root: Path) -> Path:
     if name == "imagenet":
         return publisher.imagenet(root)
-    root = getattr(publisher, name)(root, [2, 9, 23])
+    root = getattr(publisher, name)(root, [0, 3, 5] if name == "potsdam" else [2, 9, 13])
     if name == "pascal_context":
         prepare.prepare_pascal_context(root)
+    if name == "potsdam":
+        prepare_potsdam(root)
     return root
 
 
@@ -83,6 +89,9 @@ def test_the_real_counts(run, tmp_path):
         "cityscapes": {"train": 2975, "val": 500},
         "ade20k": {"train": 20210, "val": 2000},
         "imagenet": {"train": 1281167},
+        "voc2012": {"train": 1464, "val": 1449},
+        "cocostuff": {"train": 49629, "val": 2175},
+        "potsdam": {"train": 5400, "val": 3150},
     }
 
 
