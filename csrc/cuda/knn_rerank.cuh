@@ -29,11 +29,11 @@ template <int kQueries>
 struct RerankStage {
   alignas(128) float rows[(kWarpCandidates + kQueries) * kRerankDepth];
 
-  __device__ __forceinline__ float* piece(int row, int piece) {
+  __device__ __forceinline__ float* place(int row, int piece) {
     return rows + row * kRerankDepth + (piece ^ (row >> 1 & 3)) * 4;
   }
-  __device__ __forceinline__ float4 read(int row, int piece_) {
-    return *reinterpret_cast<const float4*>(piece(row, piece_));
+  __device__ __forceinline__ float4 read(int row, int piece) {
+    return *reinterpret_cast<const float4*>(place(row, piece));
   }
 };
 
@@ -245,9 +245,9 @@ struct RerankLoads {
                                         const float* anywhere) const {
 #pragma unroll
     for (int h = 0; h < kTimes; ++h)
-      cp_async_16(stage.piece(row() + kRows * h, piece()),
+      cp_async_16(stage.place(row() + kRows * h, piece()),
                   candidates[h] ? candidates[h] + c : anywhere, candidates[h] != nullptr);
-    if (query) cp_async_16(stage.piece(kWarpCandidates + row(), piece()), query + c);
+    if (query) cp_async_16(stage.place(kWarpCandidates + row(), piece()), query + c);
   }
 };
 

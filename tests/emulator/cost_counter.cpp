@@ -232,8 +232,8 @@ void nefkern_count_barrier(unsigned size) {
   counts->barriers += size;
   for (unsigned warp = 0; warp < size; ++warp) finish_interval(warp);
 }
-void nefkern_count_wide(const void* address, bool write) {
-  note(address, 16, write ? Kind::kWrite : Kind::kRead, __builtin_return_address(0));
+void nefkern_count_wide(const void* address, bool write, void* place) {
+  note(address, 16, write ? Kind::kWrite : Kind::kRead, place);
 }
 void nefkern_count_quiet(bool begin) { quiet += begin ? 1 : -1; }
 

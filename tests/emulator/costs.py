@@ -37,6 +37,9 @@ NOT_ISSUED = re.compile(r"(c?mov|push|pop|call|ret|nop|endbr|leave|cdq|cqo|xchg|
 #: Calls that are an instruction of a GPU, or two.
 ARITHMETIC_CALL = re.compile(r"<(fmaf?|sqrtf?|fabsf?|fm(in|ax)f?)@plt")
 
+#: What stands in for an instruction of a GPU, and the emulator's own.
+TWIN = re.compile(r"nefkern::(emulator::|cuda::(twins::|cp_async_|mma_|ldmatrix_))")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -143,6 +146,7 @@ def block_weights(executable: Path) -> dict[int, int]:
     for line in listing.splitlines():
         if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             own = "nefkern::cuda::" in head[1] and "launch" not in head[1].split("(")[0]
+            own = own and not TWIN.search(head[1])
             block = None
             continue
         if not (found := re.match(r"\s*([0-9a-f]+):\t(.*)", line)):
