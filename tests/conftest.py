@@ -28,6 +28,24 @@ from tests.backend_counts import (  # noqa: F401  hooks
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="the long proofs too, as make test-all does (with -m long, them alone)",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # when all are marked
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 def _photograph(width: int, height: int, seed: int) -> Image.Image:
     """Discs of colour on a gradient, with a little noise."""
     random = np.random.default_rng(seed)

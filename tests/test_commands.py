@@ -208,7 +208,7 @@ def test_full_disk(arguments, tmp_path):
     assert err.splitlines()[-1] == line, err
     assert "Traceback" not in err
     assert run.path(CHECKPOINT).read_bytes() == before
-    run.load_state(run.load()[1]["state"])
+    run.load_state(run.load()[1])
     assert not list(run.folder.glob(".*.part"))
 
 

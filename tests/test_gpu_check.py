@@ -250,7 +250,7 @@ def rehearsed(tmp_path_factory) -> dict:
     return content
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_reaches_every_stage(rehearsed):
     statuses = {
         name: {case["status"] for case in stage["cases"].values()}
@@ -263,7 +263,7 @@ def test_a_rehearsal_reaches_every_stage(rehearsed):
     assert statuses["kernels"] <= {"passed", "skipped"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
     cases = found(rehearsed, "operators")
     assert {name.split("/")[0] for name in cases} == set(plan.OPERATORS)
@@ -273,7 +273,7 @@ def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
     assert max(cases["spmm/cpu/float32/ragged"]["errors"].values()) > 0, "nothing was computed"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_measures(rehearsed):
     kernels = found(rehearsed, "kernels")["spmm/cpu/float32/small"]
     assert kernels["device"] > 0

@@ -287,6 +287,7 @@ def test_a_damaged_score_fails_its_row_in_a_line(reproduce, tmp_path, capsys):
     assert f"error: table 5, K64, seed 0: {file}: expected scores" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch):
     """Another table scores the run anew, with a method more; a half-trained run goes on."""
     assert reproduce("5 K256") == 0
@@ -311,6 +312,7 @@ def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch)
     assert counted == ["step", "step", "evaluation"]
 
 
+@pytest.mark.long
 def test_a_figure_is_a_picture_of_table_1(reproduce, counted, tmp_path, capsys):
     assert reproduce("1 vit-s --evaluate='--size 48 --pictures 1'") == 0
     counted.clear()
@@ -329,6 +331,7 @@ def test_a_figure_is_a_picture_of_table_1(reproduce, counted, tmp_path, capsys):
     assert counted == []
 
 
+@pytest.mark.long
 def test_figure_3_has_the_result_beside_the_image(reproduce, counted, tmp_path):
     """Table 4's run and scores, at the images' own resolution; no annotation between."""
     sliding = "--scale-K 0.03 --evaluate='--window 64 --stride 64 --pictures 2'"
@@ -345,6 +348,7 @@ def test_figure_3_has_the_result_beside_the_image(reproduce, counted, tmp_path):
     assert (first[:, -70:] == ours).all()
 
 
+@pytest.mark.long
 def test_the_appendix_s_eigenfunctions(reproduce, counted, tmp_path, capsys):
     """Of the run of table 1: trained, not scored."""
     asked = "figure-eigenfunctions --evaluate='--size 48 --pictures 2'"

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace nefkern {
@@ -22,6 +23,16 @@ inline bool never_falls(const torch::stable::Tensor& offsets, int64_t nnz) {
   bool good = data[0] == 0 && data[last] == nnz;
   for (int64_t i = 0; i < last; ++i) good &= data[i] <= data[i + 1];
   return good;
+}
+
+// Whether every column is one of a graph's nodes.
+inline bool below(const torch::stable::Tensor& columns, int64_t num_nodes) {
+  const int32_t* data = columns.const_data_ptr<int32_t>();
+  const int64_t count = columns.numel();
+  uint32_t worst = 0;  // unsigned, a negative one is large
+  for (int64_t i = 0; i < count; ++i)
+    worst = std::max(worst, static_cast<uint32_t>(data[i]));
+  return count == 0 || static_cast<int64_t>(worst) < num_nodes;
 }
 
 }  // namespace nefkern

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from nefkern.data.dataset import ImageDataset, class_indices
 from nefkern.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+#: Of terminals, not of names: a class's name is printed in tables.
+_MOST = 200
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def open_folder(
@@ -169,6 +174,12 @@ def _check_classes(path: Path, names: list[str]) -> None:
             f"{path}: line {names.index('') + 1} is empty, expected a class name:"
             " the line number is the class index"
         )
+    if bad := next((name for name in names if _CONTROL.search(name)), None):
+        line = names.index(bad) + 1
+        raise UserError(f"{path}: line {line}: expected text, it holds control characters")
+    if long := next((name for name in names if len(name) > _MOST), None):
+        line = names.index(long) + 1
+        raise UserError(f"{path}: line {line}: expected at most {_MOST} characters")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UserError(f"{path}: expected different names, repeated: {', '.join(repeated)}")
+        raise UserError(f"{path}: expected different names, repeated: {', '.join(repeated[:5])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,14 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = " ".join(reason.split())
         raise UserError(f"{path}: cannot read this {kind}: {reason}") from None
+
+
+def _check_kind(path: Path) -> None:
+    """A pipe would be waited for without end, and a device has none."""
+    with contextlib.suppress(OSError, ValueError):  # what reads it says what is wrong
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{path}: expected a file, it is a pipe, a socket or a device")
 
 
 def _open(path: Path) -> Image.Image:
@@ -96,6 +105,7 @@ def read_image(path: str | Path, *, min_side: int | None = None) -> Tensor:
             ``$NEFKERN_MAX_PIXELS``, 500 million unless set.
     """
     path = Path(path)
+    _check_kind(path)
     with _reading(path, "image"):
         if tiff.is_tiff(path):
             found = tiff.read_tiff(path, partial(_check_size, path))
@@ -229,6 +239,7 @@ def read_annotation(
         UserError: unreadable, in colour, of another size, or with an index that is no class.
     """
     path = Path(path)
+    _check_kind(path)
     with _reading(path, "annotation"), _open(path) as mask:
         _check_size(path, mask.size)
         if mask.mode not in ("P", "L", "1"):

@@ -201,7 +201,7 @@ class TrainLoader:
             self._go_to((epoch, first))
         for step in range(first, last):
             self._next = None  # should the outcome be an exception
-            outcome = next(self._outcomes)
+            outcome = self._outcome()
             if isinstance(outcome, str):
                 self.close()  # now: a traceback may keep this loader for long
                 raise UserError(outcome)
@@ -209,6 +209,19 @@ class TrainLoader:
             images, problems = outcome
             self._report(problems)
             yield images
+
+    def _outcome(self) -> tuple[Tensor, list[str]] | str:
+        """The next one; what the end of a process is called by PyTorch is for its developers."""
+        try:
+            return next(self._outcomes)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            return (
+                "a process that loads images died (of too little memory?): fewer --workers need "
+                "less, --workers 0 none"
+            )
 
     def _go_to(self, position: tuple[int, int]) -> None:
         """Let the next outcome be that of a position, an (epoch, step)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import logging
 import urllib.parse
 from pathlib import Path
@@ -17,7 +16,8 @@ from nefkern.evaluation.spectrum_page import PLOT as SPECTRUM_PLOT
 from nefkern.evaluation.spectrum_page import RESULT as SPECTRUM
 from nefkern.evaluation.spectrum_page import describe as describe_spectrum
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.charts import eigenfunction_maps, svg
 from nefkern.segmentation.pictures import overlay, palette, write_png
 from nefkern.segmentation.segmenter import Segmenter
@@ -97,10 +97,14 @@ SPECTRA = (
 )
 
 
+#: What a file with other content than this version's leads to.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
 def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count: int) -> None:
     """Draw "image | clusters | blend" of the first ``count`` readable images to ``overlays/``."""
     folder = run.path("overlays")
-    folder.mkdir(exist_ok=True)
+    make_folder(run.folder, folder)
     colours, drawn = palette(segmenter.num_clusters), 0
     for index in tqdm(range(len(dataset)), desc="overlays", leave=False):
         if drawn == count:
@@ -137,6 +141,8 @@ def curves(rows: list[dict[str, Any]]) -> str:
 
     rows = rows[:: max(1, len(rows) // POINTS)]
     panels = [panel for panel in PANELS if any(panel[1][0] in row for row in rows)]
+    if not panels:
+        return ""
     lines = -(-len(panels) // 3)
     figure = Figure(figsize=(11, 2.7 * lines), layout="constrained")
     axes = figure.subplots(lines, 3).flat
@@ -144,8 +150,8 @@ def curves(rows: list[dict[str, Any]]) -> str:
         axis.remove()
     for axis, (title, keys, meaning) in zip(axes, panels, strict=False):
         for key in keys:
-            having = [row for row in rows if key in row]
-            steps, values = [row["step"] for row in having], [row[key] for row in having]
+            having = [row for row in rows if isinstance(row.get(key), (int, float))]
+            steps, values = [float(row["step"]) for row in having], [row[key] for row in having]
             axis.plot(steps, values, label=key, linewidth=1.2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"step; {meaning}", fontsize=8)
@@ -214,7 +220,12 @@ def write_report(run: Run) -> Path:
     if options.get("method") == "spectral":
         parts += _stages(run, rows)
     elif rows:
-        parts += [f"<p>{_summary(rows, config)}</p>", "<h2>Training</h2>", curves(rows), CURVES]
+        parts += [
+            f"<p>{html.escape(_summary(rows, config))}</p>",
+            "<h2>Training</h2>",
+            curves(rows),
+            CURVES,
+        ]
     parts += [
         "<h2>Segments</h2>",
         "<p>Image, clusters, and both together. Nobody told the "
@@ -233,8 +244,8 @@ def write_report(run: Run) -> Path:
     parts += _tree(run)
     for scores in sorted(run.folder.glob("evaluation-*.json")):
         try:
-            text = describe(json.loads(scores.read_text("utf-8")))
-        except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+            text = describe(parse_json(scores.read_text("utf-8")))
+        except _DAMAGED as error:  # damaged, or of another version
             text = f"not readable: {error}"
         heading = f"<h2>{html.escape(scores.stem)}</h2>"
         parts += [heading, SCORES, f"<pre>{html.escape(text)}</pre>"]
@@ -263,12 +274,14 @@ def _stages(run: Run, rows: list[dict[str, Any]]) -> list[str]:
     """What a spectral run computed, stage by stage, and its eigenvalues."""
     cells = "".join(
         f"<tr><th>{html.escape(str(row['stage']))}<td>"
-        + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in row.items() if k not in _PLACE)
+        + html.escape(
+            ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in row.items() if k not in _PLACE)
+        )
         for row in rows
     )
     parts = ["<h2>Stages</h2>", f"<table>{cells}</table>"]
-    found = run.part(*_SPECTRUM)
-    if found:
+    found = run.part(*_SPECTRUM) if run.path(CHECKPOINT).exists() else {}
+    if len(found) == len(_SPECTRUM):
         parts += ["<h2>Eigenvalues</h2>", eigenvalues(*(found[name] for name in _SPECTRUM)), STAGES]
     return parts
 
@@ -278,8 +291,8 @@ def _spectrum(run: Run) -> list[str]:
     if not run.path(SPECTRUM).exists():
         return []
     try:
-        text = describe_spectrum(json.loads(run.path(SPECTRUM).read_text("utf-8")))
-    except (ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+        text = describe_spectrum(parse_json(run.path(SPECTRUM).read_text("utf-8")))
+    except _DAMAGED as error:  # damaged, or of another version
         text = f"not readable: {error}"
     return [
         "<h2>Spectrum</h2>",

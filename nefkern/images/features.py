@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 import socket
 import urllib.parse
 import urllib.request
@@ -26,8 +27,9 @@ from torchvision.transforms.v2.functional import resize
 from nefkern.images import weights as sources
 from nefkern.images.layers import Layer, parse_high, parse_input_size
 from nefkern.images.probe import PYRAMID_STRIDE, Input, feature_info, is_isotropic, probe
+from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError, first_line
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import make_folder, replace_file
 from nefkern.runtime.precision import float32_products
 
 log = logging.getLogger(__name__)
@@ -659,7 +661,9 @@ class FeatureCache:
         if not self._folders:
             return self._compute(images)
         paths = [self._path(image) for image in images]
-        found = [self._find(path) for path in paths]
+        grid = self.backbone.grid(images.shape[-2:])
+        shape = (math.prod(grid), self.backbone.concat_dim)
+        found = [self._find(path, shape) for path in paths]
         missing = [i for i, entry in enumerate(found) if entry is None]
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
@@ -668,9 +672,8 @@ class FeatureCache:
             for row, i in enumerate(missing):
                 found[i] = _compact(fresh.concat[row])
                 if self.folder is not None:
-                    self._write(self.folder / paths[i], found[i])
+                    self._write(self.folder, paths[i], found[i])
         concat = torch.stack([f.to(images.device) for f in found]).float()
-        grid = self.backbone.grid(images.shape[-2:])
         # F is the last of the three concatenated maps.
         return Features(concat[..., -self.backbone.dim :].contiguous(), concat, grid)
 
@@ -683,9 +686,9 @@ class FeatureCache:
         ):
             return self._extract(images)
 
-    def _find(self, path: Path) -> Tensor | None:
+    def _find(self, path: Path, shape: tuple[int, int]) -> Tensor | None:
         entries = (self._read(folder / path) for folder in self._folders)
-        return next((entry for entry in entries if entry is not None), None)
+        return next((e for e in entries if e is not None and e.shape == shape), None)
 
     def _path(self, image: Tensor) -> Path:
         """Of an image's entry, in whichever folder."""
@@ -697,20 +700,16 @@ class FeatureCache:
 
     @staticmethod
     def _read(path: Path) -> Tensor | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            return load_file(path)["concat"]
-        except (FileNotFoundError, SafetensorError, KeyError, OSError):
+            entry = tensor_files.unpacked(path)[0].get("concat")
+        except (tensor_files.DamagedFile, OSError):
             return None
+        return entry if entry is not None and entry.is_floating_point() else None
 
     @staticmethod
-    def _write(path: Path, concat: Tensor) -> None:
-        from safetensors.torch import save
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save({"concat": concat.cpu().contiguous()}))
+    def _write(folder: Path, path: Path, concat: Tensor) -> None:
+        make_folder(folder, (folder / path).parent)
+        replace_file(folder / path, tensor_files.packed({"concat": concat}))
 
 
 def _compact(features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,9 +17,12 @@ from PIL import Image
 from nefkern.data.constants import VOID
 from nefkern.naming.instances import Instance, box_runs, coco_rle, polygon
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import make_folder, replace_file
 from nefkern.segmentation.pictures import write_png
 from nefkern.version import __version__
+
+#: Characters of file names that XML 1.0 has no place for, not even as references.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class LabelMe(Format):
             "imageHeight": height,
             "imageWidth": width,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, path.parent)
         replace_file(path, json.dumps(content, ensure_ascii=False, indent=1))
 
     def _shape(self, instance: Instance) -> dict[str, Any]:
@@ -233,7 +237,7 @@ class Voc(Format):
         self, kind: str, image: Annotated, index: np.ndarray, colours: np.ndarray | None = None
     ) -> None:
         path = self.folder / kind / f"{image.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, path.parent)
         colours = self._colours() if colours is None else colours
         write_png(palette_image(index.astype(np.uint8), colours), path)
 
@@ -259,12 +263,14 @@ class Voc(Format):
             sides = {"xmin": left + 1, "ymin": top + 1, "xmax": left + w, "ymax": top + h}
             for key, value in sides.items():
                 xml.SubElement(box, key).text = str(value)
-        _write_xml(root, self.folder / "Annotations" / f"{image.name}.xml")
+        path = self.folder / "Annotations" / f"{image.name}.xml"
+        make_folder(self.folder, path.parent)
+        _write_xml(root, path)
 
     def finish(self) -> None:
         lines = "".join(f"{name}\n" for name in self._names)
         for task in ("Segmentation", "Main"):
-            (self.folder / "ImageSets" / task).mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, self.folder / "ImageSets" / task)
             replace_file(self.folder / "ImageSets" / task / "default.txt", lines)
         labels = zip(("background", *self.classes), self._colours().tolist(), strict=True)
         text = "".join(f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in labels)
@@ -313,6 +319,7 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 def _write_xml(root: xml.Element, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     xml.indent(root, " ")
-    replace_file(path, xml.tostring(root, encoding="utf-8", xml_declaration=True))
+    text = xml.tostring(root, encoding="unicode")
+    text = _NOT_XML.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    replace_file(path, f"<?xml version='1.0' encoding='utf-8'?>\n{text}")

@@ -27,8 +27,9 @@ import numpy as np
 import yaml
 
 from nefkern.data.constants import VOID
-from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import replace_file
+from nefkern.runtime.structured import parse_yaml, read_text
 from nefkern.segmentation.pictures import palette
 from nefkern.training.runs import CHECKPOINT, CLUSTERS
 
@@ -127,15 +128,15 @@ def read_names(path: str | Path) -> Names:
             file and the entry.
     """
     try:
-        content = yaml.load(Path(path).read_text("utf-8-sig"), Loader=_Strict)
+        content = parse_yaml(read_text(path))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; python -m nefkern.atlas RUN makes a page to name clusters on"
         ) from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; expected the file {NAMES}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML ({first_line(error)})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not YAML ({error})") from None
     return parse_names(content, path)
 
 
@@ -223,18 +224,6 @@ def _checked_name(name: Any, place: str) -> str:
             f"them, got {name[:50]!r}"
         )
     return name
-
-
-class _Strict(yaml.SafeLoader):
-    """YAML in which a key that comes twice is an error, not a silent choice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} comes twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

@@ -7,8 +7,8 @@ changes a file must be JSON, which other origins may not send without being aske
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,7 @@ import yaml
 
 from nefkern.naming.names import Names, parse_names, write_names
 from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime.structured import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,12 @@ class AtlasServer(ThreadingHTTPServer):
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             raise UserError(f"--port {port}: cannot be listened at ({first_line(error)})") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away early is no news; anything else is told in a line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            log.warning("a request failed: %s: %s", type(error).__name__, first_line(error))
 
     @property
     def hosts(self) -> set[str]:
@@ -105,12 +112,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected application/json")
             return
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal() and int(length) <= MOST):
+        digits = length.isascii() and length.isdecimal() and len(length) < 20
+        if not (digits and int(length) <= MOST):
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MOST} bytes")
             return
         try:
-            names = self.server.save(json.loads(self.rfile.read(int(length))))
-        except (UserError, ValueError, RecursionError) as error:
+            names = self.server.save(parse_json(self.rfile.read(int(length))))
+        except (UserError, ValueError) as error:
             self._answer(HTTPStatus.BAD_REQUEST, first_line(error))
         except OSError as error:
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"cannot write: {error.strerror}")

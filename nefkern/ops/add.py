@@ -40,7 +40,7 @@ def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
 
 
 def _fake(row_offsets_a, columns_a, values_a, row_offsets_b, columns_b, values_b, alpha):
-    nnz = torch.library.get_ctx().new_dynamic_size()
+    nnz = registry.new_size()
     dtype = torch.promote_types(values_a.dtype, values_b.dtype)
     return (
         torch.empty_like(row_offsets_a),

@@ -16,6 +16,8 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
+_MAX_INT = 2**63 - 1  # of the dispatcher's integers
+
 
 def tensor(name: str, value: object) -> Tensor:
     """``value``, if it is a dense tensor; else TypeError."""
@@ -60,7 +62,18 @@ def integer(name: str, value: object, least: int) -> int:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
+    if isinstance(number, int) and number > _MAX_INT:
+        raise ValueError(f"{name}: expected less than 2^63, got {str(number)[:40]}")
     return number
+
+
+def flag(name: str, value: object) -> bool:
+    """``value``, if it is a bool, NumPy's too; else TypeError."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def _as_int(value: object) -> int | None:

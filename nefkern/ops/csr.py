@@ -70,6 +70,11 @@ class CSRGraph:
                 "columns and values: expected one dimension each, "
                 f"got {self.columns.ndim} and {self.values.ndim}"
             )
+        if self.columns.shape != self.values.shape:
+            raise ValueError(
+                f"values: expected {self.columns.shape[0]} entries, as columns has, "
+                f"got {self.values.shape[0]}"
+            )
         if not self.row_offsets.device == self.columns.device == self.values.device:
             raise ValueError(
                 "expected row_offsets, columns and values on one device, got "

@@ -55,6 +55,7 @@ def kappa(
     num_nodes, alpha, clamp_min = _checked(
         indices, weights, pixel_indices, num_nodes, alpha, clamp_min
     )
+    check_finite = checks.flag("check_finite", check_finite)
     tensors = registry.call(
         "kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite
     )

@@ -83,6 +83,10 @@ def knn(
     checks.shape("features", features, "N", "C")
     checks.dtype("features", features, checks.FLOATING)
     k = checks.integer("k", k, 1)
+    if isinstance(k, int) and k > _MAX_NEIGHBOURS:
+        raise ValueError(f"k: expected less than 2^31, indices being int32, got {k}")
+    include_self = checks.flag("include_self", include_self)
+    check_finite = checks.flag("check_finite", check_finite)
     checks.choice("metric", metric, METRICS)
     if database is not None:
         _check_database(database, features, include_self)
@@ -91,6 +95,9 @@ def knn(
         "knn", features, k, metric, segments, include_self, check_finite, database,
         database_segments,
     )  # fmt: skip
+
+
+_MAX_NEIGHBOURS = 2**31 - 1
 
 
 def _check_database(database: Tensor, features: Tensor, include_self: bool) -> None:

@@ -61,6 +61,7 @@ def normalized_adjacency(
     """
     num_nodes = check_lists(indices, weights, num_nodes)
     clamp_min = check_clamp(clamp_min)
+    check_finite = checks.flag("check_finite", check_finite)
     if symmetrize not in _SYMMETRIZE:
         raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
     tensors = registry.call(
@@ -78,6 +79,7 @@ def check_lists(
 ) -> int:
     """``num_nodes`` as an int; raises TypeError or ValueError unless these are neighbour lists, but
     for their content."""
+    checks.tensor(name, indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
     num_nodes = checks.integer("num_nodes", num_nodes, 0)
@@ -89,7 +91,7 @@ def check_lists(
         )
     if weights is None:
         return num_nodes
-    if not weights.is_floating_point():
+    if not checks.tensor("weights", weights).is_floating_point():
         raise TypeError(f"weights: expected floating point, got {weights.dtype}")
     if weights.shape != indices.shape:
         raise ValueError(
@@ -124,7 +126,7 @@ def fake_graph(
 ) -> tuple[Tensor, ...]:
     """For fake kernels: a graph from lists of such dtypes, with ``room`` for entries, or of an
     unknown number of them."""
-    nnz = torch.library.get_ctx().new_dynamic_size() if room is None else room
+    nnz = registry.new_size() if room is None else room
     wide = weights is not None and weights.dtype == torch.float64
     return (
         indices.new_empty(num_nodes + 1, dtype=torch.int64),

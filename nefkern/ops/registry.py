@@ -20,7 +20,10 @@ from torch.autograd import forward_ad
 
 from nefkern import backends
 from nefkern.ops import checks
+from nefkern.runtime.forks import work_after_forks
 from nefkern.runtime.precision import float32_products
+
+work_after_forks()
 
 _library = torch.library.Library("nefkern", "DEF")
 _kernels: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
@@ -45,6 +48,21 @@ def define(schema: str, *, fake: Callable) -> None:
     for twin in _twins(name):
         _library.impl(twin, lambda *args: _run(name, args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"nefkern::{twin}", fake, lib=_library)
+
+
+def new_size() -> torch.SymInt:
+    """For fake kernels: a size that only the content tells.
+
+    Raises:
+        NotImplementedError: meta tensors, which have no content and no way to leave sizes open.
+    """
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except RuntimeError:
+        raise NotImplementedError(
+            "expected tensors with content, which decides how many entries the graph has, got meta "
+            "tensors"
+        ) from None
 
 
 def _twins(name: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nefkern.runtime.errors import ArgumentParser, UserError
+from nefkern.runtime.errors import ArgumentParser, UserError, visible
 
 #: The largest seed that PyTorch's generators take.
 MAX_SEED = 2**63 - 1
@@ -41,7 +41,8 @@ class AboveBars(logging.Handler):
         from tqdm import tqdm  # here: --help should not wait for it
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            lines = self.format(record).split("\n")
+            tqdm.write("\n".join(map(visible, lines)), file=sys.stderr)
         except Exception:
             self.handleError(record)
 
@@ -90,8 +91,12 @@ def add_ignore_class(parser: Any) -> None:
     )
 
 
+#: What draws the edges of segments.
+EDGES = ("bilinear", "graph", "crf")
+
+
 def add_crf_workers(parser: Any) -> None:
-    """``--crf-workers``, where there is ``--crf``."""
+    """``--crf-workers``, where there is a CRF."""
     parser.add_argument(
         "--crf-workers",
         type=int,
@@ -108,4 +113,6 @@ def check_crf_workers(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.crf_workers <= MAX_WORKERS:
         raise UserError(f"--crf-workers {arguments.crf_workers}: expected 0 to {MAX_WORKERS}")
     if not arguments.crf:
-        raise UserError(f"--crf-workers {arguments.crf_workers}: expected --crf beside it")
+        raise UserError(
+            f"--crf-workers {arguments.crf_workers}: expected --crf, or --edges crf, beside it"
+        )

@@ -5,18 +5,46 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+from nefkern.runtime.errors import UserError
+
+
+def make_folder(root: Path, folder: Path) -> None:
+    """Make ``folder``, which is ``root`` or below it.
+
+    Raises:
+        UserError: a link on the way leads out of ``root``, as in a run folder of unknown origin.
+    """
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{folder}: a link leads out of {root}; remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name ``path`` if it names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
     """Write ``content`` (text as UTF-8) beside ``path``, then move it there.
+
+    Names of files that are not UTF-8 are in text as lone surrogates; they are written as escapes,
+    which in JSON stand for the same.
 
     Raises:
         OSError: it cannot be written; names ``path``, and the old file is as it was. Content is
             made in memory first and written here, because the writers of torch and safetensors
             report a full disk by errors of their own.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     # Another process that writes the same file (a shared feature cache) has a part of its own;
     # its number would not tell it from one on another machine.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")

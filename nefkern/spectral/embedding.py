@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nefkern.ops import CSRGraph, add, checks, knn, normalized_adjacency
 from nefkern.reference.csr import row_of_entry
+from nefkern.runtime.states import FLOATS, INTEGERS, check_state
 from nefkern.spectral.eigenpairs import EigenPairs, leading_eigenpairs
 from nefkern.spectral.neighbours import knn_blocks
 from nefkern.spectral.nystrom import cross_weights, extend
@@ -70,6 +71,20 @@ def neighbour_lists(rows: Tensor, k: int, affinity: str) -> NeighbourLists:
 def adjacency(lists: NeighbourLists) -> CSRGraph:
     """D^(-1/2) A D^(-1/2) of A = (A + Aᵀ)/2, over the rows that the lists belong to."""
     return normalized_adjacency(lists.indices, lists.similarities, num_nodes=len(lists.indices))
+
+
+#: Of :meth:`Embedding.state`.
+_STATE = {
+    "values": (FLOATS, "m"),
+    "vectors": (FLOATS, "N m"),
+    "residuals": (FLOATS, "m"),
+    "degrees": (FLOATS, "N"),
+    "[rows]": (FLOATS, "N C"),
+    "[widths]": (FLOATS, "N"),
+    "k": (INTEGERS, ""),
+    "affinity": (INTEGERS, ""),
+    "alpha": (FLOATS, ""),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,10 +232,10 @@ class Embedding:
         Raises:
             ValueError: a tensor is missing or of another shape.
         """
+        sizes = check_state(state, _STATE)
+        if not 1 <= int(state["k"]) <= sizes["N"]:
+            raise ValueError(f"k: expected 1 to {sizes['N']}, got {int(state['k'])}")
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        needed = set(fields) - {"rows", "widths"}
-        if lost := sorted(needed - set(state)):
-            raise ValueError(f"state: expected {', '.join(sorted(needed))}; {lost[0]} is missing")
         values = {name: state[name] for name in fields if name in state}
         index = int(values["affinity"])
         if not 0 <= index < len(AFFINITIES):

@@ -12,6 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nefkern.runtime.states import FLOATS, NUMBERS, check_state
+
+#: Of :meth:`KMeans.state`.
+_STATE = {
+    "centers": (FLOATS, "K C"),
+    "counts": (NUMBERS, "K"),
+    "origin": (FLOATS, "C"),
+    "variance": (FLOATS, ""),
+}
+
 #: Rows that one thread works on at once: their similarities to the centres stay in its cache. On
 #: a GPU as many as keep it busy.
 _BLOCK, _GPU_BLOCK = 2048, 1 << 17
@@ -326,7 +336,12 @@ class KMeans:
         }
 
     def load(self, state: dict[str, Tensor]) -> KMeans:
-        """Take over the :meth:`state` of a fitted K-means."""
+        """Take over the :meth:`state` of a fitted K-means.
+
+        Raises:
+            ValueError: not such a state.
+        """
+        check_state(state, _STATE)
         self.centers, self.counts = state["centers"], state["counts"]
         self._origin, self.variance = state["origin"], float(state["variance"])
         self.num_clusters = len(self.centers)

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from nefkern.images.layers import parse_high, parse_input_size
 from nefkern.runtime.commandline import MAX_SEED, MAX_WORKERS
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.structured import parse_yaml, read_text
 
 log = logging.getLogger(__name__)
 
@@ -507,7 +506,7 @@ class TrainOptions:
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value is not None and value > most:
-                raise UserError(f"--{name} {value}: expected at most {most}")
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected at most {most}")
         for name in ("lr", "t", "min_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
@@ -559,7 +558,13 @@ _LEAST = {
     "checkpoint_seconds": 0, "seed": 0,
 }  # fmt: skip
 
-_MOST = {"seed": MAX_SEED, "workers": MAX_WORKERS}
+#: Beyond these is a slip of the keyboard, and more than any memory or patience holds.
+_MOST = {
+    "seed": MAX_SEED, "workers": MAX_WORKERS, "crop": 1 << 16, "resize": 1 << 16, "blocks": 256,
+    "heads": 1 << 12, "head_dim": 1 << 14, "mlp_hidden": 1 << 20, "num_eigenfunctions": 1 << 20,
+    "batch_size": 1 << 20, "epochs": 1 << 40, "views": 1 << 31, "accumulate": 1 << 31,
+    "eigenvectors": 1 << 20, "pictures": 1 << 20,
+}  # fmt: skip
 
 
 def parse_pairs(flag: str, text: str) -> tuple[tuple[int, float], ...]:
@@ -649,12 +654,11 @@ def _check_method(method: str, flags: dict[str, Any]) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """Options in a YAML file: a mapping of option names, or the ``options`` of a run's config."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = parse_yaml(read_text(path))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: not a YAML file ({reason})") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: not a YAML file ({error})") from None
     if isinstance(content, dict) and "options" in content:
         content = upgraded(content["options"], content.get("backbone"))
     if not isinstance(content, dict):
@@ -717,7 +721,7 @@ def converted(source: str, f: dataclasses.Field, value: Any) -> Any:
         with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as text
             return float(value)
     if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+        value = str(value)
     if wanted is not type(value):
         raise UserError(f"{source}: {f.name}: expected {kind}, got {value!r}")
     if f.metadata.get("choices") and value not in f.metadata["choices"]:

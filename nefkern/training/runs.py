@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import io
 import json
+import logging
+import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 
-from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime import tensor_files
+from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import remove_parts, replace_file
+from nefkern.runtime.locks import NAME as LOCK
+from nefkern.runtime.locks import FolderLock
+from nefkern.runtime.structured import parse_json, parse_yaml, read_text
+from nefkern.runtime.tensor_files import DamagedFile
 from nefkern.training.options import TrainOptions, converted, upgraded
 from nefkern.version import __version__
 
+log = logging.getLogger(__name__)
+
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
+#: The checkpoint before the last.
+PREVIOUS = "checkpoint-previous.safetensors"
 CLUSTERS, GRAPH = "clusters.safetensors", "graph.safetensors"
 
 #: What a run of ``--method spectral`` computes, in this order; each is kept in the checkpoint.
@@ -39,6 +52,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+#: Of the configuration, where it has them.
+_PARTS = {"backbone": dict, "dataset": dict, "versions": dict, "lengthened": list}
+
 #: Options that do not change what a run computes.
 FREE_OPTIONS = frozenset(
     ("resume", "out", "pictures", "workers", "checkpoint_seconds", "device", "strict")
@@ -55,36 +71,34 @@ def _differ(name: str, before: Any, now: Any) -> bool:
     return before != now
 
 
-def _in_one_order(checkpoint: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: their order is random in what ``save``
-    makes, and equal runs are to have equal files."""
-    size = int.from_bytes(checkpoint[:8], "little")
-    header = json.loads(checkpoint[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return checkpoint[:8] + text.ljust(size) + checkpoint[8 + size :]
-
-
 class Run:
     """The folder of one training run.
 
     The checkpoint's weights and the optimiser's state are two files; the weights name the state
-    that belongs to them and are replaced last, so that both are always of the same step.
+    that belongs to them and are replaced last, so that both are always of the same step. Both have
+    checksums, and the checkpoint before is kept beside the last, for when that turns out damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._lock: FolderLock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process does not hold the lock."""
+        return {**vars(self), "_lock": None}
 
     @classmethod
     def create(cls, options: TrainOptions, *, longer: bool = False) -> Run:
-        """Make the run's folder, or take the one to resume.
+        """Make the run's folder, or take the one to resume; it is this process's as long as the
+        run, or another of the same folder, is in use.
 
         Args:
             options: all of them; checked.
             longer: a run to resume may be of fewer epochs, and is then trained on.
 
         Raises:
-            UserError: it holds a run and ``--resume`` was not given, or one of other options.
+            UserError: it holds a run and ``--resume`` was not given, or one of other options; it
+                is in use by another process.
         """
         run = cls(options.run_folder())
         if run.folder.exists() and not run.folder.is_dir():
@@ -95,11 +109,14 @@ class Run:
                     f"--out {run.folder}: holds a run already; --resume goes on with it, "
                     "another --out starts a new one"
                 )
-            if run.path(CHECKPOINT).exists():
-                run._check_same(options, longer)
-        elif run.folder.exists() and any(run.folder.iterdir()):
+        elif run.folder.exists() and any(path.name != LOCK for path in run.folder.iterdir()):
             raise UserError(f"--out {run.folder}: is not empty and holds no run")
         run.folder.mkdir(parents=True, exist_ok=True)
+        run._lock = FolderLock.of(run.folder, "--out")
+        if run.path(CONFIG).exists():
+            run._fall_back()
+            if run.path(CHECKPOINT).exists():
+                run._check_same(options, longer)
         remove_parts(run.folder)
         return run
 
@@ -147,15 +164,18 @@ class Run:
             UserError: the folder holds no run.
         """
         try:
-            content = yaml.safe_load(self.path(CONFIG).read_text("utf-8"))
+            content = parse_yaml(read_text(self.path(CONFIG)))
             content["options"]["backbone"]
+            for name, kind in _PARTS.items():
+                if not isinstance(content.get(name, kind()), kind):
+                    raise TypeError(f"{name}: expected {kind.__name__}")
             return {**content, "options": upgraded(content["options"], content.get("backbone"))}
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.folder}: not a run folder (no {CONFIG}); make one with "
                 "python -m nefkern.train"
             ) from None
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path(CONFIG)}: not a run's configuration") from None
 
     def options(self) -> TrainOptions:
@@ -180,10 +200,13 @@ class Run:
         name = f"state-{step:07d}.pt"
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        replace_file(self.path(name), buffer.getvalue())
-        self._write_checkpoint(weights, {"step": str(step), "state": name})
+        content = buffer.getvalue()
+        replace_file(self.path(name), content)
+        told = {"step": str(step), "state": name, "state_sha256": _sha256(content)}
+        self._write_checkpoint(weights, told)
+        kept = {name, self._metadata(PREVIOUS).get("state")}
         for old in self.folder.glob("state-*.pt"):
-            if old.name != name:
+            if old.name not in kept:
                 old.unlink(missing_ok=True)
 
     def save_stage(self, tensors: dict[str, Tensor], stage: str, step: int) -> None:
@@ -192,8 +215,79 @@ class Run:
         self._write_checkpoint(tensors, {"step": str(step), "stage": stage})
 
     def _write_checkpoint(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        content = _saved(tensors, metadata | {"nefkern": __version__})
-        replace_file(self.path(CHECKPOINT), _in_one_order(content))
+        content = tensor_files.packed(tensors, metadata | {"nefkern": __version__})
+        if self._metadata(CHECKPOINT).get("step", metadata["step"]) != metadata["step"]:
+            self._keep_previous()
+        replace_file(self.path(CHECKPOINT), content)
+
+    def _keep_previous(self) -> None:
+        """Let the last checkpoint be the one before, which a kill at any moment leaves there."""
+        part = self.path(f".{PREVIOUS}.part")
+        with contextlib.suppress(OSError):  # a file system without links keeps one checkpoint
+            part.unlink(missing_ok=True)
+            os.link(self.path(CHECKPOINT), part, follow_symlinks=False)
+            part.replace(self.path(PREVIOUS))
+
+    def _metadata(self, name: str) -> dict[str, str]:
+        """Those of a file of tensors; none of one that is not there or not whole."""
+        try:
+            return tensor_files.metadata_of(self.path(name))
+        except (OSError, DamagedFile):
+            return {}
+
+    # ---- damage ----
+
+    def _fall_back(self) -> None:
+        """Take the checkpoint before the last, if only that one is whole; says so."""
+        wrong = self._damage(CHECKPOINT)
+        if not wrong or not self.path(PREVIOUS).exists() or self._damage(PREVIOUS):
+            return
+        step = self._metadata(PREVIOUS)["step"]
+        log.warning("%s; going on from the one before, %s, of step %s", wrong, PREVIOUS, step)
+        self.path(PREVIOUS).replace(self.path(CHECKPOINT))
+
+    def _way_back(self) -> str:
+        """What to do about a damaged checkpoint, if there is something to do."""
+        if not self.path(PREVIOUS).exists() or self._damage(PREVIOUS):
+            return ""
+        step = self._metadata(PREVIOUS)["step"]
+        return f"; {PREVIOUS}, of step {step}, is whole: --resume goes on from it"
+
+    def _damage(self, name: str) -> str:
+        """What is wrong with a checkpoint, its state included; "" of one that is whole."""
+        try:
+            tensor_files.check(self.path(name))
+            metadata = tensor_files.metadata_of(self.path(name))
+        except FileNotFoundError:
+            return f"{self.path(name)}: is missing"
+        except DamagedFile as error:
+            return f"{self.path(name)}: is damaged ({error})"
+        try:
+            int(metadata["step"])
+            if "stage" not in metadata:
+                self._state(metadata)
+        except (KeyError, ValueError):
+            return f"{self.path(name)}: is damaged (its metadata say no step)"
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _state(self, metadata: dict[str, str]) -> bytes:
+        """The file of the optimiser's state that a checkpoint names.
+
+        Raises:
+            UserError: it is not there, or not as it was written.
+        """
+        name = metadata.get("state", "")
+        if not re.fullmatch(r"state-\d+\.pt", name):  # a path could lead anywhere
+            raise UserError(f"--resume: {self.path(CHECKPOINT)} names no state of this run")
+        path = self.path(name)
+        if not path.exists():
+            raise UserError(f"--resume: {path} is missing, and it belongs to the checkpoint")
+        content = path.read_bytes()
+        if metadata.get("state_sha256", _sha256(content)) != _sha256(content):
+            raise UserError(f"--resume: {path} is damaged; start anew with another --out")
+        return content
 
     def part(self, *names: str) -> dict[str, Tensor]:
         """Some tensors of the checkpoint, read without the others; those that it holds."""
@@ -207,7 +301,7 @@ class Run:
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keep tensors in a file of their own."""
-        replace_file(self.path(name), _saved(tensors))
+        replace_file(self.path(name), tensor_files.packed(tensors))
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
         """What :meth:`save_tensors` kept, or None.
@@ -224,11 +318,15 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
-        return self._read(CHECKPOINT, "not a readable checkpoint (%s)")
+        try:
+            return self._read(CHECKPOINT, "not a readable checkpoint (%s)")
+        except UserError as error:
+            raise UserError(f"{error}{self._way_back()}") from None
 
     def save_clusters(self, tensors: dict[str, Tensor]) -> None:
         """Keep the clusters that belong to the checkpoint: K-means on a continuous ψ's outputs."""
-        replace_file(self.path(CLUSTERS), _saved(tensors, {"step": self._step()}))
+        content = tensor_files.packed(tensors, {"step": self._step()})
+        replace_file(self.path(CLUSTERS), content)
 
     def load_clusters(self) -> dict[str, Tensor] | None:
         """The clusters of the checkpoint, or None: none were kept, or those of an earlier step.
@@ -243,15 +341,12 @@ class Run:
     def _read(self, name: str, told: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and metadata of a safetensors file, or None where there is none; ``told`` is what
         an error says of a damaged one, with a place for the reason."""
-        path = self.path(name)
-        if not path.exists():
-            return None
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, dict(file.metadata() or {})
-        except SafetensorError as error:
-            raise UserError(f"{path}: {told % first_line(error)}") from None
+            return tensor_files.unpacked(self.path(name))
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            raise UserError(f"{self.path(name)}: {told % error}") from None
 
     def _step(self) -> str:
         """Of the checkpoint."""
@@ -266,14 +361,17 @@ class Run:
             return None  # sees each crop once, and keeps what it needs of it
         return self.path("features") if options.num_views else None
 
-    def load_state(self, name: str) -> dict[str, Any]:
-        """The optimiser's state that belongs to a checkpoint."""
-        path = self.path(name)
-        if not path.exists():
-            raise UserError(f"--resume: {path} is missing, and it belongs to the checkpoint")
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+    def load_state(self, metadata: dict[str, str]) -> dict[str, Any]:
+        """The optimiser's state that belongs to a checkpoint of these metadata.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        content = self._state(metadata)
+        try:  # nothing but tensors and plain data is taken from the pickle in it
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load has no exception of its own for a damaged file
+            path = self.path(metadata["state"])
             raise UserError(
                 f"--resume: {path} is damaged; start anew with another --out"
             ) from error
@@ -281,7 +379,7 @@ class Run:
     def epochs_done(self) -> int:
         """Whole epochs behind the checkpoint; 0 where there is none yet."""
         found = self.load()
-        return self.load_state(found[1]["state"])["position"]["epoch"] if found else 0
+        return self.load_state(found[1])["position"]["epoch"] if found else 0
 
     def is_trained(self, options: TrainOptions) -> bool:
         """Whether the checkpoint is that of a run of these options at its end."""
@@ -309,15 +407,14 @@ class Run:
         rows = []
         for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                row = parse_json(line)
+            except ValueError:
                 break
-            if not isinstance(row, dict) or "step" not in row:
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
                 break
             rows.append(row)
         return rows
 
 
-def _saved(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file of tensors from any device."""
-    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

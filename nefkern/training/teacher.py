@@ -18,6 +18,7 @@ from nefkern.images.features import Backbone, Features
 from nefkern.images.graph import resolve_neighbours
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.files import make_folder
 from nefkern.training.options import NEURAL_ONLY, SPECTRAL_ONLY, TrainOptions
 from nefkern.training.parts import Parts
 from nefkern.training.runs import Run
@@ -83,6 +84,7 @@ def teacher_of(options: TrainOptions, run: Run, parts: Parts) -> Teacher:
             extension.
         KeyboardInterrupt: after a signal; the stages done are kept.
     """
+    make_folder(run.folder, run.path(FOLDER))
     asked = spectral_options(options, run.path(FOLDER), pictures=0)
     model = _TeacherTrainer(asked, Run.create(asked), parts).train()
     if model.num_functions < options.num_eigenfunctions:

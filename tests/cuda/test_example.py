@@ -10,6 +10,8 @@ import torch
 
 from tests.cuda import launchers, resources
 
+pytestmark = pytest.mark.long
+
 if missing := next((f"no {name}" for name in ("cmake", "g++") if not shutil.which(name)), None):
     pytest.skip(missing, allow_module_level=True)
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.cuda import resources
 
+pytestmark = pytest.mark.long
+
 if resources.nvcc() is None:
     pytest.skip("no nvcc", allow_module_level=True)
 if resources.cuobjdump() is None:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.emulator import costs
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", params=[1, 2, 8, 31, 32])
 def known(request):

@@ -11,6 +11,8 @@ import torch
 from nefkern import reference
 from tests.emulator import emulated
 
+pytestmark = pytest.mark.long
+
 METRICS = ("cosine", "euclidean", "inner_product")  # the order of KnnMetric
 METHODS = ("auto", "baseline", "fused")  # the order of KnnMethod
 # Small enough that blocks of rows, chunks and passes have several of them in a small input.

@@ -16,6 +16,8 @@ from tests.emulator.test_knn import (
     normal,
 )
 
+pytestmark = pytest.mark.long
+
 __all__ = ["knn"]  # a fixture
 LARGEST = float(np.finfo(np.float32).max)
 metrics = pytest.mark.parametrize("metric", METRICS)

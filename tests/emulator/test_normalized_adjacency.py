@@ -11,6 +11,8 @@ from nefkern.ops import CSRGraph
 from tests.emulator import emulated
 from tests.ops.graph_common import dense_adjacency, random_lists
 
+pytestmark = pytest.mark.long
+
 OUTPUTS = {
     "row_offsets": np.int64, "columns": np.int32, "values": np.float32, "valid": np.int32,
 }  # fmt: skip

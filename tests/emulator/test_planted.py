@@ -12,6 +12,8 @@ from tests.emulator.emulated import Planted
 from tests.emulator.test_knn import TUNING
 from tests.ops.graph_common import random_graph
 
+pytestmark = pytest.mark.long
+
 
 def graph_inputs(graph, suffix=""):
     names = ("row_offsets", "columns", "values")

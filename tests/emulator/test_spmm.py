@@ -11,6 +11,8 @@ from nefkern.ops import CSRGraph
 from tests.emulator import emulated
 from tests.ops.graph_common import assert_half_close, random_graph
 
+pytestmark = pytest.mark.long
+
 CASES = {
     "float32": (torch.float32, torch.float32),
     "float16": (torch.float16, torch.float16),

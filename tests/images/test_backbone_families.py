@@ -34,7 +34,7 @@ WORKING = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", WORKING)
 def test_family(name, images):
     backbone = load_backbone(name, "random")

@@ -28,3 +28,28 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+#: Tests whose case in Triton's interpreter takes seconds, all of it a proof of breadth.
+LONG_WHEN_INTERPRETED = {
+    "test_products_by_both_ways", "test_properties_of_triton", "test_k_of_a_thousand_and_more",
+    "test_both_ways_over_all_magnitudes",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Of a test's cases in Triton's interpreter the first is enough while one waits: a program of
+    it takes half a millisecond. The others are long."""
+    if not backends.interpreting():
+        return
+    seen = set()
+    for item in items:
+        if not hasattr(item, "callspec") or item.path.parent.name != "ops":
+            continue
+        given = item.callspec.params
+        if "triton" not in (given.get("backend"), given.get("name")):
+            continue
+        test = (item.path, item.originalname)
+        if test in seen or item.originalname in LONG_WHEN_INTERPRETED:
+            item.add_marker(pytest.mark.long)
+        seen.add(test)

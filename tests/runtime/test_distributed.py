@@ -454,7 +454,7 @@ def test_accumulation_resumes(folder):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_psi_trains_as_it_is(folder):
     changes = {"blocks": 1, "epochs": 1}
     train(options(folder, "plain", **changes))

@@ -122,7 +122,7 @@ def test_resuming_equals_never_having_stopped(tiny, tmp_path, monkeypatch, step,
     torch.manual_seed(99)
     start(tiny(out=broken, resume=True, **changes)).train()
     assert_same(whole, broken)
-    assert len(list(Path(broken).glob("state-*.pt"))) == 1
+    assert len(list(Path(broken).glob("state-*.pt"))) <= 2, "of the last two checkpoints"
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
@@ -470,7 +470,7 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         weights, metadata = found
         step = int(metadata["step"])
         assert all((tensor == step).all() for tensor in weights.values())
-        state = run.load_state(metadata["state"])
+        state = run.load_state(metadata)
         assert state["step"] == step
         assert (state["blob"] == step).all()
         steps.append(step)
@@ -507,7 +507,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny, monkeypatch, failing):
     expected = before if failing < 2 else new
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert metadata["step"] == ("5" if failing < 2 else "6")
-    run.load_state(metadata["state"])
+    run.load_state(metadata)
     assert not list(run.folder.glob(".*.part"))
 
 

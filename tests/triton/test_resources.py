@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from nefkern.triton import resources
 from nefkern.triton.resources import ARCHITECTURES, LIMITS, Resources, occupancy, table
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def found() -> list[Resources]:

@@ -1,0 +1,59 @@
+"""Mutated files of every kind and odd arguments of every operator: refused in a line, or taken."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.fuzz.__main__ import ALL, shares
+from tests.fuzz.running import generator, run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits memory")
+
+
+def checked(name: str, count: int, seed: int) -> None:
+    report = run(name, ALL[name][0], count, seed)
+    told = "\n".join(f"--only {number}: {text}" for number, text in report.findings.items())
+    assert not report.findings, f"python -m tests.fuzz --target {name} --seed {seed}\n{told}"
+    assert report.inputs == count
+
+
+@pytest.mark.parametrize("name", [*ALL])
+def test_some_inputs(name):
+    checked(name, max(4, shares(300, list(ALL))[name]), seed=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*ALL])
+def test_many_inputs(name):
+    checked(name, shares(6_000, list(ALL))[name], seed=0)
+
+
+def test_an_input_is_a_function_of_the_seed():
+    values = [[generator(s, "x", n).random() for n in (0, 1)] for s in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]
+    assert values[0][0] != values[0][1]
+
+
+def test_what_goes_wrong_is_found():
+    """An exception of another kind, a crash: each by its number."""
+    import os
+
+    def prepare(folder):
+        numbers = iter(range(100))
+
+        def attempt(random):
+            number = next(numbers)
+            if number == 2:
+                raise KeyError("x")
+            if number == 4:
+                os.abort()
+            return "fine"
+
+        return attempt
+
+    report = run("x", prepare, 6, 0)
+    assert "KeyError" in report.findings[2]
+    assert "died" in report.findings[4]
+    assert report.inputs == 6
