@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -190,7 +191,32 @@ def graph_kernels() -> Iterator[Kernel]:
 SAMPLE, RANK = 1024, 40
 CANDIDATES = RANK * N / SAMPLE
 RERANKED = 300  # a row: k, and what the margin leaves besides
+VALUED = 266  # the same of the counted case
+# Of four rows that follow one another, which share their candidates' rows: how many times as many
+# candidates they have as differ, in photographs (tests/emulator/costs.py: PHOTOGRAPHS).
+SHARING = 2.2
 TILE = 128
+
+
+#: Instructions of the loop over channels in rerank_rows, for 16 channels of 64 candidates with four
+#: rows: of the machine code (tests/cuda/test_resources.py), which is unrolled; g++'s is not.
+RERANK_LOOP = 317
+
+
+def reranked() -> dict[str, float]:
+    """``shared`` and ``issued`` of all rows: from counts at two widths, since what they need grows
+    evenly, but for the instructions of the loop over channels."""
+    narrow, wide = (
+        counted(f"knn fused, k = 256, {channels} channels, alike", "rerank_rows", N)
+        for channels in (32, 64)
+    )
+    others = {name: 2 * narrow[name] - wide[name] for name in narrow}
+    grown = C / 32 * (wide["shared"] - narrow["shared"]) * RERANKED / VALUED
+    loops = math.ceil(4 * RERANKED / SHARING / 64) / 4 * C / 16
+    return {
+        "shared": others["shared"] + grown,
+        "issued": others["issued"] + N * loops * RERANK_LOOP,
+    }
 
 
 def knn_fused() -> Iterator[Kernel]:
@@ -212,8 +238,8 @@ def knn_fused() -> Iterator[Kernel]:
                  {"half": upper * 2.0 * TILE * TILE * C}, row / 2 + N * CANDIDATES * 8,
                  upper * operands, row / 2, launches=2)  # fmt: skip
     yield Kernel("knn, fused", "re-rank, sort", "gather", {"float32": 2.0 * N * RERANKED * C},
-                 row + N * (CANDIDATES * 8 + NEIGHBOURS * 8), N * RERANKED * C * 4.0, row,
-                 launches=1)  # fmt: skip
+                 row + N * (CANDIDATES * 8 + NEIGHBOURS * 8), N * RERANKED / SHARING * C * 4.0, row,
+                 launches=1, **reranked())  # fmt: skip
     # Nothing is left to redo, but the host doesn't know.
     yield Kernel("knn, fused", "rows left open: none", "stream", launches=14)
 
@@ -224,10 +250,46 @@ def knn_baseline() -> Iterator[Kernel]:
     tile_rows = -(-N // TILE)
     yield Kernel("knn, baseline", "rows: unit length", "stream", moved=2 * row)
     yield Kernel("knn, baseline", "values", "float32 product", {"float32": 2.0 * N * N * C}, row,
-                 tile_rows**2 * 2.0 * TILE * C * 4 + scores, row + (32 << 20), 29)  # fmt: skip
+                 tile_rows * (2 * tile_rows) * 1.5 * TILE * C * 4 + scores, row + (32 << 20), 29,
+                 )  # fmt: skip
     yield Kernel("knn, baseline", "selection", "selection", moved=8.0 * N * NEIGHBOURS,
                  cached=scores, resident=32 << 20, launches=29,
                  **counted("knn select, k = 256", "select_rows", N))  # fmt: skip
+
+
+# A million rows of as many channels, with ten neighbours: what fused_sizes in knn.cu makes of it.
+MANY, FEW = 10**6, 10
+MANY_SAMPLE, MANY_CAPACITY, MANY_FOUND = 62_592, 448, 128
+SIDE, CHUNK = 16, 16_384  # tiles of a square of them; rows of a chunk, before
+
+
+def million_rows(symmetric: bool) -> list[Kernel]:
+    """The products of csrc/cuda's fused knn of 10⁶ rows, now (each pair once, squares of tiles) and
+    before (each pair twice but within chunks of 16,384 rows, and tiles row by row)."""
+    part = "each pair once, squares of tiles" if symmetric else "chunks of 16,384 rows, as before"
+    high, sampled = -(-MANY // TILE), -(-MANY_SAMPLE // TILE)
+    panel = TILE * C * 2.0  # bytes of a tile's rows
+    if symmetric:
+        count = high * (high + 1) / 2
+    else:
+        chunks, own = -(-MANY // CHUNK), CHUNK / TILE
+        count = high * high - chunks * own * (own - 1) / 2
+    found = 8.0 * MANY * MANY_FOUND
+
+    def tiles(name: str, wanted: float, written: float, chunk_launches: int) -> Kernel:
+        work = {"half": wanted * 2 * TILE**2 * C}
+        # The rows of a column of tiles come from device memory for every row of tiles, or, with
+        # squares, for every row of squares.
+        again = wanted * panel / (SIDE if symmetric else 1)
+        launches = chunk_launches * (1 if symmetric else -(-MANY // CHUNK))
+        return Kernel(part, name, "mma.sync product", work, again + written, wanted * 2 * panel,
+                      1, launches=launches)  # fmt: skip
+
+    # The scores of the sample are read where they have been written: in the L2 cache.
+    return [
+        tiles("10⁶ rows: scores of the sample", float(high * sampled), 0, 8),
+        tiles("10⁶ rows: scores, candidates", count, found, 1),
+    ]
 
 
 def knn_pixels() -> Iterator[Kernel]:
@@ -506,6 +568,18 @@ def cuda_table() -> str:
     return "\n".join(rows)
 
 
+def million_table() -> str:
+    """knn of a million rows, before and now."""
+    rows = []
+    for symmetric in (False, True):
+        kernels = million_rows(symmetric)
+        named = [replace(k, name=f"{k.name}, {k.part}") for k in kernels]
+        rows += kernel_table(named).splitlines()[2 if rows else 0 :]
+        totals = (f"**{span(kernels, gpu)}**" for gpu in GPUS)
+        rows.append(_row(f"**{kernels[0].part}**", *[""] * 7, *totals))
+    return "\n".join(rows)
+
+
 def cuda_graph() -> str:
     """What κ costs by csrc/cuda beside what it costs by Triton."""
     mine = [k for k in cuda_kernels() if k.part in ("knn, fused", "knn of pixels", "kappa")]
@@ -526,6 +600,7 @@ def estimates() -> str:
             "### Triton's kernels and the rest of a step: least–expected ms",
             kernel_table([*step(False), *mixed]),
             "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(),
+            "### Products of a million rows, k = 10: least–expected ms", million_table(),
             "### A training step, with Triton's kernels", step_table(), yardstick(),
         ]
     )  # fmt: skip

@@ -58,6 +58,8 @@ cudaError_t run_knn() {
     args.database_rows = 0;
   }
   args.tuning.chunk_rows = number("chunk_rows", args.tuning.chunk_rows);
+  args.tuning.candidate_bytes = number("candidate_bytes", args.tuning.candidate_bytes);
+  args.tuning.tile_side = number("tile_side", args.tuning.tile_side);
   args.tuning.sample_share = number("sample_share", args.tuning.sample_share);
   args.tuning.fused_share = number("fused_share", args.tuning.fused_share);
   args.tuning.keep = number("keep", args.tuning.keep);

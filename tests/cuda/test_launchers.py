@@ -148,7 +148,8 @@ def test_knn_of_millions_of_rows(method):
     assert found.returned == 0
     assert max(launch.grid[0] for launch in found.launches) > 65_535
     assert found.workspace > n * channels * 4
-    assert found.workspace < n * (channels * 8 + 1_000), "O(N k) and a fixed part"
+    fixed = (4 << 30) if method == FUSED else 0  # of candidates
+    assert found.workspace < n * (channels * 8 + 1_000) + fixed, "O(N k) and a fixed part"
 
 
 @pytest.mark.parametrize("method", [BASELINE, FUSED])
@@ -197,9 +198,9 @@ def test_more_nodes_than_int32_are_refused(op):
 
 
 @pytest.mark.parametrize(
-    "tuning", [{"chunk_rows": 100}, {"chunk_rows": 0}, {"sample_share": 0}, {"fused_share": 0},
-               {"keep": 0}, {"keep": 5000}, {"k": 0}, {"n": 2**31}, {"n": -1},
-               {"database": 2**31 - 300}],
+    "tuning", [{"chunk_rows": 100}, {"chunk_rows": 0}, {"candidate_bytes": -1}, {"tile_side": 0},
+               {"sample_share": 0}, {"fused_share": 0}, {"keep": 0}, {"keep": 2049}, {"k": 0},
+               {"n": 2**31}, {"n": -1}, {"database": 2**31 - 300}],
 )  # fmt: skip
 def test_knn_refuses_what_it_cannot_follow(tuning):
     found = recorded("knn", **{"n": 300, "k": 4, **tuning})
@@ -248,12 +249,42 @@ def test_estimates_count_what_is_launched(part, op, sizes, calls):
     assert calls * len(events) == counted
 
 
+def capacity_of(**sizes) -> int:
+    """Candidates of a row: 128 more rows at a time take so much more workspace."""
+    one, two = (recorded("knn", **sizes, chunk_rows=128 * c).workspace for c in (1, 2))
+    a_row, rest = divmod(two - one, 128)
+    assert rest == 0
+    return (a_row - 12) // 8  # threshold, count and place on a list; score and index
+
+
 def test_estimates_have_the_candidates_of_the_fused_knn():
-    """Its buffer of candidates, in the re-rank's shared memory, follows from sample and rank."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton")  # the buffers follow from sample and rank
     from bench import roofline
 
-    found = recorded("knn", n=roofline.N, k=roofline.NEIGHBOURS, method=FUSED)
-    (rerank,) = [launch for launch in found.launches if "rerank_rows" in launch.kernel]
-    most = (roofline.RANK + 5 * roofline.RANK**0.5 + 5) * roofline.N / roofline.SAMPLE
-    assert rerank.bytes == 512 * 8 + 32 * -(-int(most) // 32) * 4
+    for n, k, rank, sample in (
+        (roofline.N, roofline.NEIGHBOURS, roofline.RANK, roofline.SAMPLE),
+        (roofline.MANY, roofline.FEW, 8, roofline.MANY_SAMPLE),
+    ):
+        most = (rank + 5 * rank**0.5 + 5) * n / sample
+        assert capacity_of(n=n, k=k, method=FUSED) == 32 * -(-int(most) // 32)
+    assert 32 * -(-int(most) // 32) == roofline.MANY_CAPACITY
+
+
+def test_all_rows_of_a_segment_are_one_chunk_where_their_candidates_have_room():
+    """Then a pair's score is computed once: tiles of one triangle, by squares of 16 x 16."""
+    sizes = {"n": 100_000, "k": 10, "method": FUSED}
+    (tiles,) = estimates(**sizes)
+    high = -(-100_000 // 128)
+    assert high * (high + 1) // 2 <= tiles <= (high + 16) * (high + 32) // 2
+    capacity = capacity_of(**sizes)
+    some = estimates(**sizes, candidate_bytes=8 * capacity * 40_000)
+    assert len(some) == 3
+    assert sum(some) > 1.5 * tiles
+    least = estimates(**{**sizes, "n": 5000}, candidate_bytes=0)
+    assert len(least) == 40  # a tile's rows at a time
+
+
+def estimates(**sizes) -> list[int]:
+    """Blocks of every launch of estimates of all pairs."""
+    launches = recorded("knn", **sizes).launches
+    return [one.grid[0] for one in launches if "estimate_tilesILb0" in one.kernel]

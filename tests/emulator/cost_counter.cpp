@@ -242,10 +242,10 @@ void nefkern_count_barrier(unsigned size) {
   counts->barriers += size;
   for (unsigned warp = 0; warp < size; ++warp) finish_interval(warp);
 }
-void nefkern_count_wide(const void* address, bool write) {
+void nefkern_count_wide(const void* address, bool write, void* place) {
   const Range* range = range_of(reinterpret_cast<uintptr_t>(address));
   const Kind read = range && !range->shared ? Kind::kCopy : Kind::kRead;
-  note(address, 16, write ? Kind::kWrite : read, __builtin_return_address(0));
+  note(address, 16, write ? Kind::kWrite : read, place);
 }
 void nefkern_count_quiet(bool begin) { quiet += begin ? 1 : -1; }
 
