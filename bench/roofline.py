@@ -404,20 +404,34 @@ def objective_kernels() -> Iterator[Kernel]:
                  launches=60)  # fmt: skip
 
 
+#: Of a block's linear attention at this size, both passes, "softmax": wavefronts of shared memory
+#: and instructions, counted in the machine code (bench/machine_code.py) for sm_90 in bfloat16 and
+#: for sm_80 in float32.
+ATTENTION_CODE = {True: (20e6, 70e6), False: (61e6, 211e6)}
+CHUNKS = -(-PATCHES // 256)
+
+
 def attention(amp: bool) -> Kernel:
     """Linear attention, both blocks of ψ, forward and backward: 2 and 4 products of D x D states.
 
-    Arrays of [B, H, N, D]: q, k, v, out; then q, k, v, gradient in, dq, dk, dv.
+    Arrays of [B, H, N, D]: q, k, v, out; then q, k, v, gradient in, dq, dk, dv. Besides, through
+    the cache: S and dS, written by every chunk of 256 tokens, joined, and read by every chunk.
     """
     product = 2.0 * B * HEADS * PATCHES * HEAD_DIM**2
     array = (2.0 if amp else 4.0) * B * HEADS * PATCHES * HEAD_DIM
+    states = 4.0 * B * HEADS * HEAD_DIM**2 * (7 * CHUNKS + 3)
+    shared, issued = ATTENTION_CODE[amp]
     return Kernel(
         "ψ",
         f"linear_attention, {'bfloat16' if amp else 'float32'}",
         "register product",
-        {"tf32": BLOCKS * 6 * product * (1 if amp else 3)},
+        {"half": BLOCKS * 6 * product} if amp else {"tf32": BLOCKS * 6 * product * 3},
         BLOCKS * 11 * array,
+        BLOCKS * (11 * array + states),
+        1.0,  # the arrays are in device memory anyway
         launches=BLOCKS * 6,
+        shared=BLOCKS * shared,
+        issued=BLOCKS * issued,
     )
 
 

@@ -113,7 +113,7 @@ def _halved(kernel: Kernel) -> Kernel:
         kernel.part, kernel.name, kernel.kind,
         {name: count * share for name, count in kernel.flops.items()},
         kernel.moved * share, kernel.cached * share, kernel.resident,
-        round(kernel.launches * share),
+        round(kernel.launches * share), kernel.shared * share, kernel.issued * share,
     )  # fmt: skip
 
 

@@ -34,13 +34,13 @@ def linear_attention(
     read in place.
 
     Half precisions are read as they are, summed in float32, and rounded once, in the result, with
-    two exceptions for bfloat16. On the "cpu" backend, where the processor multiplies bfloat16
-    (AVX-512-BF16), φ, the state and its gradient are rounded as factors of products, as PyTorch
-    does, and subnormal numbers count as 0; divisors and sums stay float32, and the mean error is
-    half (elu) to about that (softmax) of PyTorch's in bfloat16. On the "triton" backend products
-    of bfloat16 inputs run in TF32 (11 significant bits), whose rounding of what is computed on the
-    way adds about a quarter to that of the result. Its kernels take heads of at most 128 channels
-    and leave wider ones to the next backend.
+    two exceptions. On the "triton" backend, and for bfloat16 on the "cpu" backend where the
+    processor multiplies it (AVX-512-BF16), products have factors of the inputs' own precision: φ,
+    the state and its gradient are rounded as PyTorch does. Divisors and sums stay float32, and the
+    mean error is half (elu) to about that (softmax) of PyTorch's in the same precision. The
+    processor's products take subnormal bfloat16 as 0; of float16 the "triton" backend takes φ(q)
+    over its divisor and φ(k) below 2⁻²⁵ as 0, and any size of state. Its kernels take heads of at
+    most 128 channels, 64 in float32, and leave wider ones to the next backend.
 
     Args:
         q: `[B, H, N, D]` queries.

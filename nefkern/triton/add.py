@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nefkern.reference.csr import check_content, raise_invalid_content
-from nefkern.triton.configs import Shipped, device_of
+from nefkern.triton.configs import Shipped, device_of, launch
 from nefkern.triton.csr import row_of
 
 BLOCK = 256  # entries of a row that a program takes at a time
@@ -140,7 +140,9 @@ def counted(graph_a: Sequence[Tensor], graph_b: Sequence[Tensor]) -> tuple[Tenso
     invalid = counts.new_zeros(1)
     n, sizes = len(counts) - 1, (len(graph_a[1]), len(graph_b[1]))
     with device_of(counts):
-        _count_entries[(n,)](*graph_a[:2], *graph_b[:2], counts, invalid, n, *sizes, BLOCK=BLOCK)
+        launch(_count_entries, (n,))(
+            *graph_a[:2], *graph_b[:2], counts, invalid, n, *sizes, BLOCK=BLOCK
+        )
     return counts.cumsum(0), invalid
 
 
@@ -155,7 +157,7 @@ def merged(
     columns, values = graph_a[1].new_empty(nnz), graph_a[2].new_empty(nnz)
     n, sizes = len(row_offsets) - 1, (len(graph_a[1]), len(graph_b[1]))
     with device_of(columns):
-        _merge_rows[(n,)](
+        launch(_merge_rows, (n,))(
             *graph_a, *graph_b, alpha, row_offsets, columns, values, *sizes, BLOCK=BLOCK
         )
     return row_offsets, columns, values

@@ -1,4 +1,4 @@
-"""What the kernel modules share: launch configurations, and the list of what ships."""
+"""What the kernel modules share: launches and their configurations, and the list of what ships."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from nefkern.backends import interpreting
 
@@ -66,7 +68,7 @@ class Tuned:
         """``args``: all that the key names, by position."""
         key = (*(args[i] for i in self._places), *(getattr(x, "dtype", None) for x in args))
         if config := self._known(key):
-            self.kernel[grid](*args, **options, **config.all_kwargs())
+            launch(self.kernel, grid)(*args, **options, **config.all_kwargs())
         else:
             self._tuner[grid](*args, **options)
             self._fastest[key] = self._tuner.best_config
@@ -78,6 +80,53 @@ class Tuned:
         if key not in self._fastest and torch.cuda.is_current_stream_capturing():
             return self.configs[0]
         return self._fastest.get(key)
+
+
+#: What was compiled, by all that it may depend on; cleared where too many sizes came.
+_COMPILED: dict[tuple, tuple[Any, tuple]] = {}
+MOST_COMPILED = 4096
+
+
+def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+    """``kernel[grid]``, which does not ask Triton again what was asked before.
+
+    Triton works out for every call which of a kernel's forms it needs: dtypes, sizes that are 1 or
+    multiples of 16, options. That cannot differ for the same integers, options, dtypes and
+    alignments, whatever the tensors and floats; so it is kept by these, and what was compiled is
+    started directly.
+
+    Args:
+        kernel: a ``@triton.jit`` function; what is none (interpreted) is called as it is.
+        grid: a tuple, or a function of the arguments given by name.
+
+    Returns:
+        A function of the kernel's arguments: constexprs, warps and stages by name or last.
+    """
+    return partial(_launch, kernel, grid) if isinstance(kernel, JITFunction) else kernel[grid]
+
+
+def _launch(kernel: JITFunction, grid: Any, *args: Any, **options: Any) -> None:
+    device = driver.active.get_current_device()
+    key, values = [id(kernel), device, *options.values()], []
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            address = x.data_ptr()
+            key += (x.dtype, address % 16)
+            values.append(address)
+        else:
+            key.append(float if type(x) is float else x)
+            values.append(x)
+    key = tuple(key)
+    if key in _COMPILED:
+        compiled, constants = _COMPILED[key]
+        sizes = grid(options) if callable(grid) else grid
+        stream = driver.active.get_current_stream(device)
+        compiled[(*sizes, 1, 1)[:3]](*values, *constants, stream=stream)
+    elif compiled := kernel[grid](*args, **options):
+        if len(_COMPILED) >= MOST_COMPILED:
+            _COMPILED.clear()
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        _COMPILED[key] = compiled, constants
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:

@@ -26,7 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nefkern.triton.configs import Shipped, device_of
+from nefkern.triton.configs import Shipped, device_of, launch
 from nefkern.triton.knn_estimates import (
     PACK,
     SCORE_CONFIGS,
@@ -134,18 +134,18 @@ def _blocks(
         if packed:
             _preselect(data, packed, first, last, places, include_self, scores, counts, positions,
                        keys)  # fmt: skip
-        exact_kernel[grid_of(last - first, strips, EXACT)](
+        launch(exact_kernel, grid_of(last - first, strips, EXACT))(
             data.planes, data.features, data.exponents, data.present, data.begins, data.ends,
             counts, scores, first, last, len(data.rows), len(data.planes), strips, capacity,
             data.metric, include_self, CHUNK, **EXACT,
         )  # fmt: skip
-        select_exact_kernel[(rows,)](
+        launch(select_exact_kernel, (rows,))(
             scores, data.begins, data.ends, counts, keys, first, last, strips, places, capacity,
             **SELECT_EXACT,
         )  # fmt: skip
         ordered = keys[: last - first].sort(dim=1).values
         size = (last - first) * k
-        unpack_kernel[(triton.cdiv(size, FLAT["BN"]),)](
+        launch(unpack_kernel, (triton.cdiv(size, FLAT["BN"]),))(
             ordered, values[first:], indices[first:], size, k, capacity, data.first_candidate,
             data.euclidean, **FLAT,
         )  # fmt: skip
@@ -162,11 +162,11 @@ def _preselect(
         packed.rows, packed.others, packed.offsets, packed.other_offsets, data.begins, data.ends,
         scores, first, last, n, steps, strips, INCLUDE_SELF=include_self,
     )  # fmt: skip
-    select_kernel[(triton.cdiv(rows, SELECT["BR"]),)](
+    launch(select_kernel, (triton.cdiv(rows, SELECT["BR"]),))(
         scores, data.begins, data.ends, packed.margins, packed.edges, counts, positions, first,
         last, strips, places, places // 16, capacity, packed.relative, **SELECT,
     )  # fmt: skip
-    rerank_kernel[(triton.cdiv(rows, RERANK["BR"]),)](
+    launch(rerank_kernel, (triton.cdiv(rows, RERANK["BR"]),))(
         data.rows, data.features, data.exponents, counts, positions, keys, first, last, steps,
         len(data.planes), capacity, data.metric, **RERANK,
     )  # fmt: skip

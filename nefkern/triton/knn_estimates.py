@@ -49,7 +49,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nefkern.backends import interpreting
-from nefkern.triton.configs import Tuned
+from nefkern.triton.configs import Tuned, launch
 from nefkern.triton.knn_rows import DEPTH, Rows, power
 from nefkern.triton.knn_scores import base_of, put_scores
 
@@ -213,7 +213,7 @@ def _side_like(rows: Tensor) -> Side:
 def _fill(side: Side, data: Rows, span: slice, kind: str, scale: Tensor, centre: Tensor) -> None:
     """Packs the rows of a span: what they are for is one of SIDES."""
     n, depth = data.rows[span].shape
-    pack_kernel[(triton.cdiv(n, PACK["BR"]),)](
+    launch(pack_kernel, (triton.cdiv(n, PACK["BR"]),))(
         data.rows[span], scale, centre, data.present[span], side.rows[span],
         *side.numbers[:, span], n, depth, SIDE=kind, **PACK,
     )  # fmt: skip

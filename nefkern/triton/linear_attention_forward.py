@@ -1,4 +1,4 @@
-"""Forward kernels of ``linear_attention``: keys by chunks, join, then queries."""
+"""Forward kernels of ``linear_attention``: keys by chunks, join, then queries by chunks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import triton
 import triton.language as tl
 
 from nefkern.triton.linear_attention_pieces import (
-    divisor_of,
-    elu1,
-    features_times,
+    dot,
+    exp,
+    factor_of,
     head_of,
+    key_features,
     matrix_of,
-    outer_added,
+    means_of,
     put,
-    query_features,
-    query_tile,
+    rounded,
+    shares_of,
     tile_of,
+    times,
     valid,
 )
 
@@ -33,26 +35,26 @@ def sum_keys(
     v = head_of(v, head, heads, v_batch, v_head)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
     shift = tl.full([BD], float("-inf"), tl.float32)
-    total = tl.zeros([BD], tl.float32)
+    total = tl.zeros([BD, 16], tl.float32)  # by tensor cores too: columns that are all the same
     state = tl.zeros([BD, BE], tl.float32)
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, count), BT):
         t = first + tl.arange(0, BT)
         there = valid(mask, head, heads, t, count, HAS_MASK)
-        values = tile_of(v, t, there, v_token, j, e, 0.0)
+        keys = tile_of(k, t, there, k_token, i, d, float("-inf")).to(tl.float32)
+        values = factor_of(tile_of(v, t, there, v_token, j, e, 0.0), PRECISION)
         if SOFTMAX:
-            keys = tile_of(k, t, there, k_token, i, d, float("-inf"))
             largest = tl.maximum(shift, tl.max(keys, 0))
             finite = tl.where(largest == float("-inf"), 0.0, largest)
-            keep = tl.exp(shift - finite)
-            phi = tl.exp(keys - finite[None, :])
-            total, state, shift = total * keep, state * keep[:, None], largest
+            keep = exp(shift - finite)[:, None]
+            phi = key_features(keys, finite, SOFTMAX)
+            total, state, shift = total * keep, state * keep, largest
         else:
-            inside = there[:, None] & (i < d)[None, :]
-            phi = tl.where(inside, elu1(tile_of(k, t, there, k_token, i, d, 0.0)), 0.0)
-        total += tl.sum(phi, 0)
-        state = outer_added(phi, values, state, PRECISION)
+            phi = key_features(keys, shift, SOFTMAX)
+        phi = tl.trans(rounded(phi, v, PRECISION))
+        state = dot(phi, values, state, PRECISION)
+        total = dot(phi, tl.full([BT, 16], 1.0, values.dtype), total, PRECISION)
     at = (head.to(tl.int64) * tl.num_programs(1) + part) * d
-    tl.store(totals + at + i, total, mask=i < d)
+    tl.store(totals + at + i, tl.sum(total, 1) / 16, mask=i < d)
     tl.store(shifts + at + i, shift, mask=i < d)
     inside = (i < d)[:, None] & (j < e)[None, :]
     tl.store(sums + (at + i)[:, None] * e + j[None, :], state, mask=inside)
@@ -94,22 +96,23 @@ def join_keys(
 
 @triton.jit
 def answer_queries(
-    q, state, stats, out, heads, count, d, e, eps,
+    q, state, stats, out, heads, count, d, e, eps, chunk,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """out = φ(q) S for one tile of one head."""
-    head = tl.program_id(0)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    """out = φ̃ S̃ for one chunk of one head."""
+    head, part = tl.program_id(0), tl.program_id(1)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
-    there = t < count
     q = head_of(q, head, heads, q_batch, q_head)
+    out = head_of(out, head, heads, out_batch, out_head)
     own = head.to(tl.int64) * d
     z = tl.load(stats + 2 * own + d + i, mask=i < d, other=0.0)
-    x = query_tile(q, t, there, q_token, i, d, SOFTMAX)
-    result = features_times(
-        q, t, there, q_token, divisor_of(x, i, d, z, eps, SOFTMAX), state + own * e, d, j, e,
-        query_features, SOFTMAX, PRECISION, BT, BD, BE, BC,
-    )  # fmt: skip
-    put(head_of(out, head, heads, out_batch, out_head), t, there, out_token, j, e, result)
+    means, unit = means_of(state + own * e, i, d, j, e, z, q, SOFTMAX, PRECISION)
+    for first in range(part * chunk, tl.minimum((part + 1) * chunk, count), BT):
+        t = first + tl.arange(0, BT)
+        there = t < count
+        x = tile_of(q, t, there, q_token, i, d, 0.0).to(tl.float32)
+        phi, _ = shares_of(x, i, d, z, eps, SOFTMAX)
+        result = times(rounded(phi, q, PRECISION), means, BT, BE, PRECISION)
+        put(out, t, there, out_token, j, e, result * unit)

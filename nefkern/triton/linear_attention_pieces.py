@@ -1,13 +1,22 @@
 """What the kernels of ``linear_attention`` share: tiles, feature maps, and their products.
 
-Products run on tensor cores, in TF32 (11 significant bits), by the promise of the dtype:
+Both maps are brought to one form, in which every factor of a product is of moderate size, so that
+half precisions can hold it. With z the sums of φ(k), and weights w = φ(q) z ("elu") or
+exp(q − max q) ("softmax"):
 
-- float32 and float16: three products for one ("tf32x3", about 21 bits). A single one would err by
-  2^-11 a factor: 4,000 times float32's rounding, and as much as float16's own.
-- bfloat16: one product. A bfloat16 factor (v, the gradient) is exact in TF32; a computed one (φ, a
-  state) errs by 2^-11, one eighth of the 2^-8 by which the result is rounded, and at most two
-  factors are computed. They are rounded to nearest here, as the hardware would cut them off, and
-  so that the interpreter shows the error too.
+- a query's *shares* φ̃ = w / Σw (+ eps: "elu"), none negative, of sum 1 at most;
+- the *means* S̃ = S / z ("elu") or S / √D ("softmax"): out = φ̃ S̃, and S / z is a mean of values;
+- their gradient over z, dS̃ = φ̃ᵀ grad / z ("elu") or φ̃ᵀ grad / (√D z) ("softmax"): by it
+  dv = ψ dS̃ with ψ = φ(k) ("elu") or exp(k − max k) ("softmax").
+
+Products run on tensor cores, with sums in float32, by the promise of the dtype:
+
+- float32: three TF32 products for one ("tf32x3", about 21 bits). A single one would err by 2^-11 a
+  factor: 4,000 times float32's rounding.
+- float16 and bfloat16: one product in that dtype ("half"). Inputs are exact; what is computed (φ̃,
+  ψ, S̃, dS̃) is rounded to it as PyTorch rounds it. float16's S̃ and dS̃ are brought to numbers near 1
+  by a power of two first, so that none is too small for it.
+- in the interpreter, which cannot multiply bfloat16: the same numbers in float32 ("bf16").
 """
 
 from __future__ import annotations
@@ -24,22 +33,81 @@ def root(d):
 
 
 @triton.jit
-def elu1(x):
-    return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+def exp(x):
+    """Below float32's normal range 0: three instructions less than tl.exp, which keeps those."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
-def near(x, PRECISION: tl.constexpr):
-    """A computed factor of a product: rounded to the nearest TF32 where that is what counts."""
-    if PRECISION == "tf32":
-        bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # the sum could undo a NaN
+def elu1(x):
+    """elu(x) + 1; NaN stays NaN."""
+    ALL: tl.constexpr = tl.PropagateNan.ALL
+    return exp(tl.minimum(x, 0.0, ALL)) + tl.maximum(x, 0.0, ALL)
+
+
+@triton.jit
+def or_one(x):
+    """x, but 1 for 0: a divisor of zeros."""
+    return tl.where(x == 0, 1.0, x)
+
+
+@triton.jit
+def near_bfloat16(x):
+    """Rounded to the nearest bfloat16, ties to even."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # the sum could undo a NaN
+
+
+@triton.jit
+def factor_of(x, PRECISION: tl.constexpr):
+    """An input's tile as a factor of products."""
+    if PRECISION == "bf16":
+        x = x.to(tl.float32)
     return x
 
 
 @triton.jit
+def rounded(x, like, PRECISION: tl.constexpr):
+    """What was computed, as a factor of products with ``like``."""
+    if PRECISION == "half":
+        x = x.to(like.dtype.element_ty)
+    elif PRECISION == "bf16":
+        x = near_bfloat16(x)
+    return x
+
+
+@triton.jit
+def scaled(x, like, PRECISION: tl.constexpr):
+    """A matrix as a factor of products with ``like``, and the power of two that it lacks."""
+    unit = 1.0
+    if PRECISION == "half" and like.dtype.element_ty == tl.float16:
+        largest = tl.max(tl.max(tl.abs(x), 1), 0)
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        unit = (exponent << 23).to(tl.float32, bitcast=True)
+        x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return rounded(x, like, PRECISION), unit
+
+
+@triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    if PRECISION == "half":
+        return tl.dot(a, b, total)
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def times(x, matrix, tokens: tl.constexpr, width: tl.constexpr, PRECISION: tl.constexpr):
+    """x M, [tokens, width], of a tile and a matrix that stays.
+
+    Warps share the rows of the first factor; of the second every one needs all, in registers. So
+    where M is the larger the product is (Mᵀ xᵀ)ᵀ.
+    """
+    if tokens < width:
+        zeros = tl.zeros([width, tokens], tl.float32)
+        return tl.trans(dot(tl.trans(matrix), tl.trans(x), zeros, PRECISION))
+    return dot(x, matrix, tl.zeros([tokens, width], tl.float32), PRECISION)
 
 
 @triton.jit
@@ -51,12 +119,12 @@ def head_of(x, head, heads, batch_stride, head_stride):
 
 @triton.jit
 def tile_of(x, tokens, there, stride, channels, width, other):
-    """[tokens, channels] float32."""
+    """[tokens, channels] of an input."""
     return tl.load(
         x + tokens.to(tl.int64)[:, None] * stride + channels[None, :],
         mask=there[:, None] & (channels < width)[None, :],
         other=other,
-    ).to(tl.float32)
+    )
 
 
 @triton.jit
@@ -79,28 +147,6 @@ def matrix_of(x, rows, d, columns, e):
 
 
 @triton.jit
-def times_transposed(
-    x, tokens, there, stride, matrix, i, d, e,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BC: tl.constexpr,
-):  # fmt: skip
-    """x Mᵀ, [tokens, d], of an input's rows and a [d, e] matrix."""
-    result = tl.zeros([BT, BD], tl.float32)
-    for first in range(0, BE, BC):
-        j = first + tl.arange(0, BC)
-        rows = tile_of(x, tokens, there, stride, j, e, 0.0)
-        factor = near(matrix_of(matrix, i, d, j, e), PRECISION)
-        result = dot(rows, tl.trans(factor), result, PRECISION)
-    return result
-
-
-@triton.jit
-def outer_added(phi, rows, total, PRECISION: tl.constexpr):
-    """φᵀ X added to a state, of a tile's features and an input's rows."""
-    return dot(tl.trans(near(phi, PRECISION)), rows, total, PRECISION)
-
-
-@triton.jit
 def valid(mask, head, heads, tokens, count, HAS_MASK: tl.constexpr):
     there = tokens < count
     if HAS_MASK:
@@ -110,67 +156,30 @@ def valid(mask, head, heads, tokens, count, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def query_tile(q, tokens, there, stride, i, d, SOFTMAX: tl.constexpr):
-    """[tokens, channels]; channels past d count as none of a softmax."""
-    x = tile_of(q, tokens, there, stride, i, d, 0.0)
+def means_of(state, i, d, j, e, z, like, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr):
+    """S̃ as a factor, and the power of two that it lacks."""
+    s = matrix_of(state, i, d, j, e)
+    s = s / root(d) if SOFTMAX else s / or_one(z)[:, None]
+    return scaled(s, like, PRECISION)
+
+
+@triton.jit
+def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
+    """φ̃ of a tile of queries, and the reciprocal of each one's divisor."""
     if SOFTMAX:
         x = tl.where((i < d)[None, :], x, float("-inf"))
-    return x
-
-
-@triton.jit
-def divisor_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
-    """The largest channel ("softmax") and the reciprocal of φ(q)'s divisor, each [tokens]."""
-    largest = tl.max(x, 1)
-    if SOFTMAX:
-        divisor = tl.sum(tl.exp(x - largest[:, None]), 1) * root(d)
+        weights = exp(x - tl.max(x, 1)[:, None])
+        divisor = tl.sum(weights, 1)
     else:
-        divisor = tl.sum(tl.where((i < d)[None, :], elu1(x), 0.0) * z[None, :], 1) + eps
-    return largest, tl.where(divisor == 0, 0.0, 1 / divisor)
+        weights = elu1(x) * z[None, :]
+        divisor = tl.sum(weights, 1) + eps
+    reciprocal = tl.where(divisor == 0, 0.0, 1 / divisor)
+    return weights * reciprocal[:, None], reciprocal
 
 
 @triton.jit
-def query_phi(x, i, d, largest, reciprocal, SOFTMAX: tl.constexpr):
-    """φ(q) over its divisor, of loaded channels."""
+def key_features(x, shift, SOFTMAX: tl.constexpr):
+    """ψ of a tile of keys."""
     if SOFTMAX:
-        return tl.exp(x - largest[:, None]) * reciprocal[:, None]
-    return tl.where((i < d)[None, :], elu1(x), 0.0) * reciprocal[:, None]
-
-
-@triton.jit
-def query_features(q, tokens, there, stride, norms, i, d, SOFTMAX: tl.constexpr):
-    """φ(q) over its divisor; ``norms``: those of :func:`divisor_of`."""
-    x = query_tile(q, tokens, there, stride, i, d, SOFTMAX)
-    return query_phi(x, i, d, norms[0], norms[1], SOFTMAX)
-
-
-@triton.jit
-def key_features(k, tokens, there, stride, norms, i, d, SOFTMAX: tl.constexpr):
-    """φ(k), zero where there is no key; ``norms``: where the largest keys and the sums begin."""
-    x = tile_of(k, tokens, there, stride, i, d, 0.0)
-    if SOFTMAX:
-        largest = tl.load(norms[0] + i, mask=i < d, other=0.0)
-        total = tl.load(norms[1] + i, mask=i < d, other=1.0)
-        phi = tl.exp(x - largest[None, :]) / tl.where(total == 0, 1.0, total)[None, :]
-    else:
-        phi = elu1(x)
-    return tl.where(there[:, None] & (i < d)[None, :], phi, 0.0)
-
-
-@triton.jit
-def features_times(
-    x, tokens, there, stride, norms, matrix, d, j, e,
-    FEATURES: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """φ(x) M, [tokens, e], of an input's rows and a [d, e] matrix, some channels at a time.
-
-    FEATURES is :func:`query_features` or :func:`key_features`.
-    """
-    result = tl.zeros([BT, BE], tl.float32)
-    for first in range(0, BD, BC):
-        i = first + tl.arange(0, BC)
-        phi = near(FEATURES(x, tokens, there, stride, norms, i, d, SOFTMAX), PRECISION)
-        factor = near(matrix_of(matrix, i, d, j, e), PRECISION)
-        result = dot(phi, factor, result, PRECISION)
-    return result
+        return exp(x - shift[None, :])
+    return elu1(x)

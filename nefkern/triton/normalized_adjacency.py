@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nefkern.reference.normalized_adjacency import check_indices
-from nefkern.triton.configs import Shipped, device_of
+from nefkern.triton.configs import Shipped, device_of, launch
 
 # Edges that a program takes at a time. No autotuning: it would time kernels of microseconds, and
 # could choose another order of a degree's sum on another day.
@@ -188,13 +188,13 @@ def sorted_edges(
     invalid = counts.new_zeros(1)
     keys = indices.new_empty(2 * edges, dtype=_key_dtype(n))
     with device_of(indices):
-        _write_keys[(triton.cdiv(edges, BLOCK),)](
+        launch(_write_keys, (triton.cdiv(edges, BLOCK),))(
             indices, weights, keys, invalid, n, indices.shape[1], edges, clamp_min, **its
         )
         keys, order = torch.sort(keys)
         rows = torch.arange(n + 1, device=indices.device, dtype=keys.dtype)
         starts = torch.searchsorted(keys, rows * n)
-        _count_entries[(n,)](keys, starts, counts, BLOCK=BLOCK)
+        launch(_count_entries, (n,))(keys, starts, counts, BLOCK=BLOCK)
     return Edges(keys, order, starts, weights, unit, counts.cumsum(0), invalid, its)
 
 
@@ -218,12 +218,14 @@ def merged(
     values = edges.keys.new_empty(nnz, dtype=torch.float32)
     scale, mean = values.new_empty(n), symmetrize == "mean"
     with device_of(columns):
-        _merge_edges[(n,)](
+        launch(_merge_edges, (n,))(
             edges.keys, edges.order, edges.starts, edges.weights, edges.unit, edges.row_offsets,
             columns, values, scale, n, edges.listed, clamp_min, MEAN=mean, **edges.its,
             num_warps=MERGE_WARPS,
         )  # fmt: skip
-        _scale_entries[(n,)](edges.row_offsets, columns, values, scale, MEAN=mean, BLOCK=BLOCK)
+        launch(_scale_entries, (n,))(
+            edges.row_offsets, columns, values, scale, MEAN=mean, BLOCK=BLOCK
+        )
     return edges.row_offsets, columns, values
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nefkern.reference.csr import check_content
-from nefkern.triton.configs import Shipped, device_of
+from nefkern.triton.configs import Shipped, device_of, launch
 from nefkern.triton.csr import row_of
 
 # Entries of a row taken at a time, and columns: the tile of y that is in flight.
@@ -58,7 +58,7 @@ def sddmm(row_offsets: Tensor, columns: Tensor, x: Tensor, y: Tensor) -> Tensor:
     values = torch.zeros(columns.shape[0], dtype=torch.float32, device=x.device)
     if n and len(columns):
         with device_of(x):
-            _sddmm_kernel[(n,)](
+            launch(_sddmm_kernel, (n,))(
                 row_offsets, columns, x, y, values, n, len(columns), width, x.stride(0),
                 y.stride(0), **TILE,
             )  # fmt: skip

@@ -164,8 +164,7 @@ def test_any_number_of_tokens_fits_a_grid(launched, feature_map):
     q = torch.empty(1, 2, 5_000_000, 64, dtype=torch.bfloat16, device="cuda")
     out, *kept = implementation("linear_attention")(q, q, q, None, feature_map, 1e-6)
     implementation("linear_attention_backward")(out, q, q, q, None, *kept, feature_map, 1e-6)
-    assert len(set(launched)) == 6
-    assert launched.count("answer_queries") == launched.count("key_gradients") == 5
+    assert len(launched) == len(set(launched)) == 6
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""How the Triton kernels of linear_attention round: TF32 products, shown on the CPU.
+"""How the Triton kernels of linear_attention round their products, shown on the CPU.
 
 The interpreter multiplies in float32. Here it runs the same kernels with factors rounded as tensor
 cores round them, so that the errors said at the head of
@@ -16,10 +16,9 @@ import triton.language as tl
 
 from nefkern import backend, backends
 from nefkern.ops import linear_attention
-from nefkern.triton import linear_attention as kernels
 from nefkern.triton import linear_attention_pieces as pieces
-from nefkern.triton.linear_attention_pieces import near
-from tests.ops.test_linear_attention import a_mask, inputs, naive, with_gradients
+from nefkern.triton.linear_attention_pieces import near_bfloat16, scaled
+from tests.ops.test_linear_attention import inputs, naive, with_gradients
 
 pytestmark = pytest.mark.skipif(
     not backends.interpreting(), reason="on a GPU the products themselves are tested"
@@ -27,15 +26,21 @@ pytestmark = pytest.mark.skipif(
 
 
 @triton.jit
+def near_tf32(x):
+    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _one_product(a, b, total, PRECISION: tl.constexpr):
-    return tl.dot(near(a, "tf32"), near(b, "tf32"), total)
+    return tl.dot(near_tf32(a), near_tf32(b), total)
 
 
 @triton.jit
 def _three_products(a, b, total, PRECISION: tl.constexpr):
     """Of "tf32x3": a factor is a sum of two TF32 numbers; the small ones are not multiplied."""
-    a_high, b_high = near(a, "tf32"), near(b, "tf32")
-    a_low, b_low = near(a - a_high, "tf32"), near(b - b_high, "tf32")
+    a_high, b_high = near_tf32(a), near_tf32(b)
+    a_low, b_low = near_tf32(a - a_high), near_tf32(b - b_high)
     total = tl.dot(a_low, b_high, tl.dot(a_high, b_low, total))
     return tl.dot(a_high, b_high, total)
 
@@ -43,7 +48,15 @@ def _three_products(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def _round(x, out, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out + i, near(tl.load(x + i), "tf32"))
+    tl.store(out + i, near_bfloat16(tl.load(x + i)))
+
+
+@triton.jit
+def _scale(x, like, out, unit, N: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None] * N, tl.arange(0, N)[None, :]
+    factor, power = scaled(tl.load(x + i + j), like, "half")
+    tl.store(out + i + j, factor)
+    tl.store(unit, power)
 
 
 def errors(feature_map):
@@ -70,28 +83,33 @@ def test_three_products_are_as_good_as_float32_and_one_is_not(monkeypatch, featu
     assert one >= 1e-4
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
-def test_more_tokens_than_a_launch_has_tiles_for(monkeypatch, feature_map):
-    data, options = (
-        inputs((2, 1, 37, 41, 16, 8)),
-        {"feature_map": feature_map, "mask": a_mask(2, 41)},
-    )
-    with backend("triton"):
-        expected = with_gradients(linear_attention, *data, **options)
-        monkeypatch.setattr(kernels, "MAX_TILES", 1)
-        found = with_gradients(linear_attention, *data, **options)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_factors_are_rounded_to_the_nearest_tf32():
-    exact = [0.0, -0.0, 1.0, -1.5, 1 + 2**-10, float("inf"), float("-inf"), 2.0**-126]
-    above, below = 1 + 2**-11 + 2**-20, 1 + 2**-11 - 2**-20
-    x = torch.tensor([*exact, above, -above, below, -below, float("nan"), *[0.0] * 3])
+def test_factors_are_rounded_to_the_nearest_bfloat16():
+    x = torch.cat((torch.randn(1016), torch.tensor([0.0, -0.0, 1e38, 1e-40, *[float("nan")] * 4])))
+    x[:8] = 1 + torch.arange(8) * 2.0**-9  # ties among them
     out = torch.empty_like(x)
     _round[(1,)](x, out, N=len(x))
-    up = 1 + 2**-10
-    expected = torch.tensor([*exact, up, -up, 1.0, -1.0, float("nan"), *[0.0] * 3])
-    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    not_a_number = torch.tensor([0x7FFFFFFF, -1] * 8, dtype=torch.int32).view(torch.float32)
-    _round[(1,)](not_a_number, out, N=len(x))
-    assert out.isnan().all()
+    torch.testing.assert_close(out, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1e-38, 3e-9, 1.0, 7e4, 3e38])
+def test_float16_holds_matrices_of_any_size(size):
+    """To its 11 bits, beside a power of two."""
+    x = size * torch.linspace(-1, 1, 256).view(16, 16)
+    out, unit = torch.empty(16, 16, dtype=torch.float16), torch.empty(1)
+    _scale[(1,)](x, out, out, unit, N=16)
+    found = out.double() * unit.double()
+    assert ((found - x.double()).abs().max() / x.abs().max()).item() <= 2**-11
+    assert 0.5 <= out.abs().max() < 4
+
+
+def test_gradients_beyond_float16_on_the_way():
+    """dS and dz of large gradients are no numbers of float16, dq, dk and dv are."""
+    q, k, v, grad = inputs((1, 1, 40, 40, 16, 16), torch.float16)
+    grad = (grad * 3000).half()
+    v = (v / 64).half()
+    for feature_map in ("elu", "softmax"):
+        expected = with_gradients(naive, q, k, v, grad, feature_map=feature_map)
+        with backend("triton"):
+            found = with_gradients(linear_attention, q, k, v, grad, feature_map=feature_map)
+        for a, b in zip(found, expected, strict=True):
+            assert ((a.double() - b).abs().max() / b.abs().max()).item() <= 2**-8
