@@ -127,7 +127,7 @@ class SpectralModel:
         vectors, rows = self.embedding.vectors, self.embedding.rows
         blocks = zip(vectors.split(_BLOCK), rows.split(_BLOCK), strict=True)
         product = sum(v.double().T @ x.double() for v, x in blocks)
-        return replace(self, spanned=(product / len(rows) / self._size()).float())
+        return replace(self, spanned=(product / len(rows) / self.size()).float())
 
     def cluster_rows(self, functions: Tensor) -> Tensor:
         """What K-means sees of :meth:`functions`: unit rows of the eigenvectors v (Ng, Jordan,
@@ -151,7 +151,7 @@ class SpectralModel:
         told = F.normalize(functions.float() @ self.spanned, dim=-1)
         return torch.cat([rows, _TOLD * told], dim=-1)
 
-    def _size(self) -> Tensor:
+    def size(self) -> Tensor:
         """Root mean square of the eigenvectors' values."""
         return self.embedding.vectors.square().mean().sqrt().clamp_min(1e-30)
 
@@ -174,7 +174,7 @@ class SpectralModel:
         if self.embedding.alpha > 0:
             pixel = pixel_graph(images, features.grid, self.pixel_graphs)
         found = self.embedding.extend(self.rows(features), pixel).float()
-        found /= self._size()
+        found /= self.size()
         return found.unflatten(0, (len(images), -1))
 
     def to(self, device: torch.device | str) -> SpectralModel:
