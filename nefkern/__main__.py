@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "eigenfunctions and clusters of a folder of images, or of the samples",
     "segment": "overlays, index maps and annotation files of any images",
     "atlas": "a page that shows every cluster of a run, to give it a name",
+    "vote": "how many annotated pictures the names of clusters need",
     "evaluate": "score a run against annotations, beside its baselines",
     "summarize": "scores of several runs as mean and spread",
     "eigenmaps": "what single eigenfunctions look like on images",

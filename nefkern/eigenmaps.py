@@ -176,7 +176,8 @@ def sources(
     arguments: argparse.Namespace, segmenter: Segmenter, fail
 ) -> Iterator[tuple[str, Tensor]]:
     """Output names and pixels of the images; ``fail`` hears of those that cannot be used."""
-    from nefkern.segment import image_files, output_names, read
+    from nefkern.segment import read
+    from nefkern.segmentation.listing import image_files, output_names
     from nefkern.spectrum import open_images
 
     if arguments.images:

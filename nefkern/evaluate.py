@@ -10,6 +10,7 @@ from typing import Any
 
 from nefkern.backends import check_environment
 from nefkern.runtime.commandline import (
+    EDGES,
     add_crf_workers,
     add_device,
     add_ignore_class,
@@ -54,6 +55,7 @@ examples:
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --crf
   python -m nefkern.evaluate runs/voc --data-root voc --protocol sliding --resize none
   python -m nefkern.evaluate runs/voc --data-root voc --crf classes --crf-workers 4
+  python -m nefkern.evaluate runs/voc --data-root voc --edges graph,crf --boundary
   python -m nefkern.evaluate runs/imagenet --data cityscapes --data-root DIR
   python -m nefkern.evaluate runs/voc --data-root voc --methods ours,linear-probe --flip
   python -m nefkern.evaluate runs/spectral --data-root voc --merge 20
@@ -211,6 +213,19 @@ def _add_protocol(group: Any) -> None:
         "on the matched classes [clusters]",
     )
     add_crf_workers(group)
+    group.add_argument(
+        "--edges",
+        metavar="A,B",
+        help="score a second time, or a third, with the edges of clusters drawn otherwise than by "
+        "bilinear up-sampling, which is always scored: graph, by a solve on the image's pixels; "
+        "crf, the same as --crf; or both [bilinear]",
+    )
+    group.add_argument(
+        "--boundary",
+        action="store_true",
+        help="tell the boundary F-score too (Csurka et al. 2013, within 0.75%% of an image's "
+        "diagonal)",
+    )
 
 
 def _add_honesty(group: Any) -> None:
@@ -269,10 +284,22 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value < 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
+    check_edges(arguments)
     check_crf_workers(arguments)
     sliding = arguments.window or arguments.stride or arguments.resize
     if arguments.protocol == "crop320" and sliding:
         raise UserError("--window, --stride, --resize: only for --protocol sliding")
+
+
+def check_edges(arguments: argparse.Namespace) -> None:
+    """``--edges``: which is asked for beside the bilinear one, "graph" or None; a CRF by --crf."""
+    names = [name.strip() for name in (arguments.edges or "bilinear").split(",")]
+    for name in names:
+        if name not in EDGES:
+            raise UserError(f"--edges {name}: expected some of {','.join(EDGES)}")
+    arguments.edges = "graph" if "graph" in names else None
+    if "crf" in names:
+        arguments.crf = arguments.crf or "clusters"
 
 
 @command

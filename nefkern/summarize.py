@@ -24,7 +24,7 @@ from nefkern.evaluation.resampling import SCORES
 from nefkern.runtime.commandline import command_parser
 from nefkern.runtime.errors import ArgumentParser, UserError, command
 from nefkern.runtime.structured import parse_json
-from nefkern.segmentation.tables import difference_cells, with_interval
+from nefkern.segmentation.tables import EDGE_TITLES, difference_cells, with_interval
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import FREE_OPTIONS, Run
 
@@ -51,6 +51,7 @@ class Score(NamedTuple):
 
     accuracy: float
     mean_iou: float
+    boundary: float | None = None
 
 
 class Key(NamedTuple):
@@ -58,7 +59,7 @@ class Key(NamedTuple):
 
     evaluation: str
     method: str
-    crf: str
+    edges: str
     matching: str
 
 
@@ -75,10 +76,15 @@ def read_scores(run: Path) -> Iterator[tuple[Key, int, Score]]:
         content = read_evaluation(file)
         evaluation = title(content["settings"])
         for method, result in content["methods"].items():
-            for crf, stage in result["stages"].items():
+            for edges, stage in result["stages"].items():
                 for matching, scores in stage["matchings"].items():
-                    key = Key(evaluation, method, crf, matching)
-                    score = Score(100 * scores["accuracy"], 100 * scores["mean_iou"])
+                    key = Key(evaluation, method, edges, matching)
+                    boundary = stage.get("boundary", {}).get(matching)
+                    score = Score(
+                        100 * scores["accuracy"],
+                        100 * scores["mean_iou"],
+                        100 * boundary["f"] if boundary else None,
+                    )
                     yield key, content["settings"]["seed"], score
 
 
@@ -122,8 +128,8 @@ def title(settings: dict[str, Any]) -> str:
     ignored = [
         f"without {', '.join(map(str, classes))}" for classes in [s.pop("ignored")] if classes
     ]
-    for free in ("seed", "methods", "crf"):  # a CRF is a stage of its own in the scores
-        s.pop(free)
+    for free in ("seed", "methods", "crf", "edges"):  # edges are stages of their own in the scores
+        s.pop(free, None)
     others = [f"{key.replace('_', ' ')} {value}" for key, value in s.items() if value is not None]
     return ", ".join([name, *ignored, *others])
 
@@ -172,20 +178,25 @@ def table(found: dict[Key, list[Score]]) -> str:
     for evaluation in dict.fromkeys(key.evaluation for key in found):
         part = {k: v for k, v in found.items() if k.evaluation == evaluation}
         matchings = list(dict.fromkeys(k.matching for k in part))
-        titles = [f"{COUNTED.get(m, m)}: accuracy | mIoU" for m in matchings]
+        told = any(score.boundary is not None for scores in part.values() for score in scores)
+        fields = Score._fields if told else Score._fields[:2]
+        heads = " | ".join(("accuracy", "mIoU", "boundary F")[: len(fields)])
+        titles = [f"{COUNTED.get(m, m)}: {heads}" for m in matchings]
         runs = max(len(v) for v in part.values())
         what = f"{runs} runs, mean ± standard deviation" if runs > 1 else "1 run"
         lines += [f"**{evaluation}**, {what}, %", ""]
-        lines += [f"| method | {' | '.join(titles)} |", "|---" * (1 + 2 * len(matchings)) + "|"]
-        for method, crf in dict.fromkeys((k.method, k.crf) for k in part):
+        lines += [
+            f"| method | {' | '.join(titles)} |",
+            "|---" * (1 + len(fields) * len(matchings)) + "|",
+        ]
+        for method, edges in dict.fromkeys((k.method, k.edges) for k in part):
             cells: list[Any] = []
             for matching in matchings:
-                scores = part.get(Key(evaluation, method, crf, matching), [])
-                cells += [
-                    spread([getattr(s, field) for s in scores]) if scores else ""
-                    for field in Score._fields
-                ]
-            name = method if crf == "none" else f"{method}, CRF on {crf}"
+                scores = part.get(Key(evaluation, method, edges, matching), [])
+                for field in fields:
+                    known = [getattr(s, field) for s in scores if getattr(s, field) is not None]
+                    cells.append(spread(known) if known else "")
+            name = method if edges == "none" else f"{method}, {EDGE_TITLES[edges]}"
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -344,6 +344,48 @@ def test_crf_is_scored_beside(run, folder, pointwise, on):
     assert figures(result, "ours", on, "count") != figures(result, "ours", "none", "count")
 
 
+def test_graph_is_scored_beside(run, folder, pointwise, capsys):
+    """Each pixel is a patch of its own here: what is noise about an edge is smoothed away."""
+    result = evaluate(run, folder, "--methods", "ours,kmeans", "--edges", "graph", "--boundary")
+    for method in ("ours", "kmeans"):
+        stages = result["methods"][method]["stages"]
+        assert list(stages) == ["none", "graph"]
+        for matching in ("iou", "count"):
+            before = figures(result, method, "none", matching)["accuracy"]
+            after = figures(result, method, "graph", matching)["accuracy"]
+            assert after > before - 0.02
+            assert all(0 < stages[s]["boundary"][matching]["f"] < 1 for s in stages)
+    assert {d["second"] for d in result["differences"]} > {"ours+graph"}
+    assert ["ours", "graph"] in [d["second"] for d in result["boundary_differences"]]
+    assert result["settings"]["edges"] == result["asked"]["edges"] == "graph"
+    assert result["graph"]["solves"] == 8
+    out = capsys.readouterr().out
+    assert "ours    graph  majority by IoU" in out
+    assert "Boundary F-score (within 0.75% of the diagonal)" in out
+    assert "edges on the pixel graph: 8 solves, each " in out
+
+
+def test_graph_and_crf_beside_each_other(run, folder, pointwise, monkeypatch):
+    """What changes nothing has the same figures, in both; boundaries too, after either CRF."""
+    monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
+    monkeypatch.setattr("nefkern.segmentation.graph_edges.graph_edges", lambda image, p, *_: p)
+    sliding = ("--protocol", "sliding", "--crf-workers", "0", "--boundary", "--edges")
+    for options in (["graph,crf"], ["graph", "--crf"], ["crf, graph", "--crf", "classes"]):
+        result = evaluate(run, folder, *sliding, *options)
+        stages = result["methods"]["ours"]["stages"]
+        on = "classes" if "classes" in options else "clusters"
+        assert list(stages) == ["none", "graph", on]
+        for stage in ("graph", on):
+            assert figures(result, "ours", stage) == figures(result, "ours", "none")
+            assert stages[stage]["boundary"] == stages["none"]["boundary"]
+
+
+def test_boundaries_of_merged_clusters(continuous, folder, pointwise):
+    result = evaluate(continuous, folder, "--merge", "2", "--boundary", "--edges", "graph")
+    stages = result["methods"]["ours"]["stages"]
+    assert all(0 <= stages[s]["boundary"]["iou"]["f"] <= 1 for s in ("none", "graph"))
+
+
 def test_crf_on_classes_starts_from_the_matched_segmentation(run, folder, pointwise, monkeypatch):
     """With a CRF that changes nothing, nothing changes."""
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
@@ -929,7 +971,8 @@ def failure(capsys, *arguments: object) -> str:
         (["--protocol", "tiles"], "invalid choice: 'tiles'"),
         (["--crf", "--crf-workers", "-1"], "--crf-workers -1: expected 0 to 256"),
         (["--crf", "--crf-workers", "999"], "--crf-workers 999: expected 0 to 256"),
-        (["--crf-workers", "2"], "--crf-workers 2: expected --crf beside it"),
+        (["--edges", "sharp"], "--edges sharp: expected some of bilinear,graph,crf"),
+        (["--crf-workers", "2"], "--crf-workers 2: expected --crf, or --edges crf, beside it"),
     ],
 )
 def test_mistaken_options_are_one_line(run, folder, capsys, options, message):

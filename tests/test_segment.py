@@ -14,8 +14,9 @@ from PIL import Image
 
 from nefkern.data import read_image
 from nefkern.runtime.errors import UserError
-from nefkern.segment import image_files, main, occurring, output_names, parser
-from nefkern.segmentation.segmenter import Segmenter
+from nefkern.segment import main, parser
+from nefkern.segmentation.listing import image_files, output_names
+from nefkern.segmentation.segmenter import Segmenter, occurring
 from nefkern.segmentation.windows import window_starts
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import Run
@@ -91,6 +92,43 @@ def test_crf_follows_the_image(run, pictures, tmp_path, options):
     assert cuts(refined) <= cuts(plain)
 
 
+def test_graph_follows_the_image_and_is_the_segmenters(run, pictures, tmp_path):
+    image = str(pictures / "wide.png")
+    assert main([str(run), image, "--out", str(tmp_path), "--edges", "graph"]) == 0
+    refined = indices(tmp_path / "wide.clusters.png")
+    segmenter = Segmenter.load(run, "cpu")
+    plain = segmenter(image)
+    assert torch.equal(refined, segmenter(image, edges="graph"))
+    found = segmenter(read_image(image).float() / 255, edges="graph")
+    assert (found == refined).float().mean() > 0.95, "the network sees other roundings"
+    assert set(refined.unique().tolist()) <= set(plain.unique().tolist())
+    pixels = read_image(image).float()
+    alike = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().amax(0) < 4
+    before, after = ((i[:, 1:] != i[:, :-1])[alike].sum() for i in (plain, refined))
+    assert (refined != plain).any()
+    assert after <= before
+    windows = [str(run), str(pictures / "large.png"), "--sliding", "--edges", "graph"]
+    assert main([*windows, "--out", str(tmp_path)]) == 0
+
+
+def test_crf_is_a_kind_of_edges(run, pictures, tmp_path):
+    pytest.importorskip("pydensecrf")
+    image, found = str(pictures / "tall.jpg"), []
+    for name, options in (("a", ["--crf"]), ("b", ["--edges", "crf", "--crf-workers", "0"])):
+        assert main([str(run), image, "--out", str(tmp_path / name), *options]) == 0
+        found.append(indices(tmp_path / name / "tall.clusters.png"))
+    assert torch.equal(*found)
+    assert torch.equal(found[0], Segmenter.load(run, "cpu")(image, edges="crf"))
+
+
+def test_edges_that_are_none(run, pictures, tmp_path, capsys):
+    options = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--crf", "--edges", "graph"]
+    assert main(options) == 2
+    assert "--edges graph: expected crf, or no --crf beside it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="edges: expected one of bilinear, graph, crf, got 'x'"):
+        Segmenter.load(run, "cpu")(pictures / "wide.png", edges="x")
+
+
 def test_crf_in_worker_processes_gives_the_same_files(run, pictures, tmp_path, capsys):
     """A bad image among them is reported as it is without a CRF."""
     pytest.importorskip("pydensecrf")
@@ -113,7 +151,7 @@ def test_crf_in_worker_processes_gives_the_same_files(run, pictures, tmp_path, c
 def test_crf_workers_without_a_crf(run, pictures, tmp_path, capsys):
     options = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--crf-workers", "1"]
     assert main(options) == 2
-    assert "--crf-workers 1: expected --crf beside it" in capsys.readouterr().err
+    assert "--crf-workers 1: expected --crf, or --edges crf, beside it" in capsys.readouterr().err
 
 
 def test_flip_makes_a_mirrored_image_the_mirrored_segments(run, photograph, tmp_path):

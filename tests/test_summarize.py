@@ -70,6 +70,27 @@ def test_what_is_averaged_is_told_by_the_settings_not_by_the_file(tmp_path):
     assert "| ours | 90.0 | 90.0 |" in table
 
 
+def test_edges_are_rows_and_boundaries_columns_of_a_table(tmp_path):
+    """One run was scored without boundaries: their mean is over the others."""
+    runs = []
+    for name, f in (("a", 0.2), ("b", 0.4), ("c", None)):
+        runs.append(scored(tmp_path / name, 0.25, 0.125, edges="graph"))
+        file = runs[-1] / "evaluation-set-val-crop320.json"
+        content = json.loads(file.read_text())
+        stages = content["methods"]["ours"]["stages"]
+        stages["graph"] = {"matchings": {"iou": {"accuracy": 0.5, "mean_iou": 0.25}}}
+        stages["clusters"] = stages["none"]
+        if f is not None:
+            stages["graph"]["boundary"] = {"iou": {"f": f, "interval": {"f": None}}}
+        file.write_text(json.dumps(content))
+    table = summarize.table(summarize.collect(runs))
+    assert "IoU vote: accuracy | mIoU | boundary F |" in table
+    assert "| ours | 25.0 ± 0.0 | 12.5 ± 0.0 |  |" in table
+    assert "| ours, graph | 50.0 ± 0.0 | 25.0 ± 0.0 | 30.0 ± 14.1 |" in table
+    assert "| ours, CRF on clusters | 25.0 ± 0.0 |" in table
+    assert "**set-val-crop320**, 3 runs" in table
+
+
 def test_a_method_scored_twice_alike_counts_once(tmp_path):
     run = scored(tmp_path / "a", 0.2, 0.5)
     scored(run, 0.2, 0.5, "evaluation-set-val-crop320-2.json", methods=["ours", "kmeans"])

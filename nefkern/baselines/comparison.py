@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from nefkern.ops import CSRGraph
 from nefkern.segmentation.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.segmentation.crf import winners
 from nefkern.segmentation.flip import flip_averaged
+from nefkern.segmentation.graph_edges import GraphRefiner
 from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.matching import class_logits
 from nefkern.segmentation.methods import Method
@@ -171,7 +173,9 @@ class Comparison:
         num_classes: int,
         *,
         refiner: Refiner | None = None,
+        graph: GraphRefiner | None = None,
         watch: Callable[[Sample, dict[str, Tensor]], None] = lambda sample, clusters: None,
+        keep: Callable[[str, str, Tensor], None] = lambda name, stage, clusters: None,
         done: Callable[[], object] = lambda: None,
     ) -> dict[str, dict[str, ImageCounts]]:
         """Count how clusters and classes meet, image by image.
@@ -179,14 +183,16 @@ class Comparison:
         Args:
             samples: with annotations.
             refiner: count the clusters once more after this CRF.
+            graph: and once more with their edges drawn by this solve.
             watch: called with every sample and every method's clusters, int64 ``[H, W]``.
+            keep: called with the method, the stage and the clusters of all that is counted.
             done: called whenever an image is counted.
 
         Returns:
-            By method, "none" and perhaps "clusters": counts ``[K, num_classes]`` of the images in
-            their order; classes instead of clusters for methods that learn those.
+            By method, "none" and perhaps "graph" and "clusters": counts ``[K, num_classes]`` of the
+            images in their order; classes instead of clusters for methods that learn those.
         """
-        stages = ("none", "clusters") if refiner else ("none",)
+        stages = ["none", *(["graph"] if graph else []), *(["clusters"] if refiner else [])]
         counts = {
             name: {stage: ImageCounts(c.channels, num_classes) for stage in stages}
             for name, c in self.clusterers.items()
@@ -195,6 +201,7 @@ class Comparison:
         def add(stage: str, sample: Sample, name: str, clusters: Tensor) -> None:
             found = counts[name][stage]
             found.add(count_matrix(clusters, sample.annotation, found.num_clusters, num_classes))
+            keep(name, stage, clusters)
 
         def looked_at() -> Iterator[tuple[Sample, Replay, dict[str, Tensor]]]:
             for sample in samples:
@@ -205,12 +212,25 @@ class Comparison:
                     add("none", sample, name, clusters)
                 yield sample, replay, found
 
-        if refiner is None:
+        def refinable() -> Iterator[Job]:
+            for sample, replay, found in looked_at():
+                for job in self._cluster_jobs(sample, replay, found):
+                    if graph:
+                        _, name = job.context
+                        add("graph", sample, name, graph.refine(job))
+                    yield job
+
+        if refiner is graph is None:
             for _ in looked_at():
                 done()
             return counts
-        jobs = (job for looked in looked_at() for job in self._cluster_jobs(*looked))
         last = list(self.clusterers)[-1]
+        if refiner is None:
+            for job in refinable():
+                if job.context[1] == last:
+                    done()
+            return counts
+        jobs = refinable()
         with refiner(jobs) as results:
             for refined, (sample, name) in results:
                 add("clusters", sample, name, refined)
@@ -226,6 +246,7 @@ class Comparison:
         num_classes: int,
         *,
         refiner: Refiner,
+        keep: Callable[[str, str, Tensor], None] = lambda name, matching, classes: None,
         done: Callable[[], object] = lambda: None,
     ) -> dict[str, dict[str, ImageCounts]]:
         """Confusion, image by image, after a CRF on *classes*, made of the clusters by a matching.
@@ -234,6 +255,7 @@ class Comparison:
             samples, done: as for :meth:`count`.
             assignments: by method and matching, int64 ``[K]``.
             refiner: the CRF.
+            keep: called with the method, the matching and the classes of all that is counted.
 
         Returns:
             By method and matching, ``[num_classes, num_classes]`` of the images in their order.
@@ -251,6 +273,7 @@ class Comparison:
                 confusions[name][matching].add(
                     count_matrix(refined, sample.annotation, num_classes, num_classes)
                 )
+                keep(name, matching, refined)
                 if (name, matching) == last:
                     done()
         return confusions
@@ -326,7 +349,8 @@ class Comparison:
                 batch_size=w.batch_size,
             )
             probabilities = self.clusterers[name].probabilities(logits)
-            yield Job(sample.name, sample.image, probabilities, shown, (sample, name))
+            patch = math.prod(self.patch) ** 0.5 * min(sample.image.shape[1:]) / min(seen.shape[1:])
+            yield Job(sample.name, sample.image, probabilities, shown, (sample, name), patch)
 
     def _class_jobs(
         self, sample: Sample, assignments: dict[str, dict[str, Tensor]], num_classes: int

@@ -27,6 +27,7 @@ from nefkern.baselines.fitting import default_passes, training_crops
 from nefkern.baselines.probe import Probe
 from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
 from nefkern.data.reading import read_ahead
+from nefkern.evaluation.boundary_scores import BoundaryScores
 from nefkern.evaluation.bounds import BOUNDS, FLOORS, Bounds
 from nefkern.evaluation.gathering import Counts, gathered, summed
 from nefkern.evaluation.honesty import Honesty
@@ -39,6 +40,7 @@ from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.evaluation import Matched, match, matchings, unmatched
+from nefkern.segmentation.graph_edges import GraphRefiner
 from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.mean_field import require_pydensecrf
 from nefkern.segmentation.methods import Method, of_run
@@ -83,6 +85,8 @@ class Evaluator:
         if options.crf:
             require_pydensecrf()
             self.refiner = Refiner(options.crf_workers)
+        self.graph = GraphRefiner() if options.edges == "graph" else None
+        self.boundaries = BoundaryScores() if options.boundary else None
         self.segmenter = Segmenter.load(options.run, options.device, cache=options.feature_cache)
         self.dataset = self._open_annotated()
         self.kept = [i for i in range(len(self.dataset.classes)) if i not in self.dataset.ignored]
@@ -288,7 +292,9 @@ class Evaluator:
                 self._annotated(),
                 count,
                 refiner=self.refiner if crf == "clusters" else None,
+                graph=self.graph,
                 watch=self._show,
+                keep=self._keep,
                 done=bar.update,
             )
         counts, self.shown = self._merged(gathered(counts)), distributed.collected(self.shown)
@@ -314,15 +320,22 @@ class Evaluator:
             started = time.perf_counter()
             with distributed.together(), self._bar("CRF") as bar:
                 confusions = self.comparison.count_refined_classes(
-                    self._annotated(), assignments, count, refiner=self.refiner, done=bar.update
+                    self._annotated(),
+                    assignments,
+                    count,
+                    refiner=self.refiner,
+                    keep=self._keep_classes,
+                    done=bar.update,
                 )
             refined = gathered(confusions)
             for name, by_matching in summed(refined).items():
                 stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
         seconds = time.perf_counter() - started
+        self._score_boundaries(stages)
         honest = self._honest(counts, refined, stages)
         return {
             **self._crf_times(seconds),
+            **self._graph_times(),
             "classes": self.classes,
             "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
             **(
@@ -342,7 +355,41 @@ class Evaluator:
             },
             **self._bounded(),
             **({"differences": self.honesty.differences()} if self.honesty else {}),
+            **self._boundary_differences(),
         }
+
+    def _keep(self, name: str, stage: str, clusters: Tensor) -> None:
+        """Keep what a method says of an image, for its boundaries."""
+        if self.boundaries is not None:
+            groups = self.groups.get(name)
+            found = clusters if groups is None else groups[clusters.cpu()]
+            self.boundaries.keep((name, stage), found)
+
+    def _keep_classes(self, name: str, matching: str, classes: Tensor) -> None:
+        if self.boundaries is not None:
+            self.boundaries.keep((name, "classes", matching), classes)
+
+    def _score_boundaries(self, stages: dict[str, dict[str, Matched]]) -> None:
+        if self.boundaries is None:
+            return
+        with distributed.together():
+            for name, by_stage in stages.items():
+                for stage, matched in by_stage.items():
+                    self.boundaries.score(name, stage, matched.assignments)
+
+    def _boundary_differences(self) -> dict[str, Any]:
+        if self.boundaries is None or self.honesty is None:
+            return {}
+        return {"boundary_differences": self.boundaries.differences(self.honesty.weights)}
+
+    def _graph_times(self) -> dict[str, Any]:
+        """What the solve on the pixel graph took; nothing without."""
+        if self.graph is None:
+            return {}
+        count = int(distributed.total(torch.tensor(self.graph.inferences)))
+        seconds = float(distributed.total(torch.tensor(self.graph.seconds, dtype=torch.float64)))
+        each = round(seconds / max(1, count), 4)
+        return {"graph": {"solves": count, "seconds_per_solve": each}}
 
     def _learned(self, name: str) -> bool:
         """Whether a method, or a ceiling, has classes of its own, so that nothing is matched."""
@@ -376,6 +423,9 @@ class Evaluator:
                 found[name, stage] = self.honesty.add(name, stage, table, matched, find)
         for name, by_matching in refined.items():
             found[name, "classes"] = self.honesty.add_confusions(name, "classes", by_matching)
+        if self.boundaries is not None:
+            for (name, stage), told in found.items():
+                told["boundary"] = self.boundaries.told(name, stage, self.honesty.weights)
         return found
 
     def _honesty(self, counts: ImageCounts) -> Honesty:
@@ -438,6 +488,8 @@ class Evaluator:
 
     def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
         """Count the bounds, and keep this process's share of the first images for :meth:`draw`."""
+        if self.boundaries is not None:
+            self.boundaries.annotate(sample.annotation)
         clusters = {
             name: self.groups[name][found.cpu()] if name in self.groups else found
             for name, found in clusters.items()
@@ -471,6 +523,7 @@ class Evaluator:
             "stride": self.comparison.windows.stride,
             "flip": self.options.flip or None,
             **({"merge": self.options.merge} if self.options.merge else {}),
+            **({"edges": self.options.edges} if self.options.edges else {}),
             "resize": self.comparison.windows.shorter,
         }
 
@@ -605,6 +658,7 @@ def _plain(name: str) -> str:
 #: are recorded by their results.
 _FREE = ("run", "methods", "baseline", "features", "untrained", "pictures", "device")
 _FREE += ("feature_cache", "batch_size", "crf_workers", "bootstrap", "cross_match", "bounds")
+_FREE += ("boundary",)
 
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
@@ -612,8 +666,8 @@ def asked(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        # Evaluations from before it could be asked for did not merge.
-        if name not in _FREE and (name, value) != ("merge", None)
+        # Evaluations from before these could be asked for have neither.
+        if name not in _FREE and (name, value) not in (("merge", None), ("edges", None))
     }
 
 

@@ -29,6 +29,7 @@ from nefkern.evaluation.resampling import (
 )
 from nefkern.segmentation.evaluation import Matched
 from nefkern.segmentation.image_counts import ImageCounts
+from nefkern.segmentation.tables import column
 
 SAME, CROSS = "same", "cross"
 """Images that a matching is scored on: those that it was learnt on, or the other half."""
@@ -44,13 +45,8 @@ class Key(NamedTuple):
 
     @property
     def column(self) -> str:
-        """The method, and whether a CRF came after."""
+        """The method, and what drew its edges."""
         return column(self.method, self.stage)
-
-
-def column(method: str, stage: str) -> str:
-    """A method's name in tables, without or with a CRF."""
-    return method if stage == "none" else f"{method}+crf"
 
 
 class Estimate(NamedTuple):
@@ -91,6 +87,7 @@ class Honesty:
 
     Attributes:
         estimates: every score that was asked for.
+        weights: float64 ``[B, I]``, how often each image counts in each resample.
     """
 
     annotated: Tensor
@@ -103,11 +100,11 @@ class Honesty:
         self.masks = halves(self.annotated, self.splits)
         self._all = torch.ones(1, images, dtype=torch.float64)
         # One image has no other to be replaced by: no resample would tell anything.
-        self._weights = resamples(images, self.bootstrap if images > 1 else 0)
+        self.weights = resamples(images, self.bootstrap if images > 1 else 0)
 
     def settings(self) -> dict[str, int]:
         """How it was found."""
-        return {"bootstrap": len(self._weights), "splits": len(self.masks) // 2, "seed": SEED}
+        return {"bootstrap": len(self.weights), "splits": len(self.masks) // 2, "seed": SEED}
 
     def add(
         self,
@@ -144,7 +141,7 @@ class Honesty:
             for matching, parts in by_matching.items():
                 key = Key(method, stage, matching, images)
                 self.estimates[key] = self._estimate(parts)
-        if len(self._weights):
+        if len(self.weights):
             told["intervals"] = {
                 m: self.estimates[Key(method, stage, m, SAME)].intervals() for m in same
             }
@@ -155,15 +152,15 @@ class Honesty:
         return told
 
     def _estimate(self, parts: Sequence[Part]) -> Estimate:
-        return Estimate(figures(parts, self._all)[:, 0], figures(parts, self._weights))
+        return Estimate(figures(parts, self._all)[:, 0], figures(parts, self.weights))
 
     def differences(self) -> list[dict[str, Any]]:
         """Of every two methods under every matching, the second less the first."""
-        return list(differences(self.estimates)) if len(self._weights) else []
+        return list(differences(self.estimates)) if len(self.weights) else []
 
     def packed(self) -> bytes:
         """The resampled scores as an npz file, for intervals over several runs; empty without."""
-        if not len(self._weights):
+        if not len(self.weights):
             return b""
         arrays = {"|".join(key): e.resampled.float().numpy() for key, e in self.estimates.items()}
         buffer = io.BytesIO()

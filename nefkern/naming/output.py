@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from nefkern.naming.formats import WRITERS, Annotated, palette_image
 from nefkern.naming.instances import instances, require_tools, without_specks
 from nefkern.naming.names import Names, class_names
 from nefkern.runtime.files import make_folder, replace_file
+from nefkern.segmentation.listing import CLASSES, CONFIDENCE, OVERLAY
 from nefkern.segmentation.pictures import BACKGROUND, overlay, write_png
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.windows import Replay, sliding_tiles
 
-CLASSES, CONFIDENCE, OVERLAY = ".classes.png", ".confidence.png", ".overlay.png"
 LEGEND, CLASS_LIST = "classes.legend.png", "classes.txt"
 
 Confidence = Callable[[np.ndarray], np.ndarray]
@@ -48,8 +48,20 @@ class NamedOutput:
         write_png(legend(names.classes, self.colours), folder / LEGEND)
         replace_file(folder / CLASS_LIST, class_names(names.classes))
 
+    def classes(self, clusters: Tensor) -> np.ndarray:
+        """The class of every pixel, uint8 ``[H, W]``, 255 void, of clusters ``[H, W]``."""
+        classes = self.table[clusters.numpy()]
+        return without_specks(classes, self.min_area) if self.min_area else classes
+
     def write(
-        self, file: Path, name: str, pixels: Tensor, clusters: Tensor, confidence: Confidence
+        self,
+        file: Path,
+        name: str,
+        pixels: Tensor,
+        clusters: Tensor,
+        confidence: Confidence,
+        *,
+        text: Mapping[str, str] | None = None,
     ) -> list[int]:
         """Write all of an image; returns the classes that occur in it.
 
@@ -58,12 +70,11 @@ class NamedOutput:
             pixels: uint8 ``[3, H, W]``.
             clusters: integers ``[H, W]``.
             confidence: see :func:`confidence`.
+            text: goes into the index image.
         """
-        classes = self.table[clusters.numpy()]
-        if self.min_area:
-            classes = without_specks(classes, self.min_area)
+        classes = self.classes(clusters)
         make_folder(self.folder, (self.folder / name).parent)
-        write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}")
+        write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}", text)
         write_png(Image.fromarray(confidence(classes)), self.folder / f"{name}{CONFIDENCE}")
         sheet = overlay(pixels, classes, colours=self.colours)
         write_png(sheet, self.folder / f"{name}{OVERLAY}")

@@ -95,6 +95,7 @@ class Planner:
         # Names that are there before are not set to defaults: what is there after was given.
         before = argparse.Namespace(**dict.fromkeys(_EVALUATE_SET))
         self.scoring = evaluate.parser().parse_args(["RUN", *self.more_evaluate], before)
+        evaluate.check_edges(self.scoring)
         given = [name for name in _EVALUATE_SET if getattr(self.scoring, name) is not None]
         _refuse("--evaluate", given, _EVALUATE_SET)
 

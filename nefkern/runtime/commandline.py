@@ -110,8 +110,12 @@ def add_ignore_class(parser: Any) -> None:
     )
 
 
+#: What draws the edges of segments.
+EDGES = ("bilinear", "graph", "crf")
+
+
 def add_crf_workers(parser: Any) -> None:
-    """``--crf-workers``, where there is ``--crf``."""
+    """``--crf-workers``, where there is a CRF."""
     parser.add_argument(
         "--crf-workers",
         type=int,
@@ -128,4 +132,6 @@ def check_crf_workers(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.crf_workers <= MAX_WORKERS:
         raise UserError(f"--crf-workers {arguments.crf_workers}: expected 0 to {MAX_WORKERS}")
     if not arguments.crf:
-        raise UserError(f"--crf-workers {arguments.crf_workers}: expected --crf beside it")
+        raise UserError(
+            f"--crf-workers {arguments.crf_workers}: expected --crf, or --edges crf, beside it"
+        )

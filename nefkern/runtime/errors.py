@@ -28,13 +28,17 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
 
 
+#: Characters of a message; a name in it may have any number.
+_LONGEST = 2000
+
 #: Names of files and classes may hold what moves a terminal's cursor, or renames its window.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _CONTROL |= {code: f"\\u{code:04x}" for code in (0x2028, 0x2029)}
 
 
 def visible(text: str) -> str:
-    """``text`` on one line, its control characters as escapes."""
+    """``text`` on one line, its control characters as escapes, as far as anyone would read."""
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return text.translate(_CONTROL)
 
 

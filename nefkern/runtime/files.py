@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from nefkern.runtime.errors import UserError
@@ -19,6 +20,17 @@ def make_folder(root: Path, folder: Path) -> None:
     if not folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{folder}: a link leads out of {root}; remove it")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name ``path`` if it names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_file(path: Path, content: bytes | str) -> None:

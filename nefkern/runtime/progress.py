@@ -1,4 +1,4 @@
-"""Progress bars over images."""
+"""Progress bars over images and frames."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def image_bar(total: int, title: str | None = None, *, disable: bool | None = No
         disable: show nothing; None: where standard error is not a terminal.
     """
     return tqdm(total=total, desc=title, unit="image", bar_format=_FORMAT, disable=disable)
+
+
+def frame_bar(total: int, title: str) -> tqdm:
+    """A bar of a video's frames; ``total`` 0: unknown. Nothing where standard error is not a
+    terminal."""
+    return tqdm(total=total or None, desc=title, unit="frame", leave=False, disable=None)

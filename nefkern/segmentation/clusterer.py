@@ -28,6 +28,9 @@ class Clusterer:
         num_clusters: K.
         seed: of K-means.
         sample_rows: patches in the sample.
+
+    Attributes:
+        temperature: of K-means' scores, where one was fitted; None: the variance of its clusters.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Clusterer:
         self.method, self.num_clusters = method, num_clusters
         self.kmeans = KMeans(num_clusters, seed) if method.kmeans else None
         self._sample = RowStore(max(sample_rows, num_clusters))
+        self.temperature: float | None = None
         self._mean: Tensor | None = None  # of every channel, as far as the method looks at it
         self._scale: Tensor | None = None
 
@@ -101,17 +105,19 @@ class Clusterer:
         return found.movedim(-1, 1)
 
     def probabilities(self, logits: Tensor, dim: int = 0) -> Tensor:
-        """Cluster logits as probabilities, as the CRF needs them.
+        """Cluster logits as probabilities, as whatever draws edges needs them.
 
-        K-means becomes the mixture of equal spherical Gaussians that it is the limit of, with the
-        variance of the clusters (:attr:`KMeans.variance`). What up-sampling leaves of segments are
-        shares already.
+        A spectral run's have a temperature that was fitted
+        (:meth:`nefkern.training.spectral_model.SpectralModel.calibrated`). Any other K-means is
+        taken for the mixture of equal spherical Gaussians that it is the limit of, with the
+        variance of the clusters (:attr:`KMeans.variance`), and is surer than it is right. What
+        up-sampling leaves of segments are shares already.
         """
         if self.method.per_segment:
             shares = logits.clamp(min=0)  # a class without a cluster has −inf
             return shares / shares.sum(dim, keepdim=True).clamp(min=1e-12)
         if self.kmeans is not None:
-            logits = logits / max(self.kmeans.variance, 1e-12)
+            logits = logits / (self.temperature or max(self.kmeans.variance, 1e-12))
         return logits.softmax(dim)
 
     def merged(self, count: int) -> Tensor:

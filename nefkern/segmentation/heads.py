@@ -83,8 +83,11 @@ class SpectralHead:
     kind = "spectral"
 
     def __init__(self, model: SpectralModel) -> None:
-        self.model, self.num_functions = model, model.num_functions
+        # Runs from before it was kept have no temperature.
+        self.model = model if model.temperature is not None else model.calibrated()
+        self.num_functions = model.num_functions
         self.clusterer = Clusterer(SPECTRAL, model.kmeans.num_clusters).load(model.kmeans.state())
+        self.clusterer.temperature = self.model.temperature
 
     def __call__(self, features: Features, images: Tensor) -> Outputs:
         """See :class:`Head`."""

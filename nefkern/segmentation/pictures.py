@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
@@ -207,12 +208,25 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
     return np.cbrt(linear @ to_cones.T) @ to_lab.T
 
 
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG in one step; errors as :func:`nefkern.runtime.files.replace_file`."""
-    content = io.BytesIO()
+def write_png(picture: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG, perhaps with texts in it, in one step; errors as
+    :func:`nefkern.runtime.files.replace_file`."""
+    content, info = io.BytesIO(), PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
     # Photographs hardly shrink further at a higher level, and take half as long again.
-    picture.save(content, format="PNG", compress_level=1 if picture.mode == "RGB" else 6)
+    level = 1 if picture.mode == "RGB" else 6
+    picture.save(content, format="PNG", compress_level=level, pnginfo=info)
     replace_file(path, content.getvalue())
+
+
+def png_text(path: Path) -> dict[str, str]:
+    """The texts in a PNG; none of what is no PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return dict(getattr(picture, "text", {}))
+    except (OSError, ValueError, SyntaxError):
+        return {}
 
 
 def _numpy(index: Tensor | np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class Job:
         probabilities: floating point ``[n, H, W]``.
         labels: int64 ``[n]``, what the n maps are the probabilities of.
         context: handed back with the result.
+        patch: side in pixels of what the probabilities were interpolated between.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Job:
     probabilities: Tensor
     labels: Tensor
     context: Any = None
+    patch: float = 1.0
 
 
 class Refined(NamedTuple):

@@ -17,14 +17,17 @@ from nefkern.data.images import read_image, upright_pixels
 from nefkern.images.features import Backbone, FeatureCache, load_backbone
 from nefkern.images.graph import image_kappa, kappa, resolve_neighbours, standardized
 from nefkern.ops import CSRGraph
+from nefkern.runtime.commandline import EDGES
 from nefkern.runtime.devices import choose_device
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.hub import run_folder
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.flip import flip_averaged
+from nefkern.segmentation.graph_edges import GraphRefiner
 from nefkern.segmentation.heads import NeuralHead, SpectralHead
 from nefkern.segmentation.methods import CONTINUOUS
-from nefkern.segmentation.windows import Predictor, sliding_clusters, sliding_windows
+from nefkern.segmentation.refinement import Job, Refiner
+from nefkern.segmentation.windows import Predictor, Replay, sliding_clusters, sliding_windows
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import CHECKPOINT, CLUSTERS, CONFIG, STAGES, Run
@@ -327,7 +330,7 @@ class Segmenter:
         quantised = self.kind == "quantised"
         return logits.softmax(0) if quantised else self.clusterer.probabilities(logits)
 
-    def __call__(self, image: object) -> Tensor:
+    def __call__(self, image: object, *, edges: str = "bilinear") -> Tensor:
         """Segment one image at its own resolution.
 
         The backbone sees it at the scale of training, its shorter side as long as a crop, and in
@@ -339,16 +342,57 @@ class Segmenter:
         Args:
             image: a path, a PIL image (either is turned upright and made RGB), a ``[H, W, 3]``
                 uint8 array, or a ``[3, H, W]`` tensor (uint8, or float in [0, 1]).
+            edges: "bilinear": as they are up-sampled; "graph": drawn to the image's by a solve on
+                its pixels (:mod:`nefkern.segmentation.graph_edges`); "crf": by a fully connected
+                CRF, ten times slower (:mod:`nefkern.segmentation.crf`).
 
         Returns:
             The cluster of every pixel, ``[H, W]`` int64 on the CPU.
 
         Raises:
-            UserError: not an image, values out of range, or an image smaller than a patch.
+            UserError: not an image, values out of range, or an image smaller than a patch; "crf"
+                without pydensecrf.
+            ValueError: other ``edges``.
         """
+        if edges not in EDGES:
+            raise ValueError(f"edges: expected one of {', '.join(EDGES)}, got {edges!r}")
         pixels = as_image(image)
-        self.check_size(pixels, name=image if isinstance(image, (str, Path)) else "image")
-        return sliding_clusters(*self.at_training_scale(pixels), batch_size=1).cpu()
+        name = image if isinstance(image, (str, Path)) else "image"
+        self.check_size(pixels, name=name)
+        predict, *cut = self.at_training_scale(pixels)
+        if edges == "bilinear":
+            return sliding_clusters(predict, *cut, batch_size=1).cpu()
+        refiner = GraphRefiner() if edges == "graph" else Refiner()
+        job = self.refinable(Replay(predict), *cut, self.training_scale(pixels), name=str(name))
+        with refiner([job]) as results:
+            return next(iter(results)).labels.cpu()
+
+    def refinable(
+        self,
+        replay: Replay,
+        pixels: Tensor,
+        window: int,
+        stride: int,
+        scale: float = 1.0,
+        *,
+        name: str,
+        context: object = None,
+    ) -> Job:
+        """What has to be known to draw an image's edges: the clusters that win a pixel, and their
+        probabilities.
+
+        Args:
+            replay: of the predictor; it keeps what that says.
+            pixels, window, stride: as :mod:`nefkern.segmentation.windows` takes them.
+            scale: by how much the predictor enlarges pixels.
+            name, context: of the job.
+        """
+        clusters = sliding_clusters(replay, pixels, window, stride, batch_size=1)
+        shown = occurring(clusters).to(clusters.device)
+        logits = sliding_windows(replay.select(shown), pixels, window, stride, batch_size=1)
+        whole = pixels if pixels.dtype == torch.uint8 else (255 * pixels).round().byte()
+        patch = self.patch / scale
+        return Job(name, whole, self.probabilities(logits), shown, context, patch)
 
     def check_size(self, pixels: Tensor, name: object = "image") -> None:
         """Raise a UserError that names the image if it is smaller than a patch."""
@@ -420,6 +464,16 @@ def clusters_of(run: Run, options: TrainOptions, device: torch.device) -> Cluste
             "makes it anew"
         ) from None
     return clusterer.to(device)
+
+
+def occurring(clusters: Tensor) -> Tensor:
+    """The clusters that win a pixel, int64 and ascending: ``unique`` without sorting."""
+    counts = torch.zeros(0, dtype=torch.int64)
+    for part in clusters.flatten().split(1 << 22):
+        seen = part.bincount(minlength=len(counts)).cpu()
+        seen[: len(counts)] += counts
+        counts = seen
+    return counts.nonzero().flatten()
 
 
 def as_image(image: object) -> Tensor:

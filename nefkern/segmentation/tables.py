@@ -31,12 +31,36 @@ def describe(evaluation: dict[str, Any]) -> str:
         if "no_hungarian" in stage
     }
     parts = [title, summary_table(evaluation), *honesty(evaluation)]
+    parts += boundaries(evaluation)
     parts += ["IoU, majority by IoU:", class_table(evaluation)]
     pixels = evaluation["pixels"]
     absent = absent_classes(list(pixels), list(pixels.values()), evaluation.get("void_pixels"))
     parts += [f"note: {absent}"] if absent else []
+    parts += [graph_times(evaluation["graph"])] if "graph" in evaluation else []
     parts += [crf_times(evaluation["crf"])] if "crf" in evaluation else []
     return "\n\n".join([*parts, *sorted(reasons)])
+
+
+#: What drew the edges, by the names of stages in evaluations.
+EDGE_TITLES = {
+    "none": "-",
+    "graph": "graph",
+    "clusters": "CRF on clusters",
+    "classes": "CRF on classes",
+}
+
+
+def column(method: str, stage: str) -> str:
+    """A method's name at the head of a column, with what drew its edges."""
+    return {"none": method, "graph": f"{method}+graph"}.get(stage, f"{method}+crf")
+
+
+def graph_times(times: dict[str, float]) -> str:
+    """What the solve on the pixel graph took, in a line."""
+    return (
+        f"edges on the pixel graph: {times['solves']} solves, each "
+        f"{times['seconds_per_solve']:.2f} s"
+    )
 
 
 def crf_times(times: dict[str, float]) -> str:
@@ -50,15 +74,15 @@ def crf_times(times: dict[str, float]) -> str:
 
 def summary_table(evaluation: dict[str, Any]) -> str:
     """Accuracy and mean IoU of every method and matching, in percent."""
-    rows = [("method", "CRF on", "matching", "accuracy", "mIoU", "classes", "clusters")]
+    rows = [("method", "edges", "matching", "accuracy", "mIoU", "classes", "clusters")]
     count, clusters = len(evaluation["classes"]), evaluation["num_clusters"]
     for name, method in evaluation["methods"].items():
-        for crf, stage in method["stages"].items():
+        for edges, stage in method["stages"].items():
             for matching, result in stage["matchings"].items():
                 rows.append(
                     (
                         name,
-                        "-" if crf == "none" else crf,
+                        EDGE_TITLES[edges],
                         MATCHINGS[matching],
                         _percent(result["accuracy"]),
                         _percent(result["mean_iou"]),
@@ -101,20 +125,20 @@ def honesty(evaluation: dict[str, Any]) -> list[str]:
 def honest_table(evaluation: dict[str, Any]) -> str:
     """Every method and bound with intervals, on the same images and on the other half."""
     heads = ("accuracy", "mIoU", "other half: accuracy", "mIoU")
-    rows = [("method", "CRF on", "matching", *heads)]
+    rows = [("method", "edges", "matching", *heads)]
     bounds = {
         f"{bound['title'].split(':')[0]}: {name}": bound
         for name, bound in evaluation.get("bounds", {}).items()
     }
     for name, method in {**evaluation["methods"], **bounds}.items():
-        for crf, stage in method["stages"].items():
+        for edges, stage in method["stages"].items():
             for matching, result in stage["matchings"].items():
                 same = result | {"interval": stage.get("intervals", {}).get(matching)}
                 cross = stage.get("cross", {}).get(matching)
                 rows.append(
                     (
                         name,
-                        "-" if crf == "none" else crf,
+                        EDGE_TITLES[edges],
                         MATCHINGS[matching],
                         *(with_interval(same, score) for score in _SCORES),
                         *(with_interval(cross, score) if cross else "-" for score in _SCORES),
@@ -161,11 +185,11 @@ def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
     """IoU of every class, in percent, a column for each method; largest class first."""
     columns = [
         (
-            name if crf == "none" else f"{name}+crf",
+            column(name, edges),
             stage["matchings"][shown(stage["matchings"], matching)]["iou"],
         )
         for name, method in evaluation["methods"].items()
-        for crf, stage in method["stages"].items()
+        for edges, stage in method["stages"].items()
     ]
     pixels = evaluation["pixels"]
     total = max(1, sum(pixels.values()))
@@ -174,6 +198,27 @@ def class_table(evaluation: dict[str, Any], matching: str = "iou") -> str:
         share = f"{100 * pixels[label] / total:.1f}"
         rows.append((label, share, *(_percent(iou[label]) for _, iou in columns)))
     return aligned(rows, left=1)
+
+
+def boundaries(evaluation: dict[str, Any]) -> list[str]:
+    """The boundary F-scores, as paragraphs; none where they were not asked for."""
+    rows = [("method", "edges", "matching", "boundary F")]
+    for name, method in evaluation["methods"].items():
+        for edges, stage in method["stages"].items():
+            for matching, told in stage.get("boundary", {}).items():
+                cell = with_interval(told, "f")
+                rows.append((name, EDGE_TITLES[edges], MATCHINGS[matching], cell))
+    if len(rows) == 1:
+        return []
+    parts = [
+        "Boundary F-score (within 0.75% of the diagonal), mean over the images:",
+        aligned(rows, left=3),
+    ]
+    rows = [("difference", "matching", "boundary F", "")]
+    for d in evaluation.get("boundary_differences", []):
+        pair = " - ".join(column(*d[side]) for side in ("second", "first"))
+        rows.append((pair, MATCHINGS[d["matching"]], *difference_cells(d)))
+    return [*parts, aligned(rows, left=2)] if len(rows) > 1 else parts
 
 
 def _percent(value: float | None, sign: str = "") -> str:

@@ -355,12 +355,14 @@ class SpectralTrainer:
             kmeans.fit(model.cluster_rows(model.embedding.vectors), on_iteration=show)
         patches = len(model.embedding.vectors)
         kept = self.options.kept(patches)
-        model.embedding = landmarks(model.embedding, kept, self.options.seed)
         model.kmeans = kmeans
+        model = model.calibrated()
+        model.embedding = landmarks(model.embedding, kept, self.options.seed)
         return model.state(), {
             "clusters": kmeans.num_clusters,
             "iterations": kmeans.iterations,
             "inertia": round(kmeans.inertia, 3),
+            "temperature": float(f"{model.temperature:.3g}"),
             "kept": len(model.embedding.vectors),
         }
 

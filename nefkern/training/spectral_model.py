@@ -15,6 +15,7 @@ from nefkern.runtime.errors import UserError
 from nefkern.runtime.states import BOOL, FLOATS, INTEGERS, check_state
 from nefkern.spectral.embedding import Embedding
 from nefkern.spectral.kmeans import KMeans
+from nefkern.spectral.temperature import fitted_temperature
 
 #: Rows that are widened to float32 at once.
 _BLOCK = 1 << 16
@@ -23,7 +24,10 @@ _BLOCK = 1 << 16
 _TOLD = 0.7
 
 _EMBEDDING, _CLUSTERS, _SCALE = "embedding.", "kmeans.", "channels."
-_NEIGHBOURS, _EVERY, _SPANNED = "neighbours", "every", "spanned"
+_NEIGHBOURS, _EVERY, _SPANNED, _TEMPERATURE = "neighbours", "every", "spanned", "temperature"
+
+#: Rows whose neighbours a temperature is fitted to.
+_CALIBRATED = 2048
 
 #: What the parts of a state have in common.
 _STATE = {
@@ -101,6 +105,7 @@ class SpectralModel:
             V̂ of mean square 1, if clusters are told by :meth:`cluster_rows` of both; None: by
             eigenvectors alone.
         kmeans: on :meth:`cluster_rows`; None before it is fitted.
+        temperature: at which K-means' scores are log-probabilities, see :meth:`calibrated`.
     """
 
     embedding: Embedding
@@ -110,6 +115,7 @@ class SpectralModel:
     every: bool = False
     spanned: Tensor | None = None
     kmeans: KMeans | None = None
+    temperature: float | None = None
 
     @property
     def num_functions(self) -> int:
@@ -150,6 +156,21 @@ class SpectralModel:
             return rows
         told = F.normalize(functions.float() @ self.spanned, dim=-1)
         return torch.cat([rows, _TOLD * told], dim=-1)
+
+    def calibrated(self) -> SpectralModel:
+        """The same with :attr:`temperature`: that at which K-means' scores of the data set's rows
+        make the clusters of their neighbours in the graph likeliest
+        (:mod:`nefkern.spectral.temperature`); of :data:`_CALIBRATED` rows at most."""
+        rows = self.embedding.rows
+        some = slice(None, None, -(-len(rows) // _CALIBRATED))
+        near = self.embedding.neighbours(rows[some])
+        own = torch.arange(len(rows), device=rows.device)[some]
+        weights = near.similarities.masked_fill(near.indices == own[:, None], 0)
+        scores = self.kmeans.logits(self.cluster_rows(self.embedding.vectors[some]))
+        told, at = near.indices.clamp(min=0).long().unique(return_inverse=True)
+        clusters = self.kmeans.predict(self.cluster_rows(self.embedding.vectors[told]))[at]
+        votes = torch.zeros_like(scores).scatter_add_(1, clusters, weights.to(scores.dtype))
+        return replace(self, temperature=fitted_temperature(scores, votes))
 
     def size(self) -> Tensor:
         """Root mean square of the eigenvectors' values."""
@@ -195,6 +216,8 @@ class SpectralModel:
         found = {head + name: one for head, part in parts.items() for name, one in part.items()}
         if self.spanned is not None:
             found[_SPANNED] = self.spanned
+        if self.temperature is not None:
+            found[_TEMPERATURE] = torch.tensor(self.temperature, dtype=torch.float64)
         return found | {
             _NEIGHBOURS: torch.tensor(self.neighbours),
             _EVERY: torch.tensor(self.every),
@@ -215,6 +238,7 @@ class SpectralModel:
                 {n.removeprefix(head): t for n, t in state.items() if n.startswith(head)}
                 for head in (_EMBEDDING, _SCALE, _CLUSTERS)
             )
+            temperature = state.get(_TEMPERATURE)
             return cls(
                 Embedding.from_state(embedding),
                 pixel_graphs,
@@ -223,6 +247,7 @@ class SpectralModel:
                 bool(state.get(_EVERY, bool(scale))),  # once, only all maps were scaled
                 state.get(_SPANNED),
                 KMeans(len(clusters["centers"])).load(clusters) if clusters else None,
+                None if temperature is None else float(temperature),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{source}: not a checkpoint of --method spectral ({error})") from None

@@ -31,7 +31,7 @@ from nefkern.runtime.distributed import (
     together,
 )
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder
+from nefkern.runtime.files import make_folder, naming
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.edges import DatasetEdges, edges_of
 from nefkern.training.interrupts import Interrupts
@@ -263,21 +263,24 @@ class Trainer:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path, events_folder = self.run.path(METRICS), self.run.path("events")
-        make_folder(self.run.folder, events_folder)
-        with (
-            open(path, "ab", buffering=0) as record,
-            SummaryWriter(events_folder, purge_step=self.position.total + 1) as events,
-        ):
+        path, folder = self.run.path(METRICS), self.run.path("events")
+        make_folder(self.run.folder, folder)
+        with open(path, "ab", buffering=0) as record, contextlib.ExitStack() as stack:
+            with naming(folder):
+                events = SummaryWriter(folder, purge_step=self.position.total + 1)
+
+            @stack.callback
+            def close() -> None:
+                with naming(folder):
+                    events.close()
 
             def write(row: dict[str, float]) -> None:
-                try:
+                with naming(path):
                     record.write(json.dumps(row).encode() + b"\n")
-                except OSError as error:  # a full disk names no file
-                    raise OSError(error.errno, error.strerror, str(path)) from None
-                for name, value in row.items():
-                    if name not in ("step", "epoch"):
-                        events.add_scalar(name, value, row["step"])
+                with naming(folder):
+                    for name, value in row.items():
+                        if name not in ("step", "epoch"):
+                            events.add_scalar(name, value, row["step"])
 
             yield write
 

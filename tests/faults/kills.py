@@ -7,6 +7,7 @@ result of a run that nobody killed, to the bit.
 from __future__ import annotations
 
 import argparse
+import importlib
 import random
 import shutil
 import signal
@@ -23,6 +24,12 @@ from nefkern import train
 from nefkern.training.runs import CHECKPOINT, CLUSTERS, CONFIG, Run
 from tests.faults.processes import Ended, Forked
 from tests.training.outcomes import assert_same
+
+for _late in (  # what training imports late: once, before processes are forked
+    "nefkern.evaluation.report", "nefkern.segmentation.segmenter", "nefkern.training.spectral",
+    "nefkern.training.trainer", "torch.utils.tensorboard",
+):  # fmt: skip
+    importlib.import_module(_late)
 
 #: Seconds for a run of one or two.
 PATIENCE = 300.0

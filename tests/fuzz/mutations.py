@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -86,16 +87,20 @@ def mutated_tree(random: random.Random, tree: Any) -> Any:
 def _changed(random: random.Random, tree: Any) -> Any:
     places = [p for p in _places(tree) if p]
     if not places or random.random() < 0.02:
-        return random.choice(ODD)
+        return copy.deepcopy(random.choice(ODD))
     *way, last = random.choice(places)
     parent = tree
     for key in way:
         parent = parent[key]
     kind = random.random()
     if kind < 0.65:
-        parent[last] = random.choice(ODD)
+        parent[last] = copy.deepcopy(random.choice(ODD))
     elif kind < 0.75:
-        parent[last] = {"inside": parent[last]} if random.random() < 0.5 else [parent[last]] * 3
+        parent[last] = (
+            {"inside": parent[last]}
+            if random.random() < 0.5
+            else [parent[last], copy.deepcopy(parent[last])]
+        )
     elif kind < 0.9 or not isinstance(parent, dict):
         del parent[last]
     else:

@@ -15,7 +15,8 @@ from nefkern.data import read_image
 from nefkern.naming.choices import FORMATS
 from nefkern.naming.formats import WRITERS, voc_colours
 from nefkern.naming.names import read_names
-from nefkern.segment import image_files, main
+from nefkern.segment import main
+from nefkern.segmentation.listing import image_files
 from nefkern.segmentation.segmenter import Segmenter
 
 CLASSES = ["road & <b>", "sky"]

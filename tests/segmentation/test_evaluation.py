@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nefkern.segmentation.evaluation import match
-from nefkern.segmentation.tables import class_table, summary_table
+from nefkern.segmentation.tables import boundaries, class_table, summary_table
 
 COUNTS = torch.tensor([[900, 0, 0], [60, 40, 0], [0, 0, 0]])
 CLASSES = ["wall", "door", "absent"]
@@ -57,7 +57,7 @@ def test_summary_has_a_line_for_each_matching_and_stage():
     lines = summary_table(evaluation()).splitlines()
     assert len(lines) == 2 + 2 * 4
     assert lines[2].split() == ["ours", "-", "majority", "by", "IoU", "94.0", "66.9", "2/3", "2/3"]
-    assert lines[6].split()[:2] == ["ours", "clusters"]
+    assert lines[6].split()[:4] == ["ours", "CRF", "on", "clusters"]
 
 
 def test_class_table_begins_with_the_largest_class():
@@ -65,3 +65,26 @@ def test_class_table_begins_with_the_largest_class():
     assert lines[0].split() == ["class", "pixels", "%", "ours", "ours+crf"]
     assert lines[2].split() == ["wall", "96.0", "93.8", "93.8"]
     assert lines[4].split() == ["absent", "0.0", "-", "-"]
+
+
+def test_boundary_scores_are_told_where_they_were_asked_for():
+    told = evaluation()
+    assert boundaries(told) == []
+    stages = told["methods"]["ours"]["stages"]
+    stages["graph"] = match(COUNTS).as_dict(CLASSES)
+    for stage, f in (("none", 0.25), ("graph", 0.5)):
+        interval = {"f": (f - 0.1, f + 0.1)}
+        stages[stage]["boundary"] = {"iou": {"f": f, "interval": interval}}
+    told["boundary_differences"] = [
+        {
+            "first": ["ours", "none"],
+            "second": ["ours", "graph"],
+            "matching": "iou",
+            "difference": 0.25,
+            "interval": (0.2, 0.3),
+            "differs": True,
+        }
+    ]
+    text = "\n".join(boundaries(told))
+    assert "majority by IoU  50.0 [40.0, 60.0]" in text
+    assert "ours+graph - ours  majority by IoU  +25.0 [+20.0, +30.0]  higher" in text

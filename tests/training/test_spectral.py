@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nefkern import eigenmaps, evaluate, segment, spectrum, summarize, train
+from nefkern import eigenmaps, evaluate, segment, spectrum, summarize, train, vote
 from nefkern.images.graph import pixel_graph
 from nefkern.ops import add
 from nefkern.reference.knn import unit_rows
@@ -139,6 +139,36 @@ def test_maps_side_by_side_have_the_same_weight():
     assert torch.allclose(scaled.mean(0), torch.zeros(8), atol=1e-5)
     variances = scaled.var(0)
     assert torch.allclose(variances, torch.tensor([2.0] * 2 + [2 / 3] * 6), atol=1e-4)
+
+
+def test_the_temperature_foretells_the_clusters_of_neighbours(spectral, images):
+    """Kept with the run, computed for one from before; the argmax is the same at any."""
+    run = Run(computed(spectral()))
+    segmenter = Segmenter.load(run.folder, "cpu")
+    model = segmenter.head.model
+    kept = model.temperature
+    assert run.metrics()[2]["temperature"] == pytest.approx(kept, rel=0.01)
+    assert segmenter.clusterer.temperature == kept != pytest.approx(model.kmeans.variance, rel=0.1)
+
+    near = model.embedding.neighbours(model.embedding.rows)
+    others = near.indices != torch.arange(160)[:, None]
+    weights = near.similarities * others
+    rows = model.cluster_rows(model.embedding.vectors)
+    clusters = model.kmeans.predict(rows)[near.indices.long()]
+
+    def likelihood(temperature):
+        shares = (model.kmeans.logits(rows) / temperature).log_softmax(1).gather(1, clusters)
+        return float((weights / weights.sum(1, keepdim=True) * shares).sum())
+
+    assert likelihood(kept) > max(likelihood(0.9 * kept), likelihood(1.1 * kept))
+
+    tensors, _ = run.load()
+    del tensors["temperature"]
+    run.save_stage(tensors, STAGES[-1], len(STAGES))
+    older = Segmenter.load(run.folder, "cpu")
+    assert older.clusterer.temperature == pytest.approx(kept)
+    logits = older.logits(images[0])
+    assert torch.equal(older.probabilities(logits).argmax(0), logits.argmax(0))
 
 
 def test_clusters_of_the_eigenvectors_alone(spectral, images):
@@ -329,7 +359,8 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     assert "Objective" not in page
     assert len(list((run / "overlays").glob("*.png"))) == 2
     methods = "ours,ours*,kmeans,kmeans-concat,deep-spectral,linear-probe"
-    assert evaluate.main([str(run), "--methods", methods, "--size", "64", "--crf"]) == 0
+    asked = ["--methods", methods, "--size", "64", "--edges", "graph,crf", "--boundary"]
+    assert evaluate.main([str(run), *asked]) == 0
     scores = json.loads(next(run.glob("evaluation-*.json")).read_text())["methods"]
     assert "K-means on the data set's eigenvectors" in scores["ours"]["title"]
     assert scores["ours"]["stages"] == scores["ours*"]["stages"]
@@ -339,6 +370,13 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     photo = str(annotated / "images" / "val" / "1.png")
     assert segment.main([str(run), photo, "--out", str(tmp_path / "s"), "--crf", "--flip"]) == 0
     assert np.array(Image.open(tmp_path / "s" / "1.clusters.png")).max() < K
+    graph = [str(run), photo, "--out", str(tmp_path / "g"), "--edges", "graph"]
+    assert segment.main(graph) == 0
+    assert np.array(Image.open(tmp_path / "g" / "1.clusters.png")).max() < K
+    drawn = [str(run), "--pictures", "1,2", "--draws", "3", "--json", str(tmp_path / "vote.json")]
+    assert vote.main(drawn) == 0
+    voted = json.loads((tmp_path / "vote.json").read_text())
+    assert [len(row["draws"]) for row in voted] == [3, 3, 1, 1, 1]
     assert spectrum.main([str(run), "--images", "6", "--score"]) == 0
     found = json.loads((run / "spectrum.json").read_text())
     assert list(found["functions"]) == ["data set's eigenvectors", "their clusters"]
