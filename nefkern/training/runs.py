@@ -37,6 +37,9 @@ CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.
 PREVIOUS = "checkpoint-previous.safetensors"
 CLUSTERS, GRAPH = "clusters.safetensors", "graph.safetensors"
 
+#: The backbone's weights, of runs that brought them along from the model hub.
+BACKBONE = "backbone.safetensors"
+
 #: What a run of ``--method spectral`` computes, in this order; each is kept in the checkpoint.
 STAGES = ("features", "eigenpairs", "clusters")
 
@@ -355,6 +358,11 @@ class Run:
         """Of the checkpoint."""
         found = self.load()
         return found[1].get("step", "") if found else ""
+
+    def weights(self, options: TrainOptions) -> str:
+        """Of the backbone, where they come from: the run's own file, or as the options say."""
+        own = self.path(BACKBONE)
+        return str(own) if own.exists() else options.weights
 
     def feature_cache(self, options: TrainOptions) -> Path | None:
         """Where training keeps the backbone's maps; None: it sees no crop twice."""
