@@ -113,9 +113,13 @@ def _check_scores(content: dict[str, Any]) -> None:
         if not isinstance(settings[name], kind):
             raise TypeError(f"{name}: expected {kind.__name__}")
     for method in content["methods"].values():
-        for stage in method["stages"].values():
+        for edges, stage in method["stages"].items():
+            if edges not in EDGE_TITLES:
+                raise ValueError(f"stages: {edges!r}")
             for scores in stage["matchings"].values():
                 float(scores["accuracy"]), float(scores["mean_iou"])
+            for told in stage.get("boundary", {}).values():
+                float(told["f"])
 
 
 def title(settings: dict[str, Any]) -> str:

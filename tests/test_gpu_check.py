@@ -266,7 +266,8 @@ def test_a_rehearsal_reaches_every_stage(rehearsed):
 @pytest.mark.long
 def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
     cases = found(rehearsed, "operators")
-    assert {name.split("/")[0] for name in cases} == set(plan.OPERATORS)
+    operators = set(plan.OPERATORS) - set(plan.ON_GPUS_ALONE)
+    assert {name.split("/")[0] for name in cases} == operators
     for case in cases.values():
         assert case["bit_equal"] is True
         assert all(0 <= error < 0.02 for error in case["errors"].values())

@@ -197,12 +197,15 @@ class Run:
 
     def save(self, weights: dict[str, Tensor], state: dict[str, Any], step: int) -> None:
         """Replace the checkpoint: state first, then the weights that name it."""
-        name = f"state-{step:07d}.pt"
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
+        digest = _sha256(content)
+        # A step's state may be written twice, at the end of an epoch too: never over the one that
+        # the checkpoint names.
+        name = f"state-{step:07d}-{digest[:8]}.pt"
         replace_file(self.path(name), content)
-        told = {"step": str(step), "state": name, "state_sha256": _sha256(content)}
+        told = {"step": str(step), "state": name, "state_sha256": digest}
         self._write_checkpoint(weights, told)
         kept = {name, self._metadata(PREVIOUS).get("state")}
         for old in self.folder.glob("state-*.pt"):
@@ -279,7 +282,7 @@ class Run:
             UserError: it is not there, or not as it was written.
         """
         name = metadata.get("state", "")
-        if not re.fullmatch(r"state-\d+\.pt", name):  # a path could lead anywhere
+        if not re.fullmatch(r"state-\d+(-[0-9a-f]+)?\.pt", name):  # a path could lead anywhere
             raise UserError(f"--resume: {self.path(CHECKPOINT)} names no state of this run")
         path = self.path(name)
         if not path.exists():

@@ -39,6 +39,7 @@ _STATE = {
     f"[{_SCALE}std]": (FLOATS, "C"),
     f"[{_SPANNED}]": (FLOATS, "m C"),
     f"[{_CLUSTERS}centers]": (FLOATS, "K D"),
+    f"[{_TEMPERATURE}]": (FLOATS, ""),
 }
 
 
@@ -47,6 +48,8 @@ def _check(state: dict[str, Tensor]) -> None:
     sizes = check_state(state, _STATE)
     if int(state[_NEIGHBOURS]) < 1:
         raise ValueError(f"{_NEIGHBOURS}: expected at least 1, got {int(state[_NEIGHBOURS])}")
+    if _TEMPERATURE in state and float(state[_TEMPERATURE]) <= 0:
+        raise ValueError(f"{_TEMPERATURE}: expected above 0, got {float(state[_TEMPERATURE])}")
     width = sizes["m"] + (sizes["C"] if _SPANNED in state else 0)
     if sizes.get("D", width) != width:
         raise ValueError(f"{_CLUSTERS}centers: expected {width} columns, got {sizes['D']}")

@@ -69,17 +69,20 @@ cudaError_t run_knn() {
 
 cudaError_t run_spmm() {
   const auto storage = static_cast<Storage>(number("storage"));
-  const SpmmArgs args{.num_nodes = number("n"),
-                      .num_columns = number("columns"),
-                      .nnz = number("nnz"),
-                      .row_offsets = device<int64_t>(),
-                      .columns = device<int32_t>(),
-                      .values = device<float>(),
-                      .x = device<float>(number("shift")),
-                      .x_stride = number("columns"),
-                      .y = device<float>(),
-                      .x_storage = storage,
-                      .y_storage = number("wide_y", 1) ? Storage::kFloat32 : storage};
+  SpmmArgs args{.num_nodes = number("n"),
+                .num_columns = number("columns"),
+                .nnz = number("nnz"),
+                .row_offsets = device<int64_t>(),
+                .columns = device<int32_t>(),
+                .values = device<float>(),
+                .x = device<float>(number("shift")),
+                .x_stride = number("columns"),
+                .y = device<float>(),
+                .x_storage = storage,
+                .y_storage = number("wide_y", 1) ? Storage::kFloat32 : storage,
+                .workspace = nullptr};
+  std::printf("workspace %zu\n", spmm_workspace(args));
+  args.workspace = device<char>();
   return spmm(args, kStream);
 }
 

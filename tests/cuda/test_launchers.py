@@ -33,6 +33,8 @@ ASSEMBLIES = {
 OPERATORS = [
     *ASSEMBLIES.items(),
     ("kappa", ASSEMBLIES["kappa"] | {"padded": 1}),
+    ("kappa", ASSEMBLIES["kappa"] | {"n": 70_000}),  # sorted, not merged
+    ("normalized_adjacency", {"n": 70_000, "k": 7}),
     ("spmm", {"n": 300, "columns": 100, "nnz": 900}),
     ("knn", {"n": 300, "k": 4, "channels": 5}),
     ("knn", {"n": 300, "k": 4, "channels": 40, "method": BASELINE, "metric": EUCLIDEAN}),
@@ -116,7 +118,20 @@ def test_every_kernel_is_launched(compiled):
 def test_spmm_has_a_grid_for_any_shape(n, columns, shift):
     (launch,) = recorded("spmm", n=n, columns=columns, nnz=1, shift=shift).launches
     a_tile = 128 if shift else 256
-    assert launch.grid == (-(-n // 8) * -(-columns // a_tile), 1, 1)
+    rows = 32 if n <= 65_536 and not shift else 8
+    assert launch.grid == (-(-n // rows) * -(-columns // a_tile), 1, 1)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(256, 32), (20, 8)])
+def test_blocks_for_the_pieces_of_long_rows(columns, rows):
+    """Where there may be some; 8 chunks of 2,048 entries each, before those of the rows."""
+    assert recorded("spmm", n=300, columns=columns, nnz=2048).workspace == 0
+    found = recorded("spmm", n=300, columns=columns, nnz=100_000)
+    chunks = -(-100_000 // 2048)
+    pieces, rows = -(-chunks // 8), -(-300 // rows)
+    assert [launch.grid[0] for launch in found.launches] == [pieces + rows, pieces]
+    assert "join_pieces" in found.launches[1].kernel
+    assert found.workspace == 2 * chunks * columns * 4
 
 
 def test_a_grid_that_no_gpu_has_is_an_error_not_another_grid():
@@ -221,6 +236,8 @@ def test_nothing_is_nothing_to_do(op):
         ("knn of pixels", "knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16,
                                   "metric": EUCLIDEAN}, 2),
         ("kappa", "kappa", {"n": 14400, "k": 256, "near": 15}, 1),
+        ("normalized_adjacency", "normalized_adjacency", {"n": 14400, "k": 256}, 1),
+        ("add", "add", {"n": 14400, "nnz": 4_550_000}, 1),
     ],
 )  # fmt: skip
 def test_estimates_count_what_is_launched(part, op, sizes, calls):

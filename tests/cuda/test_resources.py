@@ -55,6 +55,13 @@ def test_spmm_loads_16_bytes(found):
     assert not any("LDG.E.128" in r.code for r in by_element)
 
 
+def test_spmm_copies_16_bytes_into_shared_memory(found):
+    shared = [r for r in found if "spmm_shared_rows" in r.kernel]
+    assert len(shared) == 10 * len(resources.architectures())
+    needed = r"LDGSTS\.E\.BYPASS\S*\.128"
+    assert [(r.kernel, r.arch) for r in shared if not re.search(needed, r.code)] == []
+
+
 def test_knn_estimates_on_tensor_cores(found):
     tiles = [r for r in found if "estimate_tiles" in r.kernel]
     assert len(tiles) == 2 * len(resources.architectures())
@@ -99,7 +106,7 @@ def shortest_loop(code: str, instruction: str, times: int) -> list[str]:
 
 def test_only_flags_are_written_atomically(found):
     """Results must not depend on the order of atomic additions: there are none in floats."""
-    graph = [r for r in found if r.source in ("add", "normalized_adjacency", "spmm")]
+    graph = [r for r in found if r.source in ("add", "kappa", "normalized_adjacency", "spmm")]
     assert [r.kernel for r in graph if re.search(r"\b(RED|ATOM)\S*\.F(16|32|64)", r.code)] == []
 
 
