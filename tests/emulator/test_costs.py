@@ -64,6 +64,13 @@ BOUNDS = {
     # Before: 45,359 at 14,400 candidates.
     "select 256": (costs.neighbours(4, 3600, 17, 256), "select_rows",
                    {"shared": 3500, "issued": 42_000}),
+    # Before, sorted in shared memory: 211,391 at 14,400 candidates.
+    "select 2,048": (costs.neighbours(2, 3600, 17, 2048), "select_rows",
+                     {"shared": 7000, "issued": 88_000}),
+    # Four rows' candidates are joined. Before, a row's of its own.
+    "re-rank": (costs.neighbours(8, 512, 64, 64, method=2, metric=0, sample_share=4,
+                                 alike=costs.PHOTOGRAPHS), "rerank_rows",
+                {"shared": 620, "sectors_read": 370, "issued": 6300}),
     # An entry is a row of x of 1,024 bytes, 32 sectors, from which a warp with a row of its own
     # takes 8 wavefronts besides.
     "spmm": (costs.sparse(wide, 256, rows=64), "spmm_shared_rows",
@@ -93,13 +100,6 @@ BOUNDS = {
               {"sectors_read": 36, "sectors_written": 0.2}),
     "gradient of kappa's weights": (costs.CASES["gradient of kappa's weights (PyTorch)"],
                                     "kappa_backward", {"sectors_read": 24, "sectors_written": 15}),
-    # Before, sorted in shared memory: 211,391 at 14,400 candidates.
-    "select 2,048": (costs.neighbours(2, 3600, 17, 2048), "select_rows",
-                     {"shared": 7000, "issued": 88_000}),
-    # Four rows' candidates are joined. Before, a row's of its own.
-    "re-rank": (costs.neighbours(8, 512, 64, 64, method=2, metric=0, sample_share=4,
-                                 alike=costs.PHOTOGRAPHS), "rerank_rows",
-                {"shared": 620, "sectors_read": 370, "issued": 6300}),
 }  # fmt: skip
 
 
