@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace) -> list[int]:
         raise UserError(f"--draws {arguments.draws}: expected 1 to {MAX_DRAWS}")
     texts = arguments.pictures.split(",")
     if not all(re.fullmatch("[1-9][0-9]{0,8}", text.strip()) for text in texts):
-        raise UserError(f"--pictures {arguments.pictures}: expected numbers such as 1,2,5,10")
+        raise UserError(f"--pictures: expected numbers such as 1,2,5,10; got {arguments.pictures}")
     return sorted({int(text) for text in texts})
 
 
