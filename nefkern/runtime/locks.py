@@ -65,7 +65,7 @@ class FolderLock:
             return lock
 
     def _is_held(self, path: Path) -> bool:
-        """Whether it is this process's, which a fork of it is not, and of the file that is there."""
+        """Whether it is this process's, not its parent's, and of the file that is there."""
         ours = self._release.alive and self._owner == os.getpid()
         return ours and _is_file(self._file, path)
 

@@ -210,7 +210,7 @@ def test_a_graph_that_contradicts_itself_is_never_followed(name, offsets, column
 def test_fewer_values_than_columns(name):
     graph = random_graph(9, 4)
     parts = graph.row_offsets, graph.columns, graph.values[:-1]
-    with backend(name), pytest.raises(ValueError, match="values: expected .* as columns has"):
+    with backend(name), pytest.raises(ValueError, match=r"values: expected .* as columns has"):
         spmm(CSRGraph(*parts, 9, True), torch.ones(9, 3))
 
 
