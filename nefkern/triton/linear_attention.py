@@ -168,7 +168,7 @@ def _tile(kernel: Any, wide: int, dtype: torch.dtype) -> tuple[int, int, int]:
     architecture and for strides of any size."""
     if dtype == torch.float32:
         if kernel is query_gradients:
-            return (16, 4, 1) if wide > 32 else (16, 8, 2)
+            return (16, 4, 1) if wide > 32 else (16, 2, 2)
         return 16, 4, 2
     if wide > 64:
         return 32, 8, 2
