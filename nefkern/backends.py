@@ -51,7 +51,7 @@ def native_module():
     except ImportError as error:
         return f"the extension does not load: {str(error).splitlines()[0]}"
     info = module.build_info()
-    built, wanted = info["version"], NATIVE_OPERATORS
+    built, wanted = info["version"], tuple(NATIVE_OPERATORS)
     wanted += NATIVE_CUDA_OPERATORS if info.get("cuda") else ()
     missing = [name for name in wanted if not hasattr(torch.ops.nefkern_native, name)]
     if built != __version__ or missing:
@@ -159,7 +159,10 @@ def serves(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    number, letter, kind = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", architecture).groups()
+    found = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", architecture)
+    if found is None:
+        raise ValueError(f"architecture: expected such as 90a or 100-virtual, got {architecture!r}")
+    number, letter, kind = found.groups()
     own = divmod(int(number), 10)
     if letter == "a":
         return own == capability

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from nefkern.runtime.errors import ArgumentParser, command
+from nefkern.runtime.commandline import command_parser
+from nefkern.runtime.errors import command
 
 
 def describe() -> str:
@@ -48,11 +49,8 @@ def describe() -> str:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Print the page."""
-    parser = ArgumentParser(
-        prog="python -m nefkern.info",
-        description="Print versions, devices, and which backends can run here and why others not.",
-    )
-    parser.parse_args(arguments)
+    what = "Print versions, devices, and which backends can run here and why others not."
+    command_parser("info", what, "").parse_args(arguments)
     import nefkern.ops  # noqa: F401  registers the operators
     from nefkern import backends
 

@@ -22,7 +22,7 @@ from nefkern.evaluation.honesty import (
 from nefkern.evaluation.honesty import Key as Scored
 from nefkern.evaluation.resampling import SCORES
 from nefkern.runtime.commandline import command_parser
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.errors import ArgumentParser, UserError, command
 from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.tables import EDGE_TITLES, difference_cells, with_interval
 from nefkern.training.options import TrainOptions
@@ -113,9 +113,13 @@ def _check_scores(content: dict[str, Any]) -> None:
         if not isinstance(settings[name], kind):
             raise TypeError(f"{name}: expected {kind.__name__}")
     for method in content["methods"].values():
-        for stage in method["stages"].values():
+        for edges, stage in method["stages"].items():
+            if edges not in EDGE_TITLES:
+                raise ValueError(f"stages: {edges!r}")
             for scores in stage["matchings"].values():
                 float(scores["accuracy"]), float(scores["mean_iou"])
+            for told in stage.get("boundary", {}).values():
+                float(told["f"])
 
 
 def title(settings: dict[str, Any]) -> str:
@@ -244,7 +248,8 @@ def collect_resampled(runs: list[Path]) -> dict[str, dict[Scored, Estimate]]:
     Resamples draw the same images in every run that was scored on them, so that a mean over runs
     has its own; scores of different images have none in common and are left out.
     """
-    trained, found = differing_options(runs), defaultdict(dict)
+    trained = differing_options(runs)
+    found: dict = defaultdict(dict)
     for run in runs:
         for file in sorted(run.glob("evaluation-*.json")):
             resampled = read_resampled(file)
@@ -323,18 +328,23 @@ def _difference_lines(estimates: dict[Scored, Estimate]) -> list[str]:
     return [*lines, ""]
 
 
-@command
-def main(arguments: list[str] | None = None) -> None:
-    """Print the table."""
-    parser = command_parser(
+def parser() -> ArgumentParser:
+    """The command line."""
+    result = command_parser(
         "summarize",
         "Mean and spread of the scores of several runs (seeds), as a Markdown table; and, where\n"
         "they were scored on the same images, how sure that mean is over images, and which\n"
         "differences between methods are some: those whose 95% interval excludes 0.",
         EXAMPLES,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="scored run folders")
-    runs = parser.parse_args(arguments).runs
+    result.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="scored run folders")
+    return result
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    runs = parser().parse_args(arguments).runs
     print(table(collect(runs)))
     if resampled := collect_resampled(runs):
         print(interval_table(resampled))

@@ -86,10 +86,9 @@ def train(options: TrainOptions, *, longer: bool = False) -> Path:
         trainer = (SpectralTrainer if options.method == "spectral" else Trainer)(options, run)
         if trainer.finished:
             logging.info("%s: training is complete", run.folder)
-        trained = trainer.train()
+        result = trainer.train()
     if distributed.is_main():
-        if isinstance(trainer, Trainer):
-            trained = trainer.psi
+        trained = trainer.psi if isinstance(trainer, Trainer) else result
         seen = run.feature_cache(options)
         _finish(run, Segmenter(trainer.backbone, trained, options, seen=seen), trainer.dataset)
     return run.folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from nefkern.segmentation.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
+
+#: More are a slip of the keyboard.
+MAX_DRAWS = 100_000
 
 DESCRIPTION = """\
 Measure how good names are that a few annotated pictures vote, as they do for python -m
@@ -65,11 +69,11 @@ def parser() -> argparse.ArgumentParser:
 
 def check(arguments: argparse.Namespace) -> list[int]:
     """The numbers of pictures; a UserError that names the first option that cannot be used."""
-    if arguments.draws < 1:
-        raise UserError(f"--draws {arguments.draws}: expected at least 1")
+    if not 1 <= arguments.draws <= MAX_DRAWS:
+        raise UserError(f"--draws {arguments.draws}: expected 1 to {MAX_DRAWS}")
     texts = arguments.pictures.split(",")
-    if not all(text.strip().isdecimal() and int(text) > 0 for text in texts):
-        raise UserError(f"--pictures {arguments.pictures}: expected numbers such as 1,2,5,10")
+    if not all(re.fullmatch("[1-9][0-9]{0,8}", text.strip()) for text in texts):
+        raise UserError(f"--pictures: expected numbers such as 1,2,5,10; got {arguments.pictures}")
     return sorted({int(text) for text in texts})
 
 

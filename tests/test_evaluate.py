@@ -26,6 +26,7 @@ from nefkern.evaluate import main, parser
 from nefkern.images.features import FeatureCache
 from nefkern.images.graph import GraphConfig, image_kappa
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.tensor_files import packed
 from nefkern.segmentation.metrics import count_matrix
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.training.options import TrainOptions
@@ -988,7 +989,7 @@ def test_no_run_there(folder, tmp_path, capsys):
 def test_a_checkpoint_of_another_version(run, folder, capsys):
     weights, metadata = Run(run).load()
     weights.pop(next(iter(weights)))
-    save_file(weights, run / "checkpoint.safetensors", metadata)
+    (run / "checkpoint.safetensors").write_bytes(packed(weights, metadata))
     assert "does not fit this version" in failure(capsys, run, "--data-root", folder)
 
 

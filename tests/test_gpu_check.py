@@ -266,7 +266,8 @@ def test_a_rehearsal_reaches_every_stage(rehearsed):
 @pytest.mark.long
 def test_a_rehearsal_holds_every_operator_against_float64(rehearsed):
     cases = found(rehearsed, "operators")
-    assert {name.split("/")[0] for name in cases} == set(plan.OPERATORS)
+    operators = set(plan.OPERATORS) - set(plan.ON_GPUS_ALONE)
+    assert {name.split("/")[0] for name in cases} == operators
     for case in cases.values():
         assert case["bit_equal"] is True
         assert all(0 <= error < 0.02 for error in case["errors"].values())
@@ -422,7 +423,7 @@ def test_the_models_kernels_are_those_of_a_call(by):
         kernels = predictions.kernels_of(operator, by, dtype)
         assert all(kernel.expected(H200) > 0 for kernel in kernels)
     (spmm,) = predictions.kernels_of("spmm", by, "float32")
-    assert spmm.name == "spmm, float32"
+    assert spmm.name.startswith("spmm, float32")
     whole = roofline.attention(True).moved
     assert (
         predictions.kernels_of("linear_attention elu", "triton", "bfloat16")[0].moved == whole / 2

@@ -57,6 +57,18 @@ def test_counts_are_those_of_the_emulator(monkeypatch):
     assert roofline.counted("a case", "a_kernel", 2) == {"shared": 22.0, "issued": 10.0}
 
 
+def test_at_the_least_a_first_level_cache_keeps_what_a_block_has_read(monkeypatch):
+    cost = {"shared_wavefronts": 1.0, "shuffles": 1.0, "lines": 2.0, "issued": 5.0,
+            "sectors_read": 3.0, "sectors_once": 1.0, "sectors_written": 2.0}  # fmt: skip
+    monkeypatch.setattr(roofline, "counts", lambda: {"a case": {"a_kernel": cost}})
+    found = roofline.counted_whole("a case", "a_kernel", 2)
+    assert found == {"shared": 8.0, "issued": 10.0, "cached": 320.0, "cached_once": 192.0}
+    kernel = Kernel("κ", "x", "gather", cached=300.0, cached_once=180.0, resident=100.0)
+    # Half of either misses a cache of 50 bytes: memory is slower than the cache.
+    assert kernel.least(SLOW) == pytest.approx(90 / 10 + roofline.SHORT_LAUNCH)
+    assert kernel.expected(SLOW) == pytest.approx(150 / 8 + roofline.LAUNCH)
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_no_kernel_is_expected_below_its_floor(amp):
     for kernel in roofline.step(amp):

@@ -56,9 +56,10 @@ def test_more_pictures_than_are_annotated():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pictures", "1,x"], "--pictures 1,x: expected numbers such as 1,2,5,10"),
-        (["--pictures", "0"], "--pictures 0: expected numbers"),
-        (["--draws", "0"], "--draws 0: expected at least 1"),
+        (["--pictures", "1,x"], "--pictures: expected numbers such as 1,2,5,10; got 1,x"),
+        (["--pictures", "0"], "--pictures: expected numbers"),
+        (["--pictures", "9" * 5000], "--pictures: expected numbers"),
+        (["--draws", "0"], "--draws 0: expected 1 to 100000"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options, message, capsys):

@@ -41,6 +41,10 @@ def machine_rates(settings: Settings) -> Iterator[dict[str, Any]]:
 RECORDED = {
     "knn cosine": ("knn", {"n": 14400, "k": 256, "method": 2}),
     "kappa": ("kappa", {"n": 14400, "k": 256, "near": 15}),
+    "kappa_padded": ("kappa", {"n": 14400, "k": 256, "near": 15, "padded": 1}),
+    "normalized_adjacency mean": ("normalized_adjacency", {"n": 14400, "k": 256}),
+    "add": ("add", {"n": 14400, "nnz": 4_550_000}),
+    "spmm": ("spmm", {"n": 14400, "nnz": 5_200_000, "columns": 256}),
 }
 
 

@@ -21,6 +21,7 @@ from bench.gpu.worker import Skipped
 from bench.harness import DEVICE
 from nefkern import backends, ops
 from nefkern.ops import CSRGraph
+from nefkern.ops.kappa import kappa_padded as padded
 from nefkern.spectral.objective import scaled_beta
 
 RUNS = 3
@@ -120,7 +121,7 @@ def check_of(operator: str, dtype: str, sizes: Sizes) -> Check:
     name, _, variant = operator.partition(" ")
     make = {
         "knn": knn, "normalized_adjacency": normalized_adjacency, "add": add, "kappa": kappa,
-        "feature_kappa": feature_kappa, "spmm": spmm, "sddmm": sddmm,
+        "kappa_padded": kappa_padded, "feature_kappa": feature_kappa, "spmm": spmm, "sddmm": sddmm,
         "quadratic_form": quadratic_form, "neuralef_loss": neuralef_loss,
         "linear_attention": linear_attention,
     }[name]  # fmt: skip
@@ -204,6 +205,23 @@ def kappa(dtype: torch.dtype, sizes: Sizes) -> Check:
     return _assembled(
         lambda: ops.kappa(*lists, num_nodes=sizes.rows, alpha=ALPHA),
         lambda: oracles.kappa(*lists, ALPHA),
+    )
+
+
+def kappa_padded(dtype: torch.dtype, sizes: Sizes) -> Check:
+    """The entries up to the last offset; what stands behind them means nothing."""
+    lists = inputs.lists(sizes)
+
+    def call() -> CSRGraph:
+        graph = padded(*lists, num_nodes=sizes.rows, alpha=ALPHA)
+        used = int(graph.row_offsets[-1])
+        return CSRGraph(
+            graph.row_offsets, graph.columns[:used], graph.values[:used], sizes.rows, True
+        )
+
+    whole = _assembled(call, lambda: oracles.kappa(*lists, ALPHA))
+    return Check(
+        whole.call, whole.compare, lambda: padded(*lists, num_nodes=sizes.rows, alpha=ALPHA)
     )
 
 

@@ -69,6 +69,7 @@ OPERATORS: dict[str, Sequence[str]] = {
     "normalized_adjacency union": ("float32",),
     "add": ("float32",),
     "kappa": ("float32",),
+    "kappa_padded": ("float32",),
     "feature_kappa": FLOATS,
     "spmm": FLOATS,
     "sddmm": FLOATS,
@@ -78,6 +79,8 @@ OPERATORS: dict[str, Sequence[str]] = {
     "linear_attention softmax": FLOATS,
 }
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+#: Without a kernel for processors, where nobody waits for an answer.
+ON_GPUS_ALONE = ("kappa_padded",)
 RAGGED = "ragged"  # no size a multiple of anything
 
 #: Timed by device: operator, dtype.
@@ -87,6 +90,7 @@ TIMED = (
     *(("knn segments", "float32"), ("linear_attention softmax", "float32"), ("spmm", "bfloat16")),
     *(("linear_attention elu", "bfloat16"), ("normalized_adjacency mean", "float32")),
     *(("add", "float32"), ("sddmm", "float32"), ("quadratic_form", "float32")),
+    ("kappa_padded", "float32"),
 )
 OPPONENTS = (
     *("bench_knn.test_cosine", "bench_spmm.test_spmm", "bench_kappa.test_kappa"),
@@ -114,6 +118,7 @@ def operator_cases(settings: Settings) -> list[str]:
     cases = [
         f"{operator}/{backend}/{dtype}/{size}"
         for operator, dtypes in OPERATORS.items()
+        if settings.device != "cpu" or operator not in ON_GPUS_ALONE
         for backend in BACKENDS[settings.device]
         for dtype in dtypes
         for size in (settings.size, RAGGED)

@@ -27,11 +27,18 @@ CUDA_SYMBOLS = {
     ("knn, fused", "re-rank, sort"): "rerank_rows",
     ("knn, fused", "rows left open: none"): "exact_tile|select_rows|DeviceSelect|Compact",
     ("knn of pixels", "knn of pixels"): "direct_rows",
-    ("kappa", "pairs written"): "emit_pairs",
-    ("kappa", "sort"): "RadixSort|Onesweep",
-    ("kappa", "rows counted and filled"): "find_rows|count_|fill_|Scan|note_nnz|clear_last",
-    ("objective", "spmm, float32"): "spmm_rows",
-    ("objective", "spmm, bfloat16"): "spmm_rows",
+    ("kappa", "names counted"): "count_names",
+    ("kappa", "names written"): "write_names",
+    ("kappa", "rows merged"): "merge_rows",
+    ("kappa", "filled"): "fill_both_merged|Scan|note_nnz|clear_last",
+    ("normalized_adjacency", "names counted"): "count_names",
+    ("normalized_adjacency", "names written"): "write_names",
+    ("normalized_adjacency", "rows merged"): "merge_rows",
+    ("normalized_adjacency", "filled"): "fill_merged|Scan|note_nnz|clear_last",
+    ("add", "counted"): "count_union|Scan|note_nnz|clear_last",
+    ("add", "filled"): "fill_union",
+    ("spmm", "spmm, float32, scattered clusters"): "spmm_rows|spmm_shared_rows|join_pieces",
+    ("spmm", "spmm, bfloat16, photographs"): "spmm_rows|spmm_shared_rows|join_pieces",
 }
 #: By name of the model's kernels, Triton's.
 TRITON_SYMBOLS = {
@@ -65,23 +72,30 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
     attention = [_halved(roofline.attention(dtype == "bfloat16"))]
     mixed = roofline.sparse(dtype, 4 if dtype == "float32" else 2)
     objective = [k for k in roofline.objective_kernels() if k.name.startswith(("R =", "dL/dU"))]
-    both = {
-        "spmm/float32": [mixed],
-        "spmm/bfloat16": [mixed],
-        "neuralef_loss/float32": [mixed, *objective],
-    }
+    # What is timed has clusters whose rows stand in no order.
+    products = {kernel.name: kernel for kernel in roofline.spmm_kernels()}
+    product = products["spmm, float32, scattered clusters"]
     cuda = {
+        "spmm/float32": [product],
+        "spmm/bfloat16": [products["spmm, bfloat16, photographs"]],
+        "neuralef_loss/float32": [product, *objective],
         "knn cosine/float32": _part("knn, fused"),
         "knn segments/float32": list(map(_halved, _part("knn of pixels"))),
         "kappa/float32": _part("kappa"),
+        "kappa_padded/float32": _part("kappa"),
+        "normalized_adjacency mean/float32": _part("normalized_adjacency"),
+        "add/float32": _part("add"),
     }
     triton = {
+        "spmm/float32": [mixed],
+        "spmm/bfloat16": [mixed],
+        "neuralef_loss/float32": [mixed, *objective],
         "knn cosine/float32": [k for k in roofline.graph_kernels() if k.name.startswith("knn:")],
         "normalized_adjacency mean/float32": _graph("normalized_adjacency"),
         "add/float32": _graph("add"),
         **{f"linear_attention {m}/{dtype}": attention for m in ("elu", "softmax")},
     }
-    return {**both, **(cuda if backend == "cuda" else triton)}.get(key, [])
+    return (cuda if backend == "cuda" else triton).get(key, [])
 
 
 def _part(name: str) -> list[Kernel]:

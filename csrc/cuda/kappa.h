@@ -15,15 +15,16 @@ struct KappaArgs {
   NeighbourLists features;  // symmetrised by (A + A^T) / 2
   NeighbourLists pixels;    // without weights, symmetrised by or
   float alpha;
+  int64_t merged_nodes = kMergedNodes;
 
   void* workspace;       // of kappa_bytes(), kept from the first step to the second
-  int sorted_half;       // written by the first step: which of its buffers the second reads
+  int sorted_half;       // of more nodes: which of its buffers the second step reads
   int64_t* row_offsets;  // [N + 1], out
   int32_t* columns;      // [row_offsets[N]], out
   float* values;         // the same
 };
 
-// The workspace: about 48 bytes for every listed neighbour. Reads only num_nodes and the lists'
+// The workspace: 36 bytes for every listed neighbour, 48 of more than merged_nodes. Reads only the
 // sizes; the workspace is null.
 cudaError_t kappa_bytes(const KappaArgs& args, size_t* bytes);
 // First step: row_offsets, and nnz = row_offsets[N] so that the caller can allocate columns and

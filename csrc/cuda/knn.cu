@@ -2,15 +2,15 @@
 #include <cmath>
 
 #include "cuda/knn.h"
-#include "cuda/knn_fused.cuh"
+#include "cuda/knn_rerank.cuh"
 #include "cuda/launches.h"
 #include "cuda/workspace.h"
 
 namespace nefkern::cuda {
 namespace {
 
-constexpr int64_t kMaxKeep = 4096;
-static_assert(SortingSelector::bytes(kMaxKeep) <= kMaxDynamicShared);
+constexpr int64_t kMaxKeep = LargeSelector::kMostKept;
+static_assert(LargeSelector::bytes() <= kMaxDynamicShared);
 
 // How candidates of a segment are found: see knn_fused.cuh.
 struct FusedSizes {
@@ -33,16 +33,34 @@ FusedSizes fused_sizes(const KnnArgs& args, int64_t length) {
   return sizes;
 }
 
-// Room for the candidates that the margin leaves, to sort them.
+// Room for the candidates that the margin leaves of a row.
 int rerank_size(int64_t k) {
-  int size = 1;
-  while (size < k + std::max<int64_t>(k / 4, 64)) size *= 2;
-  return size;
+  return next_power_of_two(std::max<int64_t>(k + std::max<int64_t>(k / 4, 64), kSelectThreads));
 }
 
-// Shared memory of a re-rank: the keys that are sorted, and the candidates' scores.
+template <class T>
+struct Chosen {
+  using Type = T;
+};
+
+// f(Chosen<who has a row in a re-rank>): a warp, as long as a block's shared memory has room for
+// the candidates of so many rows.
+template <class F>
+void with_owner(int64_t k, const F& f) {
+  if (rerank_size(k) <= kMostReranked<Warp>) {
+    f(Chosen<Warp>{});
+  } else {
+    f(Chosen<WholeBlock>{});
+  }
+}
+
+// Shared memory of a block of a re-rank.
 size_t rerank_bytes(int64_t k, const FusedSizes& sizes) {
-  return rerank_size(k) * sizeof(uint64_t) + sizes.capacity * sizeof(float);
+  size_t bytes = 0;
+  with_owner(k, [&](auto owner) {
+    bytes = RerankMemory<decltype(owner)::Type::kRows>::bytes(rerank_size(k), sizes.capacity);
+  });
+  return bytes;
 }
 
 // Rows [begin, end) of the queries, and their candidates: rows [first, last) of all.
@@ -57,6 +75,17 @@ Segment segment_of(const KnnArgs& args, int64_t s) {
   const int64_t begin = args.offsets[s], end = args.offsets[s + 1];
   if (!args.across()) return {begin, end, begin, end};
   return {begin, end, args.n + args.database_offsets[s], args.n + args.database_offsets[s + 1]};
+}
+
+// Rows of a segment whose candidates are held at a time: all, if they may. Then every pair's score
+// serves both of its rows. A grid must have room for their tiles.
+int64_t chunk_rows(const KnnArgs& args, const Segment& segment) {
+  constexpr int64_t kMostTiles = int64_t{1} << 30;
+  const int64_t bytes = fused_sizes(args, segment.candidates()).capacity *
+                        static_cast<int64_t>(sizeof(float) + sizeof(int));
+  const int64_t fitting = std::min(args.tuning.candidate_bytes / bytes / kTile,
+                                   kMostTiles / tiles(segment.candidates(), kTile));
+  return std::min(std::max<int64_t>(fitting, 1) * kTile, args.tuning.chunk_rows);
 }
 
 struct Memory {
@@ -91,14 +120,16 @@ Memory cut(const KnnArgs& args, void* memory) {
                 args.across() ? n : 0,
                 all,
                 depth};
-  int64_t longest = 1, fused_rows = 0, capacity = 0;
+  int64_t longest = 1, fused_rows = 0, candidate_places = 0;
   for (int64_t s = 0; s < args.segments; ++s) {
     const Segment segment = segment_of(args, s);
     if (segment.rows() == 0) continue;
     longest = std::max(longest, segment.candidates());
     if (!knn_fuses(args, segment.candidates())) continue;
-    fused_rows = std::max(fused_rows, std::min(segment.rows(), args.tuning.chunk_rows));
-    capacity = std::max(capacity, fused_sizes(args, segment.candidates()).capacity);
+    const int64_t chunk = std::min(segment.rows(), chunk_rows(args, segment));
+    const int64_t places = chunk * fused_sizes(args, segment.candidates()).capacity;
+    fused_rows = std::max(fused_rows, chunk);
+    candidate_places = std::max(candidate_places, places);
   }
   if (!direct(args)) {
     space.width = round_up(longest, 4);
@@ -111,24 +142,19 @@ Memory cut(const KnnArgs& args, void* memory) {
     space.estimates = {workspace.take<__half>(all * depth), workspace.take<float>(depth),
                        workspace.take<float>(all),          workspace.take<float>(all),
                        workspace.take<float>(all),          workspace.take<Maxima>(1)};
-    space.candidate_floats = 2 * fused_rows * capacity;
+    space.candidate_floats = 2 * candidate_places;
     float* both = workspace.take<float>(space.candidate_floats);
     space.candidates = {workspace.take<float>(fused_rows),
                         workspace.take<int>(fused_rows),
                         both,
-                        both ? reinterpret_cast<int*>(both + fused_rows * capacity) : nullptr,
-                        capacity,
+                        both ? reinterpret_cast<int*>(both + candidate_places) : nullptr,
+                        0,  // of a segment
                         workspace.take<int>(fused_rows),
                         workspace.take<int>(1)};
   }
   space.bytes = workspace.bytes();
   return space;
 }
-
-template <class Selector>
-struct Chosen {
-  using Type = Selector;
-};
 
 // f(Chosen<the selector of `keep` keys>).
 template <class F>
@@ -138,7 +164,7 @@ void with_selector(int64_t keep, const F& f) {
   } else if (keep <= BlockSelector::kMostKept) {
     f(Chosen<BlockSelector>{});
   } else {
-    f(Chosen<SortingSelector>{});
+    f(Chosen<LargeSelector>{});
   }
 }
 
@@ -157,7 +183,7 @@ class Knn {
       with_selector(kept(), [&](auto selector) {
         using Selector = typename decltype(selector)::Type;
         launch_(direct_rows<kMetric, Selector>, tiles(args_.n, Selector::kRows), kSelectThreads,
-                Selector::bytes(kept()), space_.rows, args_.include_self, out_);
+                Selector::bytes(), space_.rows, args_.include_self, out_);
       });
       return launch_.error();
     }
@@ -168,8 +194,9 @@ class Knn {
       const int64_t begin = segment.begin, end = segment.end;
       if (begin == end || !knn_fuses(args_, segment.candidates())) continue;
       baseline(waiting, begin);
-      for (int64_t row = begin; row < end; row += args_.tuning.chunk_rows)
-        fused({segment.first, segment.last, row, std::min(row + args_.tuning.chunk_rows, end)});
+      const int64_t step = chunk_rows(args_, segment);
+      for (int64_t row = begin; row < end; row += step)
+        fused({segment.first, segment.last, row, std::min(row + step, end)});
       waiting = end;
     }
     baseline(waiting, args_.n);
@@ -233,13 +260,13 @@ class Knn {
   }
 
   void exact(const RowBlock& block, int64_t columns, float* scores) {
-    const int64_t rows = block.last - block.first, column_tiles = tiles(columns, kTile);
-    launch_(exact_tile<kMetric>, tiles(rows, kTile) * column_tiles, kTileThreads, 0, space_.rows,
+    const int64_t rows = block.last - block.first, column_tiles = tiles(columns, kExactColumns);
+    launch_(exact_tile<kMetric>, tiles(rows, kTile) * column_tiles, kExactThreads, 0, space_.rows,
             block, column_tiles, args_.include_self, scores, space_.width);
     with_selector(kept(), [&](auto selector) {
       using Selector = typename decltype(selector)::Type;
       launch_(select_rows<kMetric, Selector>, tiles(rows, Selector::kRows), kSelectThreads,
-              Selector::bytes(kept()), space_.rows, block, static_cast<const float*>(scores),
+              Selector::bytes(), space_.rows, block, static_cast<const float*>(scores),
               space_.width, out_);
     });
   }
@@ -251,35 +278,45 @@ class Knn {
     candidates.capacity = sizes.capacity;
     threshold(chunk, sizes);
     launch_.zero(candidates.redo_count, sizeof(int));
-    const int64_t column_tiles = tiles(length, kTile);
-    launch_(estimate_tiles<false>, tiles(rows, kTile) * column_tiles, kTileThreads, kTileBytes,
+    const bool mirrored = !args_.across();
+    const TileOrder order = tile_order(rows, length, (chunk.first - chunk.begin) / kTile, mirrored);
+    launch_(estimate_tiles<false>, order.blocks(), kTileThreads, kTileBytes,
             TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, chunk,
-                     args_.include_self, Sample{}, column_tiles},
+                     args_.include_self, Sample{}, order},
             static_cast<float*>(nullptr), candidates);
-    launch_(rerank_rows<kMetric>, rows, kSelectThreads, rerank_bytes(args_.k, sizes), space_.rows,
-            space_.estimates, chunk, candidates, rerank_size(args_.k), out_);
+    with_owner(args_.k, [&](auto owner) {
+      using Owner = typename decltype(owner)::Type;
+      launch_(rerank_rows<kMetric, Owner>, tiles(rows, Owner::kRows), kSelectThreads,
+              rerank_bytes(args_.k, sizes), space_.rows, space_.estimates, chunk, candidates,
+              rerank_size(args_.k), out_);
+    });
     redo(rows, length);
+  }
+
+  TileOrder tile_order(int64_t rows, int64_t columns, int64_t first_own, bool mirrored) const {
+    return {static_cast<unsigned>(tiles(rows, kTile)), static_cast<unsigned>(tiles(columns, kTile)),
+            static_cast<unsigned>(mirrored ? first_own : 0),
+            static_cast<unsigned>(args_.tuning.tile_side), mirrored};
   }
 
   // Thresholds of a chunk, as many rows at a time as their scores with the sample have room for.
   void threshold(const Chunk& chunk, const FusedSizes& sizes) {
     const Sample sample{chunk.begin, chunk.end - chunk.begin, sizes.sample};
-    const int64_t column_tiles = tiles(sizes.sample, kTile);
     const int64_t step = space_.score_rows * space_.width / sizes.sample / kTile * kTile;
     for (int64_t first = chunk.first; first < chunk.last; first += step) {
       const Chunk part{chunk.begin, chunk.end, first, std::min(first + step, chunk.last)};
       Candidates candidates = space_.candidates;
       candidates.threshold += first - chunk.first;
       candidates.count += first - chunk.first;
-      launch_(estimate_tiles<true>, tiles(part.last - first, kTile) * column_tiles, kTileThreads,
-              kTileBytes,
+      const TileOrder order = tile_order(part.last - first, sizes.sample, 0, false);
+      launch_(estimate_tiles<true>, order.blocks(), kTileThreads, kTileBytes,
               TileTask{space_.estimates.packed, space_.estimates.offset, space_.rows.depth, part,
-                       args_.include_self, sample, column_tiles},
+                       args_.include_self, sample, order},
               space_.scores, candidates);
       with_selector(sizes.rank, [&](auto selector) {
         using Selector = typename decltype(selector)::Type;
         launch_(set_thresholds<kMetric, Selector>, tiles(part.last - first, Selector::kRows),
-                kSelectThreads, Selector::bytes(sizes.rank), space_.rows, space_.estimates, part,
+                kSelectThreads, Selector::bytes(), space_.rows, space_.estimates, part,
                 static_cast<const float*>(space_.scores), sizes.sample, sizes.rank, candidates);
       });
     }
@@ -312,15 +349,18 @@ bool valid(const KnnArgs& args) {
          args.channels >= 0 && args.segments >= 0 && args.k > 0 &&
          (args.n == 0 || args.segments == 1 || known) && (!args.across() || known == other_known) &&
          tuning.fused_share > 0 && tuning.sample_share > 0 && tuning.keep > 0 &&
-         tuning.keep <= kMaxKeep && tuning.chunk_rows > 0 && tuning.chunk_rows % kTile == 0;
+         tuning.keep <= kMaxKeep && tuning.chunk_rows > 0 && tuning.chunk_rows % kTile == 0 &&
+         tuning.candidate_bytes >= 0 && tuning.tile_side > 0 && tuning.tile_side <= 1024;
 }
 
 }  // namespace
 
 bool knn_fuses(const KnnArgs& args, int64_t length) {
-  const bool possible = !direct(args) && args.k <= args.tuning.keep && length > 0 &&
-                        args.k <= length / args.tuning.fused_share &&
-                        rerank_bytes(args.k, fused_sizes(args, length)) <= kMaxDynamicShared;
+  if (direct(args) || length == 0 || args.k > args.tuning.keep ||
+      args.k > length / args.tuning.fused_share)
+    return false;
+  const FusedSizes sizes = fused_sizes(args, length);
+  const bool possible = sizes.rank <= kMaxKeep && rerank_bytes(args.k, sizes) <= kMaxDynamicShared;
   if (args.method != KnnMethod::kAuto) return possible && args.method == KnnMethod::kFused;
   return possible && length >= args.tuning.fused_rows;
 }

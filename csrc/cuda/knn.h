@@ -25,10 +25,14 @@ struct KnnTuning {
   int64_t score_bytes = int64_t{32} << 20;  // of a block of rows' scores: they stay in the L2 cache
   int64_t fused_rows = 4096;                // segments from this length on are fused,
   int64_t fused_share = 8;                  // if k is at most this part of them
-  int64_t chunk_rows = 16384;               // whose candidates are held at a time; 128 divides it
-  int64_t sample_share = 16;                // a threshold comes from this part of a segment
-  int64_t keep = 2048;  // neighbours sorted at a time in shared memory, at most 4096; a larger k
-                        // takes several passes over a row's values, and is never fused
+  // Candidates are held for all rows of a segment, which halves the products, as long as they need
+  // no more than this; else for fewer rows at a time.
+  int64_t candidate_bytes = int64_t{4} << 30;
+  int64_t chunk_rows = int64_t{1} << 30;  // nor for more rows than these; 128 divides it
+  int64_t tile_side = 16;                 // tiles are taken by squares of so many rows of them
+  int64_t sample_share = 16;              // a threshold comes from this part of a segment
+  int64_t keep = 2048;  // neighbours found at a time, at most 2048; a larger k takes several passes
+                        // over a row's values, and is never fused
 };
 
 struct KnnArgs {

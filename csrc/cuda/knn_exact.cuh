@@ -9,6 +9,7 @@ namespace nefkern::cuda {
 // ---- few channels: value by value ----
 
 constexpr int64_t kDirectChannels = 16;  // up to here
+static_assert(kDirectChannels <= kSumChannels);
 
 // A group of warps a row. Rows are so short that the candidates' come from the first-level cache.
 template <KnnMetric kMetric, class Selector>
@@ -43,42 +44,67 @@ struct RowBlock {
 };
 
 constexpr float kNoScore = std::numeric_limits<float>::quiet_NaN();  // of what is no candidate
-constexpr int kTile = 128;                                           // rows and columns of a tile
+constexpr int kTile = 128;                                           // rows of a tile
 constexpr int kTileThreads = 256;
-constexpr int kTileDepth = 16;
+constexpr int kExactColumns = 64;  // of a tile here
+constexpr int kExactThreads = 128;
+constexpr int kExactDepth = 16;
 constexpr int kEach = 8;  // a thread has 8 x 8 pairs
+static_assert(kSumChannels % kExactDepth == 0);
 
 // Channels first, so that a thread reads four rows at once; the padding spreads the banks.
+template <int kRows>
+using ExactTile = float[kExactDepth][kRows + 4];
+
 struct ExactTiles {
-  alignas(16) float a[kTileDepth][kTile + 4];
-  alignas(16) float b[kTileDepth][kTile + 4];
+  alignas(16) ExactTile<kTile> a;
+  alignas(16) ExactTile<kExactColumns> b;
 };
 
-// Brings kTileDepth channels of a tile's rows to shared memory. Each thread has four of two rows,
-// 64 apart: row threadIdx.x / 4 is the first; null: zeros.
-__device__ __forceinline__ void load_tile(float (&tile)[kTileDepth][kTile + 4],
-                                          const float* const (&rows)[2], int64_t c) {
+// Brings kExactDepth channels of kRows rows to shared memory. Each thread has four of every 32nd
+// row, the first of which is threadIdx.x / 4; null: zeros.
+template <int kRows>
+__device__ __forceinline__ void load_tile(ExactTile<kRows>& tile,
+                                          const float* const (&rows)[kRows / 32], int64_t c) {
   const int row = threadIdx.x / 4, piece = threadIdx.x % 4 * 4;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
+  for (int h = 0; h < kRows / 32; ++h) {
     const float4 part =
         rows[h] ? *reinterpret_cast<const float4*>(rows[h] + c + piece) : make_float4(0, 0, 0, 0);
-    tile[piece][row + 64 * h] = part.x;
-    tile[piece + 1][row + 64 * h] = part.y;
-    tile[piece + 2][row + 64 * h] = part.z;
-    tile[piece + 3][row + 64 * h] = part.w;
+    tile[piece][row + 32 * h] = part.x;
+    tile[piece + 1][row + 32 * h] = part.y;
+    tile[piece + 2][row + 32 * h] = part.z;
+    tile[piece + 3][row + 32 * h] = part.w;
   }
 }
 
-// Eight entries of a tile's channel: four from `at` on, and four 64 further on.
-__device__ __forceinline__ void read_eight(float (&to)[kEach], const float* channel, int at) {
+// Eight entries of a tile's channel: four from `at` on, and four half a tile further on.
+template <int kRows>
+__device__ __forceinline__ void read_eight(float (&to)[kEach], const float (&channel)[kRows + 4],
+                                           int at) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float4 four = *reinterpret_cast<const float4*>(channel + at + 64 * h);
+    const float4 four = *reinterpret_cast<const float4*>(channel + at + kRows / 2 * h);
     to[4 * h] = four.x;
     to[4 * h + 1] = four.y;
     to[4 * h + 2] = four.z;
     to[4 * h + 3] = four.w;
+  }
+}
+
+// kExactDepth more channels of a thread's chains.
+template <KnnMetric kMetric>
+__device__ __forceinline__ void add_tiles(float (&chain)[kEach][kEach], const ExactTiles& tiles,
+                                          int ty, int tx) {
+#pragma unroll 2
+  for (int s = 0; s < kExactDepth; ++s) {
+    float x[kEach], y[kEach];
+    read_eight<kTile>(x, tiles.a[s], ty);
+    read_eight<kExactColumns>(y, tiles.b[s], tx);
+#pragma unroll
+    for (int p = 0; p < kEach; ++p)
+#pragma unroll
+      for (int q = 0; q < kEach; ++q) chain[p][q] = add_channel<kMetric>(chain[p][q], x[p], y[q]);
   }
 }
 
@@ -96,45 +122,48 @@ __device__ __forceinline__ void write_four(float* scores, int64_t at, int64_t le
 }
 
 // One tile of scores[r][j - begin of row r], the values of the block's rows with their segments'
-// rows, or kSmall; NaN for what is no candidate. Block (x, y): rows from 128 y on; columns from 128
+// rows, or kSmall; NaN for what is no candidate. Block (x, y): rows from 128 y on; columns from 64
 // x on, counted from the first of the first row's candidates.
 template <KnnMetric kMetric>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kExactThreads, 2)
     exact_tile(Rows rows, RowBlock block, int64_t column_tiles, bool include_self, float* scores,
                int64_t width) {
   const int64_t r0 = blockIdx.x / column_tiles * kTile, size = block.size();
   if (r0 >= size) return;
   const int64_t last_row = block.row(min(r0 + kTile, size) - 1);
-  const int64_t j0 = rows.begin[block.row(r0)] + blockIdx.x % column_tiles * kTile;
+  const int64_t j0 = rows.begin[block.row(r0)] + blockIdx.x % column_tiles * kExactColumns;
   if (j0 >= rows.end[last_row]) return;
 
   ExactTiles& tiles = block_shared<ExactTiles>();
-  const float* a_rows[2];
-  const float* b_rows[2];
+  const float* a_rows[kTile / 32];
+  const float* b_rows[kExactColumns / 32];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t r = r0 + threadIdx.x / 4 + 64 * h, j = j0 + threadIdx.x / 4 + 64 * h;
+  for (int h = 0; h < kTile / 32; ++h) {
+    const int64_t r = r0 + threadIdx.x / 4 + 32 * h;
     a_rows[h] = r < size ? rows.values + block.row(r) * rows.depth : nullptr;
+  }
+#pragma unroll
+  for (int h = 0; h < kExactColumns / 32; ++h) {
+    const int64_t j = j0 + threadIdx.x / 4 + 32 * h;
     b_rows[h] = j < rows.n ? rows.values + j * rows.depth : nullptr;
   }
-  const int ty = threadIdx.x / 16 * 4, tx = threadIdx.x % 16 * 4;
+  const int ty = threadIdx.x / 8 * 4, tx = threadIdx.x % 8 * 4;
   float total[kEach][kEach] = {};
-  // One stage: while a block waits for its loads, the processor's other block multiplies.
-  for (int64_t c = 0; c < rows.depth; c += kTileDepth) {
-    load_tile(tiles.a, a_rows, c);
-    load_tile(tiles.b, b_rows, c);
-    __syncthreads();
-#pragma unroll 2
-    for (int s = 0; s < kTileDepth; ++s) {
-      float x[kEach], y[kEach];
-      read_eight(x, tiles.a[s], ty);
-      read_eight(y, tiles.b[s], tx);
-#pragma unroll
-      for (int p = 0; p < kEach; ++p)
-#pragma unroll
-        for (int q = 0; q < kEach; ++q) total[p][q] = add_channel<kMetric>(total[p][q], x[p], y[q]);
+  for (int64_t c = 0; c < rows.depth; c += kSumChannels) {
+    float chain[kEach][kEach] = {};
+    // One stage: while a block waits for its loads, the processor's others multiply.
+#pragma unroll 1
+    for (int part = 0; part < kSumChannels; part += kExactDepth) {
+      load_tile<kTile>(tiles.a, a_rows, c + part);
+      load_tile<kExactColumns>(tiles.b, b_rows, c + part);
+      __syncthreads();
+      add_tiles<kMetric>(chain, tiles, ty, tx);
+      __syncthreads();
     }
-    __syncthreads();
+#pragma unroll
+    for (int p = 0; p < kEach; ++p)
+#pragma unroll
+      for (int q = 0; q < kEach; ++q) total[p][q] = __fadd_rn(total[p][q], chain[p][q]);
   }
 
   const float unscale = unscale_of<kMetric>(rows);
@@ -145,7 +174,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int64_t i = block.row(r), begin = rows.begin[i], length = rows.end[i] - begin;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t j = j0 + tx + 64 * h;
+      const int64_t j = j0 + tx + kExactColumns / 2 * h;
       float value[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {

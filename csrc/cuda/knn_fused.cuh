@@ -5,7 +5,8 @@
 // 2. set_thresholds: a score that, by the sample, somewhat more than k rows reach, for every row;
 // 3. estimate_tiles: the scores with all rows, in tiles that stay in registers. Each is computed
 //    once and offered to both its rows; those that reach a row's threshold become its candidates;
-// 4. rerank_rows: what the margin (knn_rows.cuh) leaves of them gets its values, and is sorted.
+// 4. rerank_rows (knn_rerank.cuh): what the margin (knn_rows.cuh) leaves of them gets its values,
+//    and is sorted.
 // A threshold is a guess. Step 4 sees whether it was low enough (the bound of the margin is not
 // below it) and not too low (the candidates fit their buffer); where not, the row goes on a list,
 // and all its values are computed (knn_exact.cuh).
@@ -164,6 +165,50 @@ __device__ __forceinline__ void multiply_tile(Products& products, Stage* stages,
   __syncthreads();
 }
 
+// The order of tiles: squares of side x side of them, one after the other, so that the tiles under
+// way at a time share the rows that they read. Where `mirrored`, `rows` of the columns, from
+// `first_own` on, are the tiles of the rows themselves, and of two transposed tiles only one is
+// wanted. Columns are counted from `first_own` on, and those before it come last: row tile r then
+// has columns r, ..., columns - 1.
+struct TileOrder {
+  unsigned rows, columns;  // tiles
+  unsigned first_own;
+  unsigned side;
+  bool mirrored;
+
+  // Squares, and the rows of one.
+  __host__ __device__ unsigned wide() const { return (columns + side - 1) / side; }
+  __host__ __device__ unsigned high() const { return (rows + side - 1) / side; }
+  __host__ __device__ unsigned height() const { return rows < side ? rows : side; }
+  // Squares before the s-th row of them.
+  template <class Count>
+  __host__ __device__ Count before(Count s) const {
+    return mirrored ? s * wide() - s * (s - 1) / 2 : s * wide();
+  }
+  // Some blocks, at the edges, have no tile.
+  __host__ int64_t blocks() const { return before<int64_t>(high()) * side * height(); }
+
+  // The tile of a block, one of fewer than 2^31; whether it has one.
+  __host__ __device__ bool find(unsigned block, unsigned& row, unsigned& column) const {
+    const unsigned square = block / (side * height()), inside = block % (side * height());
+    unsigned low = 0, end = high();
+    while (end - low > 1) {
+      const unsigned middle = (low + end) / 2;
+      if (before(middle) <= square) {
+        low = middle;
+      } else {
+        end = middle;
+      }
+    }
+    row = low * side + inside % height();
+    column = (square - before(low) + (mirrored ? low : 0)) * side + inside / height();
+    if (row >= rows || column >= columns || (mirrored && column < row)) return false;
+    column += first_own;
+    if (column >= columns) column -= columns;
+    return true;
+  }
+};
+
 struct TileTask {
   const __half* packed;  // p
   const float* offset;   // u
@@ -171,7 +216,7 @@ struct TileTask {
   Chunk chunk;
   bool include_self;
   Sample sample;
-  int64_t column_tiles;
+  TileOrder order;
 };
 
 // The scores of a thread's part of a tile, row by row.
@@ -234,7 +279,7 @@ __device__ __forceinline__ void collect(const TileScores& scores, int64_t i0, in
                                         int warp_row, int warp_column, Found* list, int& found,
                                         const Candidates& candidates) {
   const Chunk& chunk = scores.task.chunk;
-  const bool mirrored = j0 > i0 && j0 < chunk.last;
+  const bool mirrored = scores.task.order.mirrored && j0 > i0 && j0 < chunk.last;
   float for_column[kThreadColumns];  // thresholds
 #pragma unroll
   for (int q = 0; q < kThreadColumns; ++q) {
@@ -302,10 +347,10 @@ template <bool kSample>
 __global__ void __launch_bounds__(kTileThreads, 2)
     estimate_tiles(TileTask task, float* sample_scores, Candidates candidates) {
   const Chunk& chunk = task.chunk;
-  const int64_t row_tile = blockIdx.x / task.column_tiles;
-  const int64_t column_tile = blockIdx.x % task.column_tiles;
-  const int64_t i0 = chunk.first + row_tile * kTile, j0 = chunk.begin + column_tile * kTile;
-  if (!kSample && j0 >= chunk.first && j0 < i0) return;  // the transposed tile has these pairs
+  unsigned row_tile, column_tile;
+  if (!task.order.find(blockIdx.x, row_tile, column_tile)) return;
+  const int64_t i0 = chunk.first + int64_t{row_tile} * kTile;
+  const int64_t j0 = chunk.begin + int64_t{column_tile} * kTile;
 
   TileLoads loads;
   loads.anywhere = task.packed;
@@ -331,7 +376,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     scores.v[q] = j >= 0 ? task.offset[j] : -kNothing;
   }
   if constexpr (kSample) {
-    write_sample(scores, column_tile * kTile + warp_column, sample_scores);
+    write_sample(scores, int64_t{column_tile} * kTile + warp_column, sample_scores);
   } else {
     collect(scores, i0, j0, warp_row, warp_column, reinterpret_cast<Found*>(stages), found,
             candidates);
@@ -350,7 +395,7 @@ __global__ void __launch_bounds__(kSelectThreads, Selector::kMinBlocks)
   const int64_t i = chunk.first + r;
   if (i >= chunk.last) return;
   const float* scores = sample_scores + r * sample_size;
-  Selector selector(rank);
+  Selector selector;
   const auto order = [&](int64_t s) {
     return scores[s] > -kNothing ? order_of(scores[s]) : kNoOrder;
   };
@@ -362,104 +407,6 @@ __global__ void __launch_bounds__(kSelectThreads, Selector::kMinBlocks)
         margin_of<kMetric>(rows, estimates, i).threshold_from(key_value(selector.keys()[rank - 1]));
   candidates.threshold[r] = rows.present[i] ? threshold : kNothing;
   candidates.count[r] = 0;
-}
-
-// ---- re-rank ----
-
-struct RerankSums {
-  float least[kSelectThreads / kWarp], largest[kSelectThreads / kWarp];
-  int reached[kSelectThreads / kWarp];
-  int kept;
-};
-
-// How many of the block's shared scores reach `bound`. Ends with the sum known to all; `sums` may
-// be used again after the next barrier.
-__device__ __forceinline__ int count_reached(const float* scores, int count, float bound,
-                                             RerankSums& sums) {
-  int reached = 0;
-  for (int c = threadIdx.x; c < count; c += kSelectThreads) reached += scores[c] >= bound;
-  reached = __reduce_add_sync(kAllLanes, reached);
-  if (threadIdx.x % kWarp == 0) sums.reached[threadIdx.x / kWarp] = reached;
-  __syncthreads();
-  reached = 0;
-  for (int w = 0; w < kSelectThreads / kWarp; ++w) reached += sums.reached[w];
-  return reached;
-}
-
-// A score that at least k and, where the scores allow, not many more than k of them reach.
-// Bisection: a count costs a fraction of a sort.
-__device__ __forceinline__ float about_kth(const float* scores, int count, int k,
-                                           RerankSums& sums) {
-  float low = kNothing, high = -kNothing;
-  for (int c = threadIdx.x; c < count; c += kSelectThreads) {
-    low = fminf(low, scores[c]);
-    high = fmaxf(high, scores[c]);
-  }
-  low = -warp_max(-low);
-  high = warp_max(high);
-  if (threadIdx.x % kWarp == 0) {
-    sums.least[threadIdx.x / kWarp] = low;
-    sums.largest[threadIdx.x / kWarp] = high;
-  }
-  __syncthreads();
-  for (int w = 0; w < kSelectThreads / kWarp; ++w) {
-    low = fminf(low, sums.least[w]);
-    high = fmaxf(high, sums.largest[w]);
-  }
-  const int enough = k + k / 32;
-  for (int step = 0; step < 24; ++step) {
-    const float middle = 0.5f * low + 0.5f * high;
-    if (middle <= low || middle >= high) break;
-    const int reached = count_reached(scores, count, middle, sums);
-    __syncthreads();
-    if (reached < k) {
-      high = middle;
-    } else {
-      low = middle;
-      if (reached <= enough) break;
-    }
-  }
-  return low;
-}
-
-// A block a row of the chunk: results, or a place on the list of rows to redo.
-template <KnnMetric kMetric>
-__global__ void __launch_bounds__(kSelectThreads, 8)
-    rerank_rows(Rows rows, Estimates estimates, Chunk chunk, Candidates candidates, int size,
-                Output out) {
-  const int64_t r = blockIdx.x, i = chunk.first + r;
-  const int count = candidates.count[r], k = static_cast<int>(out.k);
-  const float threshold = candidates.threshold[r];
-  if (!rows.present[i]) return write_places<kMetric, WholeBlock>(out, i, 0, out.k, nullptr, 0);
-  const auto redo = [&] {
-    if (threadIdx.x == 0)
-      candidates.redo[atomicAdd(candidates.redo_count, 1)] = static_cast<int>(i);
-  };
-  if (count < k || count > candidates.capacity) return redo();
-
-  RerankSums& sums = block_shared<RerankSums>();
-  uint64_t* keys = dynamic_shared<uint64_t>();
-  float* scores = reinterpret_cast<float*>(keys + size);
-  for (int c = threadIdx.x; c < count; c += kSelectThreads)
-    scores[c] = candidates.score[r * candidates.capacity + c];
-  if (threadIdx.x == 0) sums.kept = 0;
-  __syncthreads();
-  const float kth = about_kth(scores, count, k, sums);
-  const float bound = margin_of<kMetric>(rows, estimates, i).threshold_from(kth);
-  if (bound < threshold) return redo();
-  const int kept = count_reached(scores, count, bound, sums);
-  if (kept > size) return redo();
-  for (int c = threadIdx.x; c < count; c += kSelectThreads)
-    if (scores[c] >= bound)
-      keys[atomicAdd(&sums.kept, 1)] = candidates.index[r * candidates.capacity + c];
-  __syncthreads();
-  const float unscale = unscale_of<kMetric>(rows);
-  for (int c = threadIdx.x; c < kept; c += kSelectThreads) {
-    const int j = static_cast<int>(keys[c]);
-    keys[c] = sort_key(pair_value<kMetric>(rows, i, j, unscale), j);
-  }
-  sort_keys<WholeBlock>(keys, kept);
-  write_places<kMetric, WholeBlock>(out, i, 0, out.k, keys, min(kept, k));
 }
 
 }  // namespace nefkern::cuda

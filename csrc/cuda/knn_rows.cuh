@@ -16,14 +16,15 @@
 // after aligning all to the largest and cutting, which errs by at most T + 2 times 2u of the
 // largest (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; T >= 4 since the first
 // generation): C/T such steps err by at most 3 C u |p_i| |p_j|, and 4 C + 8 is taken. Rounding the
-// u_i and adding them errs by 4u (|u_i| + |u_j|). The value that decides is a chain of C fused
-// multiply-adds in float32: with h = (C + 8) u, within h |y_i| |y_j| for cosine, and, for
-// euclidean, its square within a relative h of the squared distance. Replacing row j's lengths by
-// their maxima gives the margin m_i for all j. Numbers below float32's normal range count as lost:
-// C 2^-120 is far more than they can add up to. A distance is decided on as it is given back,
-// without the scale, where it may be rounded below the normal range: by 2^-150, which moves the
-// score by that, scaled, times the distance. So is an inner product, which has been summed with a
-// power of two taken out of either row, whatever the size of the others: within h |x_i| |x_j|.
+// u_i and adding them errs by 4u (|u_i| + |u_j|). The value that decides is a sum in float32 of
+// C/32 chains of 32 fused multiply-adds (see "values"): with h = (32 + C/32 + 8) u, within h |y_i|
+// |y_j| for cosine, and, for euclidean, its square within a relative h of the squared distance.
+// Replacing row j's lengths by their maxima gives the margin m_i for all j. Numbers below float32's
+// normal range count as lost: C 2^-120 is far more than they can add up to. A distance is decided
+// on as it is given back, without the scale, where it may be rounded below the normal range: by
+// 2^-150, which moves the score by that, scaled, times the distance. So is an inner product, which
+// has been summed with a power of two taken out of either row, whatever the size of the others:
+// within h |x_i| |x_j|.
 //
 // Small distances. The squares of differences below 2^-63 of the largest entry vanish, so where the
 // sum is below kSmallSquare the distance is computed from the rows as they came, in double: no
@@ -50,6 +51,7 @@ constexpr float kNothing = std::numeric_limits<float>::infinity();  // threshold
 constexpr float kAnything = -FLT_MAX;
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / kWarp;
+constexpr int kSumChannels = 32;  // of a chain: see "values"
 
 __device__ __forceinline__ float warp_max(float x) {
   for (int d = kWarp / 2; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
@@ -296,7 +298,7 @@ __device__ Margin margin_of(const Rows& rows, const Estimates& estimates, int64_
   const double max_residual = __uint_as_float(estimates.maxima->residual);
   const double length = estimates.length[i], residual = estimates.residual[i];
   const double packed = length + residual, max_packed = max_length + max_residual;
-  const double value = 1.01 * static_cast<double>(depth + 8) * kUnit;  // h
+  const double value = 1.01 * kUnit * (kSumChannels + depth / kSumChannels + 8);  // h
   double gamma = static_cast<double>(4 * depth + 8) * kUnit;
   gamma = gamma < 0.04 ? gamma / (1 - gamma) : 1e30;  // beyond, nothing is known: all are redone
   const double rounding = residual * max_length + packed * max_residual;
@@ -322,17 +324,29 @@ __device__ Margin margin_of(const Rows& rows, const Estimates& estimates, int64_
 }
 
 // ---- values ----
+//
+// The sum over a pair's channels is a tree of two levels, the same for every pair: chains of
+// kSumChannels neighbouring channels, each from zero and in their order; then the chains' sums, in
+// their order. It is symmetric in x and y. So copies of a row tie exactly, and no tile or thread
+// changes a value.
 
-// One more channel of a pair's sum. Symmetric in x and y, and every sum is one chain in the order
-// of the channels: copies of a row tie exactly, and no tile or thread changes a value.
+// One more channel of a chain.
 template <KnnMetric kMetric>
-__device__ __forceinline__ float add_channel(float total, float x, float y) {
+__device__ __forceinline__ float add_channel(float chain, float x, float y) {
   if constexpr (kMetric == KnnMetric::kEuclidean) {
     const float difference = __fsub_rn(x, y);
-    return __fmaf_rn(difference, difference, total);
+    return __fmaf_rn(difference, difference, chain);
   } else {
-    return __fmaf_rn(x, y, total);
+    return __fmaf_rn(x, y, chain);
   }
+}
+
+template <KnnMetric kMetric>
+__device__ __forceinline__ float add_channels(float chain, const float4& x, const float4& y) {
+  chain = add_channel<kMetric>(chain, x.x, y.x);
+  chain = add_channel<kMetric>(chain, x.y, y.y);
+  chain = add_channel<kMetric>(chain, x.z, y.z);
+  return add_channel<kMetric>(chain, x.w, y.w);
 }
 
 constexpr float kSmallSquare = 0x1p-64f;
@@ -372,7 +386,13 @@ __device__ __forceinline__ float small_distance(const Rows& rows, int64_t i, int
   return static_cast<float>(sqrt(total));
 }
 
-// The value of rows i and j.
+// A value that decides, from one of value_of.
+template <KnnMetric kMetric>
+__device__ __forceinline__ float settled(const Rows& rows, float value, int64_t i, int64_t j) {
+  return kMetric == KnnMetric::kEuclidean && value > 0 ? -small_distance(rows, i, j) : value;
+}
+
+// The value of rows i and j of no more than one chain of channels.
 template <KnnMetric kMetric>
 __device__ __forceinline__ float pair_value(const Rows& rows, int64_t i, int64_t j, float unscale) {
   const int64_t depth = rows.depth;  // rows are aligned to 16 bytes
@@ -380,15 +400,9 @@ __device__ __forceinline__ float pair_value(const Rows& rows, int64_t i, int64_t
   const float4* b = reinterpret_cast<const float4*>(rows.values + j * depth);
   float total = 0;
 #pragma unroll 4
-  for (int64_t c = 0; c < depth / 4; ++c) {
-    const float4 p = __ldg(a + c), q = __ldg(b + c);
-    total = add_channel<kMetric>(total, p.x, q.x);
-    total = add_channel<kMetric>(total, p.y, q.y);
-    total = add_channel<kMetric>(total, p.z, q.z);
-    total = add_channel<kMetric>(total, p.w, q.w);
-  }
-  const float value = value_of<kMetric>(rows, total, i, j, unscale);
-  return kMetric == KnnMetric::kEuclidean && value > 0 ? -small_distance(rows, i, j) : value;
+  for (int64_t c = 0; c < depth / 4; ++c)
+    total = add_channels<kMetric>(total, __ldg(a + c), __ldg(b + c));
+  return settled<kMetric>(rows, value_of<kMetric>(rows, total, i, j, unscale), i, j);
 }
 
 }  // namespace nefkern::cuda

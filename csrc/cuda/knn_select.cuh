@@ -109,27 +109,96 @@ class Group {
 using Warp = Group<1>;
 using WholeBlock = Group<kSelectWarps>;
 
-// Sorts `count` keys (bitonic). There is room for the next power of two; begins and ends with a
-// barrier of the group.
-template <class Group>
-__device__ __forceinline__ void sort_keys(uint64_t* keys, int count) {
-  int size = 1;
-  while (size < count) size *= 2;
-  for (int i = count + Group::thread(); i < size; i += Group::kThreads) keys[i] = kNoKey;
-  Group::sync();
-  for (int run = 2; run <= size; run *= 2) {
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      for (int pair = Group::thread(); pair < size / 2; pair += Group::kThreads) {
-        const int low = (pair & ~(stride - 1)) * 2 + (pair & (stride - 1)), high = low + stride;
-        const uint64_t a = keys[low], b = keys[high];
-        if ((a > b) == ((low & run) == 0)) {
-          keys[low] = b;
-          keys[high] = a;
-        }
-      }
+// ---- sort ----
+
+// What a place takes of its key and of the one it is compared with.
+__device__ __forceinline__ uint64_t chosen(uint64_t mine, uint64_t other, bool least) {
+  return (mine < other) == least ? mine : other;
+}
+
+__device__ __forceinline__ void put_in_order(uint64_t& a, uint64_t& b, bool ascending) {
+  const uint64_t least = a < b ? a : b, most = a < b ? b : a;
+  a = ascending ? least : most;
+  b = ascending ? most : least;
+}
+
+// Compares the keys of threads `distance` (a power of two) apart, place by place; this one keeps
+// the least or the greatest.
+template <class Group, int kEach>
+__device__ __forceinline__ void compare_threads(uint64_t (&key)[kEach], uint64_t* room,
+                                                int distance, bool least) {
+  if constexpr (Group::kWarps > 1) {
+    if (distance >= kWarp) {
+      const int thread = Group::thread();
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) room[e * Group::kThreads + thread] = key[e];
       Group::sync();
+#pragma unroll
+      for (int e = 0; e < kEach; ++e)
+        key[e] = chosen(key[e], room[e * Group::kThreads + (thread ^ distance)], least);
+      return Group::sync();
     }
   }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e)
+    key[e] = chosen(key[e], __shfl_xor_sync(kAllLanes, key[e], distance), least);
+}
+
+// Bitonic sort of kEach neighbouring keys a thread, in registers: two of a thread are compared for
+// nothing, two of a warp by shuffles, others through `room`, which holds all.
+template <class Group, int kEach>
+__device__ __forceinline__ void sort_registers(uint64_t (&key)[kEach], uint64_t* room) {
+  const int thread = Group::thread();
+#pragma unroll
+  for (int run = 2; run < kEach; run *= 2)
+#pragma unroll
+    for (int stride = run / 2; stride > 0; stride /= 2)
+#pragma unroll
+      for (int e = 0; e < kEach; ++e)
+        if ((e & stride) == 0) put_in_order(key[e], key[e | stride], (e & run) == 0);
+#pragma unroll 1
+  for (int run = kEach > 1 ? kEach : 2; run <= kEach * Group::kThreads; run *= 2) {
+    const bool ascending = (thread * kEach & run) == 0;
+#pragma unroll 1
+    for (int distance = run / 2 / kEach; distance > 0; distance /= 2)
+      compare_threads<Group>(key, room, distance, ((thread & distance) == 0) == ascending);
+#pragma unroll
+    for (int stride = kEach / 2; stride > 0; stride /= 2)
+#pragma unroll
+      for (int e = 0; e < kEach; ++e)
+        if ((e & stride) == 0) put_in_order(key[e], key[e | stride], ascending);
+  }
+}
+
+// Where the sorted key of a place is on its way to it: sixteen threads' keys in different banks.
+__device__ __forceinline__ int passing_place(int place) { return place ^ (place >> 4 & 15); }
+
+// Sorts `count` keys, at most kMostEach a thread. There is room for the next power of two, and for
+// kEach a thread. Begins and ends with a barrier of the group.
+template <class Group, int kEach, int kMostEach>
+__device__ __forceinline__ void sort_keys(uint64_t* keys, int count) {
+  constexpr int kThreads = Group::kThreads;
+  if constexpr (kEach < kMostEach) {
+    if (count > kEach * kThreads) return sort_keys<Group, 2 * kEach, kMostEach>(keys, count);
+  }
+  uint64_t key[kEach];
+  Group::sync();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int at = e * kThreads + Group::thread();
+    key[e] = at < count ? keys[at] : kNoKey;
+  }
+  sort_registers<Group>(key, keys);
+  Group::sync();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) keys[passing_place(Group::thread() * kEach + e)] = key[e];
+  Group::sync();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) key[e] = keys[passing_place(e * kThreads + Group::thread())];
+  Group::sync();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) keys[e * kThreads + Group::thread()] = key[e];
+  Group::sync();
 }
 
 // ---- selection ----
@@ -144,7 +213,7 @@ __host__ __device__ constexpr int next_power_of_two(int64_t count) {
   return size;
 }
 
-// Few neighbours. The orders of a chunk of candidates are in registers, where bisection, at which
+// The orders of a chunk of candidates are in registers, where bisection, at which
 // every step counts those below a bound, finds what may be among the lowest; that is appended to a
 // buffer, and once this is full, it is cut to about `keep` in the same way. At the end only about
 // `keep` keys are sorted. Entries of the buffer are in the order of their indices, so that of equal
@@ -157,13 +226,12 @@ class RegisterSelector {
   static constexpr int kMostKept = kRoom / 2;
   static constexpr int kChunk = 1024;
   static constexpr int kEach = kChunk / Group::kThreads, kRoomEach = kRoom / Group::kThreads;
-  static constexpr int kMinBlocks = 5;
+  static constexpr int kMinBlocks = kRoom > 1024 ? 4 : 5;
 
   // Shared memory of a block.
-  static constexpr size_t bytes(int64_t) { return kRows * sizeof(Memory); }
+  static constexpr size_t bytes() { return kRows * sizeof(Memory); }
 
-  __device__ explicit RegisterSelector(int)
-      : memory_(dynamic_shared<Memory>()[Group::in_block()]) {}
+  __device__ RegisterSelector() : memory_(dynamic_shared<Memory>()[Group::in_block()]) {}
 
   __device__ __forceinline__ uint64_t* keys() { return memory_.keys; }
 
@@ -202,7 +270,7 @@ class RegisterSelector {
     }
     Group::sync();
     if (count_ > enough) cut(keep, enough);
-    sort_keys<Group>(memory_.keys, count_);
+    sort_keys<Group, 1, kMostKept / Group::kThreads>(memory_.keys, count_);
     return min(count_, keep);
   }
 
@@ -319,65 +387,7 @@ class RegisterSelector {
 
 using WarpSelector = RegisterSelector<Warp, 128>;
 using BlockSelector = RegisterSelector<WholeBlock, 1024>;
-
-struct SelectionCount {
-  int appended;
-};
-
-// Any number of neighbours. Keys that may still be among the lowest are appended; when the room
-// ends, sorting it raises the bar for all others.
-class SortingSelector {
- public:
-  using Group = WholeBlock;
-  static constexpr int kRows = 1;
-  static constexpr int kEach = 4;  // keys a thread looks at between barriers
-  static constexpr int kChunk = kSelectThreads * kEach;
-  static constexpr int kMinBlocks = 6;
-
-  static __host__ __device__ constexpr int size(int64_t keep) {
-    return next_power_of_two(keep + kChunk);
-  }
-  static constexpr size_t bytes(int64_t keep) { return size(keep) * sizeof(uint64_t); }
-
-  __device__ explicit SortingSelector(int keep) : size_(size(keep)) {}
-
-  __device__ __forceinline__ uint64_t* keys() { return dynamic_shared<uint64_t>(); }
-
-  template <class OrderOf>
-  __device__ __forceinline__ int lowest(int keep, uint64_t floor, int64_t total,
-                                        int64_t first_index, const OrderOf& order_of_candidate) {
-    int& appended = block_shared<SelectionCount>().appended;
-    uint64_t bar = kNoKey;
-    __syncthreads();  // keys and the count may be in use still
-    if (threadIdx.x == 0) appended = 0;
-    __syncthreads();
-    for (int64_t first = 0; first < total; first += kChunk) {
-      bool full = false;
-      for (int e = 0; e < kEach; ++e) {
-        const int64_t at = first + e * kSelectThreads + threadIdx.x;
-        const unsigned order = at < total ? order_of_candidate(at) : kNoOrder;
-        const uint64_t key = key_of(order, first_index + at);
-        if (order == kNoOrder || key >= bar || key <= floor) continue;
-        const int slot = atomicAdd(&appended, 1);
-        keys()[slot] = key;
-        full = full || slot >= size_ - kChunk;
-      }
-      if (__syncthreads_or(full)) {
-        sort_keys<Group>(keys(), appended);
-        bar = keys()[keep - 1];
-        if (threadIdx.x == 0) appended = keep;
-        __syncthreads();
-      }
-    }
-    __syncthreads();
-    const int count = appended;
-    sort_keys<Group>(keys(), count);
-    return min(count, keep);
-  }
-
- private:
-  int size_;
-};
+using LargeSelector = RegisterSelector<WholeBlock, 4096>;
 
 // ---- results ----
 
@@ -408,7 +418,7 @@ template <KnnMetric kMetric, class Selector, class OrderOf>
 __device__ __forceinline__ void write_lowest(const Output& out, int64_t i, int64_t total,
                                              int64_t first_index,
                                              const OrderOf& order_of_candidate) {
-  Selector selector(static_cast<int>(min(out.k, out.keep)));
+  Selector selector;
   uint64_t floor = 0;  // the key of a NaN: below all
   for (int64_t first = 0; first < out.k; first += out.keep) {
     const int keep = static_cast<int>(min(out.k - first, out.keep));

@@ -1,12 +1,9 @@
+#include "cuda/merged_rows.cuh"
 #include "cuda/normalized_adjacency.h"
 #include "cuda/sorted_edges.cuh"
 
 namespace nefkern::cuda {
 namespace {
-
-__device__ __forceinline__ double symmetrized(const Merged& entry, bool take_union) {
-  return take_union ? fabsf(larger(entry.listed, entry.mirrored)) : symmetrized(entry);
-}
 
 // A warp a row: the number of its entries, where its offset will be, and d^(-1/2).
 __global__ void __launch_bounds__(kThreads)
@@ -36,6 +33,27 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+__global__ void __launch_bounds__(kThreads)
+    fill_merged(const MergedRows rows, const AdjacencyArgs args) {
+  const float* scale = rows.scales.features;
+  for_each_merged(rows, args.row_offsets, [&](int64_t row, int64_t number, int64_t place) {
+    const int64_t to = args.row_offsets[row] + number;
+    const auto column = static_cast<int32_t>(rows.entries.columns[place] & ~kPixelEntry);
+    const double weight = symmetrized(merged_at(rows.entries, place), args.take_union);
+    args.columns[to] = column;
+    args.values[to] = normalized(weight, scale[row], scale[column]);
+  });
+}
+
+bool is_merged(const AdjacencyArgs& args) {
+  static_assert(kMergedNodes <= kMaxBitmapNodes);
+  return args.num_nodes <= args.merged_nodes && args.num_nodes <= kMergedNodes;
+}
+
+MergedRows allocate_merged(const AdjacencyArgs& args) {
+  return place_merged(args.workspace, args.num_nodes, args.lists.size, 1);
+}
+
 SortedEdges allocate(const AdjacencyArgs& args) {
   return place_edges(args.workspace, args.num_nodes, args.lists.size, 1);
 }
@@ -43,10 +61,16 @@ SortedEdges allocate(const AdjacencyArgs& args) {
 }  // namespace
 
 cudaError_t adjacency_bytes(const AdjacencyArgs& args, size_t* bytes) {
-  return bytes_of(allocate(args).scratch, bytes);
+  return bytes_of(is_merged(args) ? allocate_merged(args).scratch : allocate(args).scratch, bytes);
 }
 
 cudaError_t adjacency_count(AdjacencyArgs& args, int64_t* nnz, cudaStream_t stream) {
+  if (is_merged(args)) {
+    const MergedRows rows = allocate_merged(args);
+    return count_step(args, rows.scratch, nnz, stream, [&](Launches& launch) {
+      merge(launch, rows, args.lists, NeighbourLists{}, args.take_union, args.row_offsets);
+    });
+  }
   SortedEdges edges = allocate(args);
   return count_step(args, edges.scratch, nnz, stream, [&](Launches& launch) {
     emit(launch, edges, args.lists, 0, 0);
@@ -57,6 +81,12 @@ cudaError_t adjacency_count(AdjacencyArgs& args, int64_t* nnz, cudaStream_t stre
 }
 
 cudaError_t adjacency_fill(const AdjacencyArgs& args, cudaStream_t stream) {
+  if (is_merged(args)) {
+    const MergedRows rows = allocate_merged(args);
+    Launches launch(stream, rows.scratch.error);
+    launch(fill_merged, blocks_of_merged(rows), kThreads, 0, rows, args);
+    return launch.error();
+  }
   const SortedEdges edges = allocate(args);
   Launches launch(stream, edges.scratch.error);
   launch(fill_rows, blocks_of_warps(args.num_nodes), kThreads, 0,

@@ -13,16 +13,17 @@ struct AdjacencyArgs {
   int64_t num_nodes;  // N, below 2^31
   NeighbourLists lists;
   bool take_union;  // A = max(A, A^T) instead of (A + A^T) / 2
+  int64_t merged_nodes = kMergedNodes;
 
   void* workspace;       // of adjacency_bytes(), kept from the first step to the second
-  int sorted_half;       // written by the first step: which of its buffers the second reads
+  int sorted_half;       // of more nodes: which of its buffers the second step reads
   int64_t* row_offsets;  // [N + 1], out
   int32_t* columns;      // [row_offsets[N]], out
   float* values;         // the same
 };
 
-// The workspace: about 48 bytes for every listed neighbour. Reads only num_nodes and the lists'
-// size; the workspace is null.
+// The workspace: 36 bytes for every listed neighbour, 48 of more than merged_nodes. Reads only the
+// sizes; the workspace is null.
 cudaError_t adjacency_bytes(const AdjacencyArgs& args, size_t* bytes);
 // First step: row_offsets, and nnz = row_offsets[N] so that the caller can allocate columns and
 // values, or -1 if an index is neither -1 nor a node. Waits for the stream to read it.

@@ -4,8 +4,7 @@
 // and equal to its transpose bit for bit.
 #pragma once
 
-#include "cuda/neighbour_lists.h"
-#include "cuda/two_steps.cuh"
+#include "cuda/edges.cuh"
 
 namespace nefkern::cuda {
 
@@ -23,12 +22,6 @@ __host__ __device__ __forceinline__ uint64_t key_of(int64_t num_nodes, int64_t r
 __host__ __device__ __forceinline__ uint64_t key_of_none(int64_t num_nodes) {
   return key_of(num_nodes, num_nodes, 0, 0);
 }
-
-// d^(-1/2) in either graph, [N] each.
-struct Scales {
-  float* features;
-  float* pixels;  // null where there is one graph
-};
 
 // The pairs of one graph or of two, and what is found out about them.
 struct SortedEdges {
@@ -48,31 +41,21 @@ struct RowPairs {
   const int64_t* bounds;
 };
 
-// The largest weights of the pairs that share a place; 0 where there are none.
-struct Merged {
-  float listed, mirrored, pixels;
-};
-
 namespace {
 
-template <class Index>
 __global__ void __launch_bounds__(kThreads)
     emit_pairs(int64_t num_nodes, NeighbourLists lists, int kind, uint64_t* keys, float* values,
                Summary* summary) {
   const int64_t edges = num_nodes * lists.size;
-  const int64_t edge = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (edge >= edges) return;
-  const int64_t row = edge / lists.size;
-  const int64_t node = static_cast<const Index*>(lists.indices)[edge];
-  if (node < -1 || node >= num_nodes) atomicOr(&summary->invalid, 1);
-  float weight = lists.weights ? lists.weights[edge] : 1.0f;
-  if (weight < lists.clamp_min) weight = lists.clamp_min;
-  // "Not <=" rather than ">": a NaN stays visible.
-  const bool kept = node >= 0 && node < num_nodes && !(weight <= 0);
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (number >= edges) return;
+  const Edge edge = edge_of(lists, number, num_nodes);
+  if (edge.is_invalid) atomicOr(&summary->invalid, 1);
+  const int64_t row = number / lists.size;
   const uint64_t none = key_of_none(num_nodes);
-  keys[edge] = kept ? key_of(num_nodes, row, node, kind) : none;
-  keys[edges + edge] = kept ? key_of(num_nodes, node, row, kind | kMirrored) : none;
-  values[edge] = values[edges + edge] = weight;
+  keys[number] = edge.is_kept ? key_of(num_nodes, row, edge.node, kind) : none;
+  keys[edges + number] = edge.is_kept ? key_of(num_nodes, edge.node, row, kind | kMirrored) : none;
+  values[number] = values[edges + number] = edge.weight;
 }
 
 // Where the pairs of every row, and after the last those that are left out, begin.
@@ -82,8 +65,6 @@ __global__ void __launch_bounds__(kThreads)
   if (row <= num_nodes)
     bounds[row] = lower_bound(keys, int64_t{0}, pairs, key_of(num_nodes, row, 0, 0));
 }
-
-__device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }
 
 // Merges the pairs that share the place of pair `first`.
 __device__ __forceinline__ Merged merged(const RowPairs& pairs, int64_t first, int64_t end) {
@@ -124,23 +105,6 @@ __device__ __forceinline__ int64_t for_each_entry(const RowPairs& pairs, int64_t
   return entries;
 }
 
-// An entry of (A + A^T) / 2. In double no sum overflows and no half is lost. No sign, a NaN's
-// neither.
-__device__ __forceinline__ double symmetrized(const Merged& entry) {
-  return fabs(0.5 * (static_cast<double>(entry.listed) + static_cast<double>(entry.mirrored)));
-}
-
-// a d_i^(-1/2) d_j^(-1/2). The product of two scales has no place in float32 where weights are far
-// from 1; in double it is exact, and the same for (j, i).
-__device__ __forceinline__ float normalized(double a, float scale_i, float scale_j) {
-  return static_cast<float>(a * (static_cast<double>(scale_i) * scale_j));
-}
-
-// d^(-1/2) of a row whose entries add up to `degree`; inf for an empty row: nothing reads it.
-__device__ __forceinline__ float inverse_root(double degree) {
-  return static_cast<float>(1 / sqrt(degree));
-}
-
 // ---- the host's side ----
 
 // Lays out the workspace for nodes of `listed` neighbours each, in one graph or two together.
@@ -172,9 +136,8 @@ inline int bits_of(uint64_t number) {
 inline int64_t emit(Launches& launch, const SortedEdges& edges, const NeighbourLists& lists,
                     int kind, int64_t begin) {
   const int64_t listed = edges.num_nodes * lists.size;
-  launch(lists.wide_indices ? emit_pairs<int64_t> : emit_pairs<int32_t>, blocks_of_threads(listed),
-         kThreads, 0, edges.num_nodes, lists, kind, edges.pairs.keys[0] + begin,
-         edges.pairs.values[0] + begin, edges.scratch.summary);
+  launch(emit_pairs, blocks_of_threads(listed), kThreads, 0, edges.num_nodes, lists, kind,
+         edges.pairs.keys[0] + begin, edges.pairs.values[0] + begin, edges.scratch.summary);
   return begin + 2 * listed;
 }
 

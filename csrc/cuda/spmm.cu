@@ -1,208 +1,113 @@
 // One warp a row of y; the rows of x that it needs stream by in loads of 16 bytes a lane, several
-// in flight, since what limits this is the way of x's rows from the L2 cache. A row with very many
-// entries would keep one warp busy long after all others: it is left to its whole block.
-#include "cuda/half.cuh"
-#include "cuda/launches.h"
-#include "cuda/spmm.h"
-#include "cuda/warp.cuh"
+// in flight, since what limits this is the way of x's rows from the L2 cache. Rows beside each
+// other that have enough columns in common share these loads (spmm_shared.cuh). A row with many
+// entries would keep one warp busy long after all others: it is left to its whole block, one with
+// very many to several (spmm_long.cuh).
+#include "cuda/spmm_shared.cuh"
 
 namespace nefkern::cuda {
 namespace {
 
-constexpr int kWarps = 8;        // a block's, and its rows
 constexpr int64_t kHeavy = 512;  // entries, from which on a row is the whole block's
-// Entries whose loads are issued before the first is used; element by element they are many anyway.
-template <bool kAligned>
-constexpr int kInFlight = kAligned ? 4 : 1;
 
-// One 16-byte load's elements of X as floats.
-template <class X>
-constexpr int kWidth = 16 / sizeof(X);
-
-__device__ __forceinline__ void unpack(const uint4& words, float (&out)[4], float) {
-  out[0] = __uint_as_float(words.x);
-  out[1] = __uint_as_float(words.y);
-  out[2] = __uint_as_float(words.z);
-  out[3] = __uint_as_float(words.w);
-}
-
-template <class Half>
-__device__ __forceinline__ void unpack(const uint4& words, float (&out)[8], Half) {
-  const unsigned word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = to_float(Half{static_cast<uint16_t>(word[i] & 0xffff)});
-    out[2 * i + 1] = to_float(Half{static_cast<uint16_t>(word[i] >> 16)});
-  }
-}
-
-// The extent of a row that the offsets give, whatever they are.
-struct Extent {
-  int64_t begin, end;
-  __device__ __forceinline__ int64_t size() const { return end - begin; }
-};
-
-__device__ __forceinline__ Extent extent_of(const SpmmArgs& args, int64_t row) {
-  if (row >= args.num_nodes) return {0, 0};
-  const int64_t begin = args.row_offsets[row], end = args.row_offsets[row + 1];
-  if (begin < 0 || begin > end || end > args.nnz) return {0, 0};
-  return {begin, end};
-}
-
-// A lane's part of a row of y: kVectors times kWidth columns, a warp's width apart.
-template <class X, int kVectors>
-struct Columns {
-  int64_t first;  // of the first vector
-  int step;       // to the next
-
-  __device__ __forceinline__ int64_t of(int vector) const { return first + vector * step; }
-};
-
-template <class X, bool kAligned>
-__device__ __forceinline__ uint4 load(const X* row, int64_t column, int64_t num_columns) {
-  if constexpr (kAligned) {
-    return column < num_columns ? __ldg(reinterpret_cast<const uint4*>(row + column)) : uint4{};
-  } else {
-    constexpr int kBits = 8 * sizeof(X), kElementsAWord = 32 / kBits;
-    unsigned word[4] = {};
-#pragma unroll
-    for (int i = 0; i < kWidth<X>; ++i)
-      if (column + i < num_columns)
-        word[i / kElementsAWord] |= bits_of(row[column + i]) << (i % kElementsAWord * kBits);
-    return {word[0], word[1], word[2], word[3]};
-  }
-}
-
-// Adds the entries [begin, end) to the warp's sums. The lanes form groups that take an entry each:
-// a narrow x is read by many groups, a wide one by a single group of 32 lanes.
-template <class X, int kVectors, bool kAligned>
-__device__ __forceinline__ void add_entries(const SpmmArgs& args, Extent entries,
+// Rows first_row ... first_row + kWarps - 1, a warp each.
+template <class X, class Y, int kVectors, bool kAligned>
+__device__ __forceinline__ void gather_rows(const SpmmArgs& args, int64_t first_row,
                                             const Columns<X, kVectors>& columns, int lanes_a_group,
-                                            float (&sum)[kVectors][kWidth<X>]) {
-  const X* x = static_cast<const X*>(args.x);
-  const int lane = lane_id(), groups = kWarp / lanes_a_group, group = lane / lanes_a_group;
-  for (int64_t first = entries.begin; first < entries.end; first += kWarp) {
-    const bool mine = first + lane < entries.end;
-    int node = mine ? __ldg(args.columns + first + lane) : -1;
-    if (node >= args.num_nodes) node = -1;
-    const float value = mine && node >= 0 ? __ldg(args.values + first + lane) : 0;
-    const int count = static_cast<int>(min(entries.end - first, static_cast<int64_t>(kWarp)));
-#pragma unroll 1
-    for (int done = 0; done < count; done += kInFlight<kAligned> * groups) {
-      uint4 loaded[kInFlight<kAligned>][kVectors];
-      float weight[kInFlight<kAligned>];
-#pragma unroll
-      for (int i = 0; i < kInFlight<kAligned>; ++i) {
-        // Beyond the chunk's end the lane wraps around, and its entry is none of this step's.
-        const int entry = done + i * groups + group;
-        const int from = __shfl_sync(kAllLanes, node, entry % kWarp);
-        const bool there = entry < count && from >= 0;
-        weight[i] = __shfl_sync(kAllLanes, value, entry % kWarp);
-        if (!there) weight[i] = 0;
-        const X* row = x + (there ? from : 0) * args.x_stride;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-          loaded[i][v] = there ? load<X, kAligned>(row, columns.of(v), args.num_columns) : uint4{};
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight<kAligned>; ++i)
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          float element[kWidth<X>];
-          unpack(loaded[i][v], element, X{});
-#pragma unroll
-          for (int c = 0; c < kWidth<X>; ++c)
-            sum[v][c] = __fmaf_rn(weight[i], element[c], sum[v][c]);
-        }
-    }
-  }
-  for (int distance = lanes_a_group; distance < kWarp; distance *= 2)
-    for (int v = 0; v < kVectors; ++v)
-      for (int c = 0; c < kWidth<X>; ++c)
-        sum[v][c] += __shfl_xor_sync(kAllLanes, sum[v][c], distance);
-}
-
-template <class X, class Y, int kVectors, bool kAligned>
-__device__ __forceinline__ void store_row(const SpmmArgs& args, int64_t row,
-                                          const Columns<X, kVectors>& columns,
-                                          const float (&sum)[kVectors][kWidth<X>]) {
-  struct alignas(16) Packed {
-    Y element[kWidth<X>];
-  };
-  Y* y = static_cast<Y*>(args.y) + row * args.num_columns;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t column = columns.of(v);
-    if (kAligned) {
-      Packed packed;
-      for (int c = 0; c < kWidth<X>; ++c) packed.element[c] = from_float<Y>(sum[v][c]);
-      if (column < args.num_columns) *reinterpret_cast<Packed*>(y + column) = packed;
-    } else {
-      for (int c = 0; c < kWidth<X>; ++c)
-        if (column + c < args.num_columns) y[column + c] = from_float<Y>(sum[v][c]);
-    }
-  }
-}
-
-template <class X, int kVectors>
-struct Partials {
-  float sum[kWarps][kVectors * kWidth<X>][kWarp];
-};
-
-template <class X, int kVectors>
-constexpr int64_t kTileColumns = int64_t{kVectors} * kWarp * kWidth<X>;
-
-// kWarps rows and kTileColumns columns, all rows' blocks of one tile of columns after another: what
-// of x is in the cache stays of use. All in the grid's x: y has no room for many columns.
-template <class X, class Y, int kVectors, bool kAligned>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
-    spmm_rows(const SpmmArgs args, int lanes_a_group, unsigned row_blocks) {
+                                            Partials<X, kVectors>& partial) {
   const int lane = lane_id(), warp = threadIdx.x / kWarp;
-  const int64_t tile = blockIdx.x / row_blocks * kTileColumns<X, kVectors>;
-  const Columns<X, kVectors> columns{tile + lane % lanes_a_group * kWidth<X>, kWarp * kWidth<X>};
-  const int64_t first_row = int64_t{blockIdx.x % row_blocks} * kWarps, row = first_row + warp;
   const bool writes = lane < lanes_a_group;
+  const auto is_heavy = [](const Extent& row) { return row.size() >= kHeavy && !is_long(row); };
+  const int64_t row = first_row + warp;
   const Extent own = extent_of(args, row);
-  const bool is_heavy = own.size() >= kHeavy;
-  if (!is_heavy) {
+  if (own.size() < kHeavy) {
     float sum[kVectors][kWidth<X>] = {};
     add_entries<X, kVectors, kAligned>(args, own, columns, lanes_a_group, sum);
     if (writes && row < args.num_nodes)
-      store_row<X, Y, kVectors, kAligned>(args, row, columns, sum);
+      store_row<X, Y, kVectors, kAligned>(args, row_of_y<Y>(args, row), columns, sum);
   }
-  if (!__syncthreads_or(is_heavy)) return;
-
-  auto& partial = block_shared<Partials<X, kVectors>>().sum;
+  if (!__syncthreads_or(is_heavy(own))) return;
   for (int64_t heavy = first_row; heavy < first_row + kWarps; ++heavy) {
     const Extent all = extent_of(args, heavy);
-    if (all.size() < kHeavy) continue;
-    const int64_t share = (all.size() + kWarps - 1) / kWarps;
-    const int64_t begin = min(all.begin + warp * share, all.end);
+    if (!is_heavy(all)) continue;
     float sum[kVectors][kWidth<X>] = {};
-    add_entries<X, kVectors, kAligned>(args, {begin, min(begin + share, all.end)}, columns,
-                                       lanes_a_group, sum);
-    for (int v = 0; v < kVectors; ++v)
-      for (int c = 0; c < kWidth<X>; ++c) partial[warp][v * kWidth<X> + c][lane] = sum[v][c];
-    __syncthreads();
-    if (warp == 0 && writes) {
-      for (int other = 1; other < kWarps; ++other)
-        for (int v = 0; v < kVectors; ++v)
-          for (int c = 0; c < kWidth<X>; ++c) sum[v][c] += partial[other][v * kWidth<X> + c][lane];
-      store_row<X, Y, kVectors, kAligned>(args, heavy, columns, sum);
-    }
-    __syncthreads();
+    add_entries_by_block<X, kVectors, kAligned>(args, all, columns, lanes_a_group, partial, sum);
+    if (warp == 0 && writes)
+      store_row<X, Y, kVectors, kAligned>(args, row_of_y<Y>(args, heavy), columns, sum);
   }
+}
+
+// What a block does: `of_chunks` blocks of every tile of columns have pieces of long rows, the
+// first of all to begin; the others have rows. All blocks of a tile one after another: what of x is
+// in the cache stays of use. All in the grid's x: y has no room for many columns.
+struct Plan {
+  int64_t of_chunks, of_rows;
+
+  __host__ __device__ __forceinline__ int64_t blocks() const { return of_chunks + of_rows; }
+};
+
+template <class X, int kVectors>
+__device__ __forceinline__ Columns<X, kVectors> columns_of(int64_t tile, int lanes_a_group) {
+  return {tile + lane_id() % lanes_a_group * kWidth<X>, kWarp * kWidth<X>};
+}
+
+// kWarps rows a block.
+template <class X, class Y, int kVectors, bool kAligned>
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
+    spmm_rows(const SpmmArgs args, int lanes_a_group, const Plan plan) {
+  auto& partial = block_shared<Partials<X, kVectors>>();
+  const int64_t tile = blockIdx.x / plan.blocks() * kTileColumns<X, kVectors>;
+  const int64_t block = blockIdx.x % plan.blocks();
+  const Columns<X, kVectors> columns = columns_of<X, kVectors>(tile, lanes_a_group);
+  if (block < plan.of_chunks)
+    add_pieces<X, kVectors, kAligned>(args, block, plan.of_chunks, columns, lanes_a_group, partial);
+  else
+    gather_rows<X, Y, kVectors, kAligned>(args, (block - plan.of_chunks) * kWarps, columns,
+                                          lanes_a_group, partial);
+}
+
+// Blocks that a multiprocessor has registers for: 32 sums a lane, or 64.
+template <class X, int kVectors>
+constexpr int kResident = kVectors * kWidth<X> <= 8 ? 3 : 2;
+
+// kSharedRows rows a block, which share rows of x where that pays.
+template <class X, class Y, int kVectors>
+__global__ void __launch_bounds__(kWarps* kWarp, kResident<X, kVectors>)
+    spmm_shared_rows(const SpmmArgs args, int words, const Plan plan) {
+  static_assert(sizeof(Partials<X, kVectors>) <= kStagedBytes<kVectors>);
+  auto& partial = *dynamic_shared<Partials<X, kVectors>>();  // once nothing is staged
+  const int64_t tile = blockIdx.x / plan.blocks() * kTileColumns<X, kVectors>;
+  const int64_t block = blockIdx.x % plan.blocks();
+  const Columns<X, kVectors> columns = columns_of<X, kVectors>(tile, kWarp);
+  if (block < plan.of_chunks)
+    return add_pieces<X, kVectors, true>(args, block, plan.of_chunks, columns, kWarp, partial);
+  const int64_t first_row = (block - plan.of_chunks) * kSharedRows;
+  if (add_shared_rows<X, Y, kVectors>(args, first_row, columns, tile, words)) return;
+  for (int row = 0; row < kSharedRows; row += kWarps)
+    gather_rows<X, Y, kVectors, true>(args, first_row + row, columns, kWarp, partial);
 }
 
 template <class X, class Y, int kVectors, bool kAligned>
 cudaError_t launch_rows(const SpmmArgs& args, cudaStream_t stream) {
   int lanes_a_group = 1;
   while (lanes_a_group < kWarp && lanes_a_group * kWidth<X> < args.num_columns) lanes_a_group *= 2;
-  const int64_t row_blocks = tiles(args.num_nodes, kWarps);
   const int64_t column_tiles = tiles(args.num_columns, kTileColumns<X, kVectors>);
+  Plan plan{blocks_of_chunks(args), tiles(args.num_nodes, kWarps)};
   Launches launch(stream);
-  launch(spmm_rows<X, Y, kVectors, kAligned>, row_blocks * column_tiles, kWarps * kWarp, 0, args,
-         lanes_a_group, static_cast<unsigned>(row_blocks));
+  bool share = false;
+  if constexpr (kAligned) {
+    share = args.num_nodes <= kMaxBitmapNodes && lanes_a_group == kWarp;
+    if (share) {
+      plan.of_rows = tiles(args.num_nodes, kSharedRows);
+      const int words = words_of(args.num_nodes);
+      launch(spmm_shared_rows<X, Y, kVectors>, plan.blocks() * column_tiles, kWarps * kWarp,
+             shared_rows_bytes<kVectors>(words), args, words, plan);
+    }
+  }
+  if (!share)
+    launch(spmm_rows<X, Y, kVectors, kAligned>, plan.blocks() * column_tiles, kWarps * kWarp, 0,
+           args, lanes_a_group, plan);
+  join<Y>(launch, args);
   return launch.error();
 }
 
@@ -219,6 +124,10 @@ cudaError_t spmm_typed(const SpmmArgs& args, cudaStream_t stream) {
 }
 
 }  // namespace
+
+size_t spmm_workspace(const SpmmArgs& args) {
+  return static_cast<size_t>(kPiecesAChunk * chunks_of(args) * args.num_columns) * sizeof(float);
+}
 
 cudaError_t spmm(const SpmmArgs& args, cudaStream_t stream) {
   if (args.num_nodes < 0 || args.num_nodes >= int64_t{1} << 31) return cudaErrorInvalidValue;

@@ -36,4 +36,19 @@ __device__ __forceinline__ int64_t lower_bound(const T* sorted, int64_t begin, i
   return begin;
 }
 
+// The last of `count` ranges, 1 at least, that begins at `position` or before, by a warp together;
+// begin_of(i) never falls, and begin_of(0) does not lie behind.
+template <class BeginOf>
+__device__ __forceinline__ int64_t range_of(int64_t count, int64_t position,
+                                            const BeginOf& begin_of) {
+  int64_t first = 0, end = count;  // it is in [first, end)
+  while (end - first > 1) {
+    const int64_t step = (end - first + kWarp - 1) / kWarp, mine = first + lane_id() * step;
+    const unsigned before = __ballot_sync(kAllLanes, mine < end && begin_of(mine) <= position);
+    first += (before ? kWarp - 1 - __clz(before) : 0) * step;
+    end = min(first + step, end);
+  }
+  return first;
+}
+
 }  // namespace nefkern::cuda

@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor, bool> add(const Tensor& row_offsets_a, const 
   };
   const nefkern::cpu::Isa isa = nefkern::cpu::best_isa();
   const auto count = [&](const nefkern::cpu::AddArgs& its) {
-    const bool valid =
-        nefkern::never_falls(a[0], a[1].numel()) && nefkern::never_falls(b[0], b[1].numel()) &&
-        nefkern::below(a[1], its.num_nodes) && nefkern::below(b[1], its.num_nodes);
+    const bool valid = nefkern::never_falls(a[0], a[1].numel()) &&
+                       nefkern::never_falls(b[0], b[1].numel()) &&
+                       nefkern::below(a[1], its.num_nodes) && nefkern::below(b[1], its.num_nodes);
     if (valid) nefkern::cpu::add_count_for(isa)(its);
     return valid;
   };

@@ -30,8 +30,7 @@ inline bool below(const torch::stable::Tensor& columns, int64_t num_nodes) {
   const int32_t* data = columns.const_data_ptr<int32_t>();
   const int64_t count = columns.numel();
   uint32_t worst = 0;  // unsigned, a negative one is large
-  for (int64_t i = 0; i < count; ++i)
-    worst = std::max(worst, static_cast<uint32_t>(data[i]));
+  for (int64_t i = 0; i < count; ++i) worst = std::max(worst, static_cast<uint32_t>(data[i]));
   return count == 0 || static_cast<int64_t>(worst) < num_nodes;
 }
 

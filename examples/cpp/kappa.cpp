@@ -162,19 +162,21 @@ bool on_a_gpu() {
     check(kappa_fill(graph, stream), "kappa_fill");
 
     x.copy_from(std::vector<float>(kNodes * kColumns, 1.0f));
-    check(spmm({.num_nodes = kNodes,
-                .num_columns = kColumns,
-                .nnz = nnz,
-                .row_offsets = offsets.data(),
-                .columns = columns.data(),
-                .values = values.data(),
-                .x = x.data(),
-                .x_stride = kColumns,
-                .y = y.data(),
-                .x_storage = Storage::kFloat32,
-                .y_storage = Storage::kFloat32},
-               stream),
-          "spmm");
+    SpmmArgs product{.num_nodes = kNodes,
+                     .num_columns = kColumns,
+                     .nnz = nnz,
+                     .row_offsets = offsets.data(),
+                     .columns = columns.data(),
+                     .values = values.data(),
+                     .x = x.data(),
+                     .x_stride = kColumns,
+                     .y = y.data(),
+                     .x_storage = Storage::kFloat32,
+                     .y_storage = Storage::kFloat32,
+                     .workspace = nullptr};
+    OnGpu<char> sums(static_cast<int64_t>(spmm_workspace(product)) + 1, stream);
+    product.workspace = sums.data();
+    check(spmm(product, stream), "spmm");
     const std::vector<int64_t> begin = offsets.to_host();
     const std::vector<float> value = values.to_host(), result = y.to_host();
     for (int64_t i = 0; i < kNodes; ++i) {

@@ -63,7 +63,8 @@ class Probe:
 
     def __init__(self, method: Method, num_classes: int, *, sample_rows: int = SAMPLE_ROWS) -> None:
         self.method, self.channels = method, num_classes
-        self._rows, self._labels = RowStore(sample_rows), []
+        self._rows = RowStore(sample_rows)
+        self._labels: list[Tensor] = []
         self._weight: Tensor | None = None  # float32 [C, D], of the features as they come
         self._bias: Tensor | None = None  # float32 [C]
 

@@ -25,8 +25,9 @@ class Listed(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        chosen = range(len(self))[index]
-        return [self.at(i) for i in chosen] if isinstance(index, slice) else self.at(chosen)
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(len(self))[index]]
+        return self.at(range(len(self))[index])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -76,7 +77,9 @@ class Names(Listed[str]):
         self._paths = paths
         stems = [self._stem(index) for index in range(len(paths))]
         seen: set[str] = set()
-        repeated = {stem for stem in stems if stem in seen or seen.add(stem)}
+        repeated: set[str] = set()
+        for stem in stems:
+            (repeated if stem in seen else seen).add(stem)
         self._whole = np.array([stem in repeated for stem in stems], bool)
 
     def __len__(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,9 @@ _BLOCK = 16384
 class _Standardized(nn.Module):
     """Every channel with mean 0 and variance 1 over the training rows."""
 
+    mean: Tensor
+    spread: Tensor
+
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", rows.mean(0))
@@ -39,7 +44,8 @@ class _Standardized(nn.Module):
 
 def network(rows: Tensor, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
     """An MLP on standardised rows, on their device."""
-    layers, width = [_Standardized(rows)], rows.shape[1]
+    layers: list[nn.Module] = [_Standardized(rows)]
+    width = rows.shape[1]
     for size in hidden:
         layers += [nn.Linear(width, size), nn.GELU()]
         width = size
@@ -139,7 +145,7 @@ class NeuralEstimator(GraphEstimator):
     def _then(self, matrix: Tensor) -> None:
         """Multiplies the network's outputs by a matrix: one more linear layer, folded into the last
         one."""
-        last = self._network[-1]
+        last: Any = self._network[-1]
         with torch.no_grad():
             matrix = matrix.to(last.weight.dtype)
             last.weight.copy_(matrix.T @ last.weight)

@@ -75,7 +75,8 @@ class BoundaryScores:
 
     def differences(self, weights: Tensor) -> list[dict[str, Any]]:
         """Of every column less the first under each matching, resample by resample; JSON-ready."""
-        told, firsts = [], {}
+        told: list[dict[str, Any]] = []
+        firsts: dict[str, tuple] = {}
         for (name, stage, matching), scores in self._found.items():
             first = firsts.setdefault(matching, (name, stage, scores))
             if first[2] is scores:

@@ -9,9 +9,6 @@ import hashlib
 import itertools
 import logging
 import math
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +27,7 @@ from nefkern.images.probe import PYRAMID_STRIDE, Input, feature_info, is_isotrop
 from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError, first_line
 from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.hub import go_offline_without_network
 from nefkern.runtime.precision import float32_products
 
 log = logging.getLogger(__name__)
@@ -84,6 +82,9 @@ class Backbone(nn.Module):
         UserError: a model whose maps cannot be had this way.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -95,7 +96,7 @@ class Backbone(nn.Module):
         identity: str = "",
     ) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)  # timm's models have no common type
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.identity = identity
@@ -214,8 +215,8 @@ class Backbone(nn.Module):
         inputs = self._padded(self.normalize(images))
         if inputs.is_cuda and not self.is_transformer:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        maps = maps(inputs)
-        tokens = [m[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2).float() for m in maps]
+        cut = [m[..., : grid[0], : grid[1]] for m in maps(inputs)]
+        tokens = [m.flatten(2).transpose(1, 2).float() for m in cut]
         concat = torch.cat(tokens, dim=-1)
         return Features(concat[..., -self.dim :].contiguous(), concat, grid)
 
@@ -256,6 +257,15 @@ class Backbone(nn.Module):
         h, w = self.grid(size)
         return _extended(images, h * self.patch, w * self.patch)
 
+    def maps(self, inputs: Tensor) -> list[Tensor]:
+        """Low and mid map, then the parts of the high one, ``[B, C, h, w]`` of whole, normalised
+        cells."""
+        return self._maps(self.model, inputs)
+
+    def padded_maps(self, inputs: Tensor) -> list[Tensor]:
+        """:meth:`maps`, with cells of padding where the model needs them."""
+        return self._maps(self.model, self._padded(inputs))
+
     def _padded(self, images: Tensor) -> Tensor:
         """Repeat edges up to what the model takes, where whole cells are not enough."""
         if self.fixed:
@@ -293,7 +303,7 @@ class Backbone(nn.Module):
                 final, maps = None, model.forward_intermediates(images, **options)
         by_index = dict(zip(indices, maps, strict=True))
         found = {"final": lambda _: final, "block": by_index.get, "keys": keys.get}
-        shape = (len(images), *grid)
+        shape = (images.shape[0], *grid)
         high = [_as_map(found[layer.kind](layer.index), layer, shape) for layer in self.high]
         return [*(by_index[index] for index in self.stages), *high]
 
@@ -426,7 +436,7 @@ def _as_map(found: Tensor | None, layer: Layer, shape: tuple[int, int, int]) -> 
         shape: ``(B, h, w)``; attention within windows has maps of its windows.
     """
     batch, h, w = shape
-    if found is not None and len(found) == batch:
+    if found is not None and found.shape[0] == batch:
         if found.ndim == 3 and found.shape[1] >= h * w:
             return found[:, found.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
         if found.ndim == 4 and tuple(found.shape[2:]) == (h, w):
@@ -522,7 +532,7 @@ def _create(name: str, *, pretrained: bool, side: int | None = None) -> nn.Modul
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"--backbone {name}: timm has no such model{hint}")
     if pretrained:
-        _go_offline_without_network()
+        go_offline_without_network()
     # Any input size where that can be had, else the one asked for; strides stay at 16 where they
     # can.
     attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
@@ -544,21 +554,6 @@ def _create(name: str, *, pretrained: bool, side: int | None = None) -> nn.Modul
                 f"({type(error).__name__}: {first_line(error)}); {sources.ways_out(name)}"
             ) from error
     raise UserError(f"--backbone {name}: timm cannot build it as a feature extractor")
-
-
-def _go_offline_without_network() -> None:
-    """Without a network: cached files or nothing, not a minute of the hub client's retries."""
-    from huggingface_hub import constants
-
-    hub = urllib.parse.urlsplit(constants.ENDPOINT)
-    proxy = urllib.request.getproxies().get(hub.scheme)
-    if proxy and not urllib.request.proxy_bypass(hub.hostname):
-        hub = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    port = hub.port or (443 if hub.scheme == "https" else 80)
-    try:
-        socket.create_connection((hub.hostname, port), timeout=5).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
 
 
 def _statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

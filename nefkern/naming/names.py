@@ -227,7 +227,8 @@ def _checked_name(name: Any, place: str) -> str:
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
-    return tuple(bytes.fromhex(colour[1:]))
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue
 
 
 def _is_int(value: Any) -> bool:

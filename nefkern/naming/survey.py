@@ -94,7 +94,8 @@ class _Best:
     """The ``count`` items of highest score; of equal ones, those that came first."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._heap, self._number = count, [], itertools.count()
+        self._count, self._number = count, itertools.count()
+        self._heap: list[tuple] = []
 
     def offer(self, score: float, item: object) -> None:
         heapq.heappush(self._heap, (score, -next(self._number), item))

@@ -35,8 +35,11 @@ def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
     if graph_a.device != graph_b.device:
         raise ValueError(f"graph_b: expected device {graph_a.device}, got {graph_b.device}")
     alpha = checks.finite_number("alpha", alpha)
-    tensors = registry.call("add", *graph_a.tensors(), *graph_b.tensors(), alpha)
-    return CSRGraph(*tensors, graph_a.num_nodes, graph_a.symmetric and graph_b.symmetric)
+    row_offsets, columns, values = registry.call(
+        "add", *graph_a.tensors(), *graph_b.tensors(), alpha
+    )
+    symmetric = graph_a.symmetric and graph_b.symmetric
+    return CSRGraph(row_offsets, columns, values, graph_a.num_nodes, symmetric)
 
 
 def _fake(row_offsets_a, columns_a, values_a, row_offsets_b, columns_b, values_b, alpha):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
         )
 
 
-def integer(name: str, value: object, least: int) -> int:
+def integer(name: str, value: Any, least: int) -> int:
     """``value`` as an int not below ``least``: any integer, NumPy's too, but no bool. Traces."""
     number = _as_int(value)
     if number is None:
@@ -76,7 +77,7 @@ def flag(name: str, value: object) -> bool:
     raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def _as_int(value: object) -> int | None:
+def _as_int(value: Any) -> Any:
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, torch.SymInt)):  # operator.index would fix a size while tracing
@@ -87,7 +88,7 @@ def _as_int(value: object) -> int | None:
         return None
 
 
-def finite_number(name: str, value: object, least: float = -math.inf) -> float:
+def finite_number(name: str, value: Any, least: float = -math.inf) -> float:
     """``value`` as a finite float not below ``least``: any real number, NumPy's and a tensor of one
     too, but no bool. Traces."""
     number = value

@@ -123,14 +123,14 @@ class CSRGraph:
 
     def to(self, device: torch.device | str) -> CSRGraph:
         """The same graph on ``device``."""
-        moved = (tensor.to(device) for tensor in self.tensors())
-        return CSRGraph(*moved, self.num_nodes, self.symmetric)
+        row_offsets, columns, values = (tensor.to(device) for tensor in self.tensors())
+        return CSRGraph(row_offsets, columns, values, self.num_nodes, self.symmetric)
 
     def transpose(self) -> CSRGraph:
         """The transposed graph: itself if symmetric."""
         if self.symmetric:
             return self
-        return CSRGraph(*csr.transpose(*self.tensors()), self.num_nodes, False)
+        return CSRGraph(*csr.transpose(*self.tensors()), num_nodes=self.num_nodes, symmetric=False)
 
     def to_torch(self) -> Tensor:
         """A ``torch.sparse_csr`` tensor [N, N] with int64 indices; shares ``values``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def feature_kappa(
     weights, indices = knn(features.detach(), k, segments=segments)
     if features.requires_grad and torch.is_grad_enabled():
         weights = _similarities(features, indices)
-    options = {"num_nodes": features.shape[0], "clamp_min": clamp_min}
+    options: dict[str, Any] = {"num_nodes": features.shape[0], "clamp_min": clamp_min}
     if pixel_indices is None:
         return normalized_adjacency(indices, weights, symmetrize=symmetrize, **options)
     return kappa(indices, weights, pixel_indices, alpha=alpha, **options)

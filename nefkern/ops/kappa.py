@@ -56,10 +56,10 @@ def kappa(
         indices, weights, pixel_indices, num_nodes, alpha, clamp_min
     )
     check_finite = checks.flag("check_finite", check_finite)
-    tensors = registry.call(
+    row_offsets, columns, values = registry.call(
         "kappa", indices, weights, pixel_indices, num_nodes, alpha, clamp_min, check_finite
     )
-    return CSRGraph(*tensors, num_nodes, True)
+    return CSRGraph(row_offsets, columns, values, num_nodes, True)
 
 
 def kappa_padded(
@@ -95,10 +95,10 @@ def kappa_padded(
     num_nodes, alpha, clamp_min = _checked(
         indices, weights, pixel_indices, num_nodes, alpha, clamp_min
     )
-    tensors = registry.call(
+    row_offsets, columns, values = registry.call(
         "kappa_padded", indices, weights, pixel_indices, num_nodes, alpha, clamp_min
     )
-    return CSRGraph(*tensors, num_nodes, True)
+    return CSRGraph(row_offsets, columns, values, num_nodes, True)
 
 
 def _checked(

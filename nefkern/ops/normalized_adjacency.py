@@ -64,10 +64,10 @@ def normalized_adjacency(
     check_finite = checks.flag("check_finite", check_finite)
     if symmetrize not in _SYMMETRIZE:
         raise ValueError(f"symmetrize: expected {' or '.join(_SYMMETRIZE)}, got {symmetrize!r}")
-    tensors = registry.call(
+    row_offsets, columns, values = registry.call(
         "normalized_adjacency", indices, weights, num_nodes, symmetrize, clamp_min, check_finite
     )
-    return CSRGraph(*tensors, num_nodes, True)
+    return CSRGraph(row_offsets, columns, values, num_nodes, True)
 
 
 def check_lists(

@@ -48,7 +48,9 @@ def mirrored_places(columns: Tensor) -> Tensor:
     return torch.sort(columns, stable=True).indices
 
 
-def transpose(row_offsets: Tensor, columns: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+def transpose(
+    row_offsets: Tensor, columns: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The transposed square matrix; a stable sort by column keeps its columns ascending."""
     rows = row_of_entry(row_offsets, columns.shape[0])
     by_column, order = torch.sort(columns, stable=True)

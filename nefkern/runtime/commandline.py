@@ -8,23 +8,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nefkern.runtime import hub
 from nefkern.runtime.errors import ArgumentParser, UserError, visible
 
 #: The largest seed that PyTorch's generators take.
 MAX_SEED = 2**63 - 1
+
+_MODULE = "python -m nefkern."
+
+#: How commands are called: what stands before their names.
+PROGRAM = _MODULE
 
 #: More processes than this are a slip of the keyboard, and bring a machine to its knees.
 MAX_WORKERS = 256
 
 
 def command_parser(name: str, description: str, examples: str) -> ArgumentParser:
-    """The parser of ``python -m nefkern.<name>``; both texts are shown as they are laid out."""
-    return ArgumentParser(
-        prog=f"python -m nefkern.{name}",
+    """The parser of a command; both texts are shown as they are laid out."""
+    return _CommandParser(
+        prog=f"{PROGRAM}{name}",
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+class _CommandParser(ArgumentParser):
+    """Its help names all commands as this one was called."""
+
+    def format_help(self) -> str:
+        return super().format_help().replace(_MODULE, PROGRAM)
 
 
 def log_to_stderr() -> None:
@@ -59,7 +72,13 @@ def make_output_folder(folder: Path) -> None:
 
 def add_run(parser: Any) -> None:
     """``RUN``, the run folder to work on."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
+    text = f"folder of a trained run; or {hub.SCHEME}OWNER/NAME, one on the model hub"
+    parser.add_argument("run", type=_run, metavar="RUN", help=text)
+
+
+def _run(text: str) -> Path:
+    # Without the scheme a slip in a folder's name would ask the network for it.
+    return hub.run_folder(text) if text.startswith(hub.SCHEME) else Path(text)
 
 
 def add_device(parser: Any, beside: str = "") -> None:

@@ -36,8 +36,8 @@ class FolderLock:
     _held: ClassVar[weakref.WeakValueDictionary[str, FolderLock]] = weakref.WeakValueDictionary()
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self._file = os.fstat(descriptor)
-        self._release = weakref.finalize(self, _release, path, descriptor, os.getpid())
+        self._file, self._owner = os.fstat(descriptor), os.getpid()
+        self._release = weakref.finalize(self, _release, path, descriptor, self._owner)
 
     @classmethod
     def of(cls, folder: Path, flag: str) -> FolderLock | None:
@@ -56,7 +56,7 @@ class FolderLock:
         with cls._mutex:
             held = cls._held.get(str(path))
             # Closing the file a second time would release this process's lock.
-            if held is not None and held._is_at(path):
+            if held is not None and held._is_held(path):
                 return held
             descriptor = _locked(path, f"{flag} {folder}")
             if descriptor is None:
@@ -64,8 +64,10 @@ class FolderLock:
             lock = cls._held[str(path)] = cls(path, descriptor)
             return lock
 
-    def _is_at(self, path: Path) -> bool:
-        return self._release.alive and _is_file(self._file, path)
+    def _is_held(self, path: Path) -> bool:
+        """Whether it is this process's, not its parent's, and of the file that is there."""
+        ours = self._release.alive and self._owner == os.getpid()
+        return ours and _is_file(self._file, path)
 
 
 def _locked(path: Path, what: str) -> int | None:

@@ -120,8 +120,8 @@ def comparison_row(
         colours: of the classes, uint8 ``[C, 3]``.
     """
     maps = (classes.numpy() for classes in (labels, *predicted))
-    photo, *maps = shrunk(image.permute(1, 2, 0).contiguous().numpy(), *maps)
-    return grid([[photo, *(colorize(index.astype(np.int64), colours) for index in maps)]])
+    photo, *small = shrunk(image.permute(1, 2, 0).contiguous().numpy(), *maps)
+    return grid([[photo, *(colorize(index.astype(np.int64), colours) for index in small)]])
 
 
 def panels(row: Image.Image, count: int) -> list[Image.Image]:

@@ -63,7 +63,7 @@ class Clusterer:
         else:
             rows = rows.flatten(0, 1)
         if self.fitted:
-            self.kmeans.partial_fit(self._prepared(rows))
+            self.kmeans.partial_fit(self.prepared(rows))
             return
         self._sample.add(rows)
         if self._sample.full:
@@ -97,7 +97,7 @@ class Clusterer:
         features = maps[self.method.map_name]
         if self.kmeans is None:
             return features
-        rows = self._prepared(features.movedim(1, -1))
+        rows = self.prepared(features.movedim(1, -1))
         if self.method.per_segment:
             found = F.one_hot(self.kmeans.predict(rows), self.num_clusters).float()
         else:
@@ -161,11 +161,12 @@ class Clusterer:
             self._mean = torch.zeros_like(self._scale)
         if self._scale is not None:
             for part in sample.split(1 << 16):
-                part.copy_(self._prepared(part.float()))
+                part.copy_(self.prepared(part.float()))
         self.kmeans.fit(sample)
         self.to(device)
 
-    def _prepared(self, rows: Tensor) -> Tensor:
+    def prepared(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., C]`` of a map as K-means sees them."""
         if self._scale is None:
             return rows
         scaled = (rows - self._mean) * self._scale

@@ -224,7 +224,7 @@ def png_text(path: Path) -> dict[str, str]:
     """The texts in a PNG; none of what is no PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            return dict(picture.text)
+            return dict(getattr(picture, "text", {}))
     except (OSError, ValueError, SyntaxError):
         return {}
 

@@ -20,6 +20,7 @@ from nefkern.ops import CSRGraph
 from nefkern.runtime.commandline import EDGES
 from nefkern.runtime.devices import choose_device
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.hub import run_folder
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.flip import flip_averaged
 from nefkern.segmentation.graph_edges import GraphRefiner
@@ -109,26 +110,29 @@ class Segmenter:
         cache: Path | None = None,
         flip: bool = False,
     ) -> Segmenter:
-        """Load a run folder.
+        """Load a run folder, or a run on the model hub.
 
         Args:
-            run: what ``python -m nefkern.train`` wrote.
+            run: what ``python -m nefkern.train`` wrote; or a repository of
+                ``python -m nefkern.push``: text such as "hf://owner/name",
+                "hf://owner/name@revision", or "owner/name" where there is no such folder. Of a
+                repository only safetensors and YAML are taken.
             device: "cpu", "cuda", or "auto".
             cache: keep the backbone's maps in this folder, for images seen again.
             flip: average logits over an image and its mirror image: twice the time.
 
         Raises:
-            UserError: no run there, no checkpoint yet or one of another version, or other backbone
-                weights than the run's.
+            UserError: no run there, a repository that cannot be had, no checkpoint yet or one of
+                another version, or other backbone weights than the run's.
         """
-        folder = Run(run)
+        folder = Run(run_folder(run))
         options, config = folder.options(), folder.config()
         found = folder.load()
         if found is None:
             raise UserError(f"{run}: holds no checkpoint yet")
         backbone = load_backbone(
             options.backbone,
-            options.weights,
+            folder.weights(options),
             high=options.high,
             input_size=options.input_size,
             device=choose_device(device),
@@ -433,15 +437,16 @@ def _trained(
                 f"{run.path(CONFIG)} --out {run.folder} --resume goes on"
             )
         pairs = options.graph().pixel_graphs
-        trained = SpectralModel.from_state(tensors, pairs, run.path(CHECKPOINT))
-        channels = backbone.concat_dim if trained.every else backbone.dim
-        if trained.kmeans is None or trained.embedding.rows.shape[1] != channels:
+        model = SpectralModel.from_state(tensors, pairs, run.path(CHECKPOINT))
+        channels = backbone.concat_dim if model.every else backbone.dim
+        if model.kmeans is None or model.embedding.rows.shape[1] != channels:
             raise UserError(f"{run.path(CHECKPOINT)}: does not fit the run's backbone")
-    else:
-        config = options.eigenfunction(transformer=backbone.is_transformer)
-        trained = Eigenfunction(backbone.concat_dim, config)
-        trained.load(tensors, run.folder)
-    return trained.to(backbone.mean.device)
+        return model.to(backbone.mean.device)
+    psi = Eigenfunction(
+        backbone.concat_dim, options.eigenfunction(transformer=backbone.is_transformer)
+    )
+    psi.load(tensors, run.folder)
+    return psi.to(backbone.mean.device)
 
 
 def clusters_of(run: Run, options: TrainOptions, device: torch.device) -> Clusterer | None:

@@ -158,6 +158,9 @@ class Eigenfunction(nn.Module):
             feature map.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, width: int, config: EigenfunctionConfig) -> None:
         super().__init__()
         count = config.num_eigenfunctions

@@ -165,8 +165,7 @@ class Embedding:
         lists = new if isinstance(new, NeighbourLists) else self.neighbours(new)
         weights = cross_weights(lists.indices, lists.similarities, self.degrees)
         alpha = 0.0 if pixel is None else self.alpha
-        least = max(_LEAST_RATIO * alpha, 1e-6 * float(self.values.abs().amax()))
-        count = int((self.values > least).sum())  # they descend
+        count = self.extended(alpha)
         found = self.vectors.new_zeros(
             len(weights),
             len(self.values),
@@ -180,6 +179,11 @@ class Embedding:
             alpha=alpha,
         )
         return found
+
+    def extended(self, alpha: float) -> int:
+        """How many of the columns, the first, :meth:`extend` does not leave at 0."""
+        least = max(_LEAST_RATIO * alpha, 1e-6 * float(self.values.abs().amax()))
+        return int((self.values > least).sum())  # they descend
 
     def same_rows(self, new: Tensor, lists: NeighbourLists) -> Tensor:
         """Which old row each new one equals, of those in its list; int64 ``[n]``, -1 for none."""

@@ -96,8 +96,8 @@ def _plus_plus(rows: Tensor, num_clusters: int, seed: int, blocks: Blocks) -> Te
     for _ in range(num_clusters - 1):
         cumulated = nearest.double().cumsum(0)
         drawn = torch.rand(trials, generator=generator, dtype=torch.float64).to(rows.device)
-        candidates = torch.searchsorted(cumulated, drawn * cumulated[-1], right=True)
-        candidates = candidates.clamp(max=len(rows) - 1).tolist()
+        places = torch.searchsorted(cumulated, drawn * cumulated[-1], right=True)
+        candidates = places.clamp(max=len(rows) - 1).tolist()
         after = _distances_with(rows, norms, nearest, candidates, blocks)
         best = int(after.sum(0, dtype=torch.float64).argmin())
         chosen.append(candidates[best])
@@ -310,13 +310,13 @@ class KMeans:
         up-sampled *feature*.
         """
         flat = rows.to(self.centers).flatten(0, -2)
-        blocks = [self._scores(block) for block in flat.split(_MINIBATCH)]
+        blocks = [self.scores(block) for block in flat.split(_MINIBATCH)]
         return torch.cat(blocks).unflatten(0, rows.shape[:-1])
 
     def predict(self, rows: Tensor) -> Tensor:
         """The nearest centre of every row ``[..., C]``, int64 ``[...]``; ties to the lower."""
         flat = rows.to(self.centers).flatten(0, -2)
-        found = [self._scores(b).argmax(1) for b in flat.split(_MINIBATCH)]
+        found = [self.scores(b).argmax(1) for b in flat.split(_MINIBATCH)]
         return torch.cat(found).view(rows.shape[:-1])
 
     def to(self, device: torch.device | str) -> KMeans:
@@ -347,7 +347,8 @@ class KMeans:
         self.num_clusters = len(self.centers)
         return self
 
-    def _scores(self, block: Tensor) -> Tensor:
+    def scores(self, block: Tensor) -> Tensor:
+        """:meth:`logits` of float32 rows ``[n, C]``, all at once."""
         # Seen from the sample's mean the norms are small, and so is float32 cancellation.
         centers = self.centers - self._origin
         return torch.addmm(-0.5 * centers.square().sum(1), block - self._origin, centers.T)

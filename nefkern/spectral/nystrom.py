@@ -26,6 +26,9 @@ from torch import Tensor
 from nefkern.ops import CSRGraph, checks, spmm
 from nefkern.ops.csr import check_graph
 
+#: Of :func:`extend`, as a share of the term with P.
+TOLERANCE = 1e-6
+
 #: λ / α from which a system is solved: closer, thousands of products would be needed.
 _LEAST_RATIO = 1.0001
 
@@ -93,7 +96,7 @@ def extend(
     *,
     pixel: CSRGraph | None = None,
     alpha: float = 0.0,
-    tol: float = 1e-6,
+    tol: float = TOLERANCE,
 ) -> Tensor:
     """Values of eigenvectors at new rows: (λ − α P)^(-1) κ_F V, column by column.
 
@@ -132,7 +135,7 @@ def extend(
     start = _gathered(safe, weights.to(dtype), vectors.to(dtype)).div_(lam)
     if alpha == 0 or not start.numel():
         return start
-    return _semi_iteration(start, pixel, alpha / lam, _steps(alpha / lam.min().item(), tol))
+    return _semi_iteration(start, pixel, alpha / lam, steps(alpha / lam.min().item(), tol))
 
 
 def _semi_iteration(start: Tensor, pixel: CSRGraph, ratio: Tensor, steps: int) -> Tensor:
@@ -146,8 +149,9 @@ def _semi_iteration(start: Tensor, pixel: CSRGraph, ratio: Tensor, steps: int) -
     return x
 
 
-def _steps(ratio: float, tol: float) -> int:
-    """The degree at which Chebyshev's polynomial at 1/ratio exceeds 1/tol."""
+def steps(ratio: float, tol: float = TOLERANCE) -> int:
+    """Products with P: the degree at which Chebyshev's polynomial at 1/ratio exceeds 1/tol, for the
+    largest ``ratio`` α / λ."""
     return max(1, math.ceil(math.acosh(1 / tol) / math.acosh(1 / ratio)))
 
 

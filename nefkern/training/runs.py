@@ -37,6 +37,9 @@ CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.
 PREVIOUS = "checkpoint-previous.safetensors"
 CLUSTERS, GRAPH = "clusters.safetensors", "graph.safetensors"
 
+#: The backbone's weights, of runs that brought them along from the model hub.
+BACKBONE = "backbone.safetensors"
+
 #: What a run of ``--method spectral`` computes, in this order; each is kept in the checkpoint.
 STAGES = ("features", "eigenpairs", "clusters")
 
@@ -197,12 +200,15 @@ class Run:
 
     def save(self, weights: dict[str, Tensor], state: dict[str, Any], step: int) -> None:
         """Replace the checkpoint: state first, then the weights that name it."""
-        name = f"state-{step:07d}.pt"
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
+        digest = _sha256(content)
+        # A step's state may be written twice, at the end of an epoch too: never over the one that
+        # the checkpoint names.
+        name = f"state-{step:07d}-{digest[:8]}.pt"
         replace_file(self.path(name), content)
-        told = {"step": str(step), "state": name, "state_sha256": _sha256(content)}
+        told = {"step": str(step), "state": name, "state_sha256": digest}
         self._write_checkpoint(weights, told)
         kept = {name, self._metadata(PREVIOUS).get("state")}
         for old in self.folder.glob("state-*.pt"):
@@ -279,7 +285,7 @@ class Run:
             UserError: it is not there, or not as it was written.
         """
         name = metadata.get("state", "")
-        if not re.fullmatch(r"state-\d+\.pt", name):  # a path could lead anywhere
+        if not re.fullmatch(r"state-\d+(-[0-9a-f]+)?\.pt", name):  # a path could lead anywhere
             raise UserError(f"--resume: {self.path(CHECKPOINT)} names no state of this run")
         path = self.path(name)
         if not path.exists():
@@ -352,6 +358,11 @@ class Run:
         """Of the checkpoint."""
         found = self.load()
         return found[1].get("step", "") if found else ""
+
+    def weights(self, options: TrainOptions) -> str:
+        """Of the backbone, where they come from: the run's own file, or as the options say."""
+        own = self.path(BACKBONE)
+        return str(own) if own.exists() else options.weights
 
     def feature_cache(self, options: TrainOptions) -> Path | None:
         """Where training keeps the backbone's maps; None: it sees no crop twice."""

@@ -39,6 +39,7 @@ _STATE = {
     f"[{_SCALE}std]": (FLOATS, "C"),
     f"[{_SPANNED}]": (FLOATS, "m C"),
     f"[{_CLUSTERS}centers]": (FLOATS, "K D"),
+    f"[{_TEMPERATURE}]": (FLOATS, ""),
 }
 
 
@@ -47,6 +48,8 @@ def _check(state: dict[str, Tensor]) -> None:
     sizes = check_state(state, _STATE)
     if int(state[_NEIGHBOURS]) < 1:
         raise ValueError(f"{_NEIGHBOURS}: expected at least 1, got {int(state[_NEIGHBOURS])}")
+    if _TEMPERATURE in state and float(state[_TEMPERATURE]) <= 0:
+        raise ValueError(f"{_TEMPERATURE}: expected above 0, got {float(state[_TEMPERATURE])}")
     width = sizes["m"] + (sizes["C"] if _SPANNED in state else 0)
     if sizes.get("D", width) != width:
         raise ValueError(f"{_CLUSTERS}centers: expected {width} columns, got {sizes['D']}")
@@ -133,7 +136,7 @@ class SpectralModel:
         vectors, rows = self.embedding.vectors, self.embedding.rows
         blocks = zip(vectors.split(_BLOCK), rows.split(_BLOCK), strict=True)
         product = sum(v.double().T @ x.double() for v, x in blocks)
-        return replace(self, spanned=(product / len(rows) / self._size()).float())
+        return replace(self, spanned=(product / len(rows) / self.size()).float())
 
     def cluster_rows(self, functions: Tensor) -> Tensor:
         """What K-means sees of :meth:`functions`: unit rows of the eigenvectors v (Ng, Jordan,
@@ -172,7 +175,7 @@ class SpectralModel:
         votes = torch.zeros_like(scores).scatter_add_(1, clusters, weights.to(scores.dtype))
         return replace(self, temperature=fitted_temperature(scores, votes))
 
-    def _size(self) -> Tensor:
+    def size(self) -> Tensor:
         """Root mean square of the eigenvectors' values."""
         return self.embedding.vectors.square().mean().sqrt().clamp_min(1e-30)
 
@@ -195,7 +198,7 @@ class SpectralModel:
         if self.embedding.alpha > 0:
             pixel = pixel_graph(images, features.grid, self.pixel_graphs)
         found = self.embedding.extend(self.rows(features), pixel).float()
-        found /= self._size()
+        found /= self.size()
         return found.unflatten(0, (len(images), -1))
 
     def to(self, device: torch.device | str) -> SpectralModel:

@@ -107,16 +107,16 @@ def launch(kernel: Any, grid: Any) -> Callable[..., None]:
 
 def _launch(kernel: JITFunction, grid: Any, *args: Any, **options: Any) -> None:
     device = driver.active.get_current_device()
-    key, values = [id(kernel), device, *options.values()], []
+    parts, values = [id(kernel), device, *options.values()], []
     for x in args:
         if isinstance(x, torch.Tensor):
             address = x.data_ptr()
-            key += (x.dtype, address % 16)
+            parts += (x.dtype, address % 16)
             values.append(address)
         else:
-            key.append(float if type(x) is float else x)
+            parts.append(float if type(x) is float else x)
             values.append(x)
-    key = tuple(key)
+    key = tuple(parts)
     if key in _COMPILED:
         compiled, constants = _COMPILED[key]
         sizes = grid(options) if callable(grid) else grid

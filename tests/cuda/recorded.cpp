@@ -58,6 +58,8 @@ cudaError_t run_knn() {
     args.database_rows = 0;
   }
   args.tuning.chunk_rows = number("chunk_rows", args.tuning.chunk_rows);
+  args.tuning.candidate_bytes = number("candidate_bytes", args.tuning.candidate_bytes);
+  args.tuning.tile_side = number("tile_side", args.tuning.tile_side);
   args.tuning.sample_share = number("sample_share", args.tuning.sample_share);
   args.tuning.fused_share = number("fused_share", args.tuning.fused_share);
   args.tuning.keep = number("keep", args.tuning.keep);
@@ -67,17 +69,20 @@ cudaError_t run_knn() {
 
 cudaError_t run_spmm() {
   const auto storage = static_cast<Storage>(number("storage"));
-  const SpmmArgs args{.num_nodes = number("n"),
-                      .num_columns = number("columns"),
-                      .nnz = number("nnz"),
-                      .row_offsets = device<int64_t>(),
-                      .columns = device<int32_t>(),
-                      .values = device<float>(),
-                      .x = device<float>(number("shift")),
-                      .x_stride = number("columns"),
-                      .y = device<float>(),
-                      .x_storage = storage,
-                      .y_storage = number("wide_y", 1) ? Storage::kFloat32 : storage};
+  SpmmArgs args{.num_nodes = number("n"),
+                .num_columns = number("columns"),
+                .nnz = number("nnz"),
+                .row_offsets = device<int64_t>(),
+                .columns = device<int32_t>(),
+                .values = device<float>(),
+                .x = device<float>(number("shift")),
+                .x_stride = number("columns"),
+                .y = device<float>(),
+                .x_storage = storage,
+                .y_storage = number("wide_y", 1) ? Storage::kFloat32 : storage,
+                .workspace = nullptr};
+  std::printf("workspace %zu\n", spmm_workspace(args));
+  args.workspace = device<char>();
   return spmm(args, kStream);
 }
 

@@ -33,6 +33,8 @@ ASSEMBLIES = {
 OPERATORS = [
     *ASSEMBLIES.items(),
     ("kappa", ASSEMBLIES["kappa"] | {"padded": 1}),
+    ("kappa", ASSEMBLIES["kappa"] | {"n": 70_000}),  # sorted, not merged
+    ("normalized_adjacency", {"n": 70_000, "k": 7}),
     ("spmm", {"n": 300, "columns": 100, "nnz": 900}),
     ("knn", {"n": 300, "k": 4, "channels": 5}),
     ("knn", {"n": 300, "k": 4, "channels": 40, "method": BASELINE, "metric": EUCLIDEAN}),
@@ -116,7 +118,20 @@ def test_every_kernel_is_launched(compiled):
 def test_spmm_has_a_grid_for_any_shape(n, columns, shift):
     (launch,) = recorded("spmm", n=n, columns=columns, nnz=1, shift=shift).launches
     a_tile = 128 if shift else 256
-    assert launch.grid == (-(-n // 8) * -(-columns // a_tile), 1, 1)
+    rows = 32 if n <= 65_536 and not shift else 8
+    assert launch.grid == (-(-n // rows) * -(-columns // a_tile), 1, 1)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(256, 32), (20, 8)])
+def test_blocks_for_the_pieces_of_long_rows(columns, rows):
+    """Where there may be some; 8 chunks of 2,048 entries each, before those of the rows."""
+    assert recorded("spmm", n=300, columns=columns, nnz=2048).workspace == 0
+    found = recorded("spmm", n=300, columns=columns, nnz=100_000)
+    chunks = -(-100_000 // 2048)
+    pieces, rows = -(-chunks // 8), -(-300 // rows)
+    assert [launch.grid[0] for launch in found.launches] == [pieces + rows, pieces]
+    assert "join_pieces" in found.launches[1].kernel
+    assert found.workspace == 2 * chunks * columns * 4
 
 
 def test_a_grid_that_no_gpu_has_is_an_error_not_another_grid():
@@ -133,7 +148,8 @@ def test_knn_of_millions_of_rows(method):
     assert found.returned == 0
     assert max(launch.grid[0] for launch in found.launches) > 65_535
     assert found.workspace > n * channels * 4
-    assert found.workspace < n * (channels * 8 + 1_000), "O(N k) and a fixed part"
+    fixed = (4 << 30) if method == FUSED else 0  # of candidates
+    assert found.workspace < n * (channels * 8 + 1_000) + fixed, "O(N k) and a fixed part"
 
 
 @pytest.mark.parametrize("method", [BASELINE, FUSED])
@@ -144,7 +160,7 @@ def test_knn_of_few_rows_in_millions(method):
     assert found.returned == 0
     assert m * channels * 4 < found.workspace < m * (channels * 8 + 1_000)
     tiles = [launch for launch in found.launches if "tile" in launch.kernel]
-    assert max(launch.grid[0] for launch in tiles) <= 8 * -(-m // 128)
+    assert max(launch.grid[0] for launch in tiles) <= 8 * (-(-m // 128) + 16)  # whole squares
     assert any("estimate_tiles" in launch.kernel for launch in tiles) == (method == FUSED)
 
 
@@ -156,7 +172,7 @@ def test_the_tiles_of_segments_are_those_of_their_candidates(database):
     found = recorded("knn", **sizes, database=database)
     tiles = [launch for launch in found.launches if "exact_tile" in launch.kernel]
     reach = (128 // 10 + 2) * (10 if database < 0 else 25)
-    assert 0 < sum(launch.grid[0] for launch in tiles) <= -(-n // 128) * -(-reach // 128)
+    assert 0 < sum(launch.grid[0] for launch in tiles) <= -(-n // 128) * -(-reach // 64)
 
 
 def test_an_empty_database_needs_no_scores():
@@ -182,9 +198,9 @@ def test_more_nodes_than_int32_are_refused(op):
 
 
 @pytest.mark.parametrize(
-    "tuning", [{"chunk_rows": 100}, {"chunk_rows": 0}, {"sample_share": 0}, {"fused_share": 0},
-               {"keep": 0}, {"keep": 5000}, {"k": 0}, {"n": 2**31}, {"n": -1},
-               {"database": 2**31 - 300}],
+    "tuning", [{"chunk_rows": 100}, {"chunk_rows": 0}, {"candidate_bytes": -1}, {"tile_side": 0},
+               {"sample_share": 0}, {"fused_share": 0}, {"keep": 0}, {"keep": 2049}, {"k": 0},
+               {"n": 2**31}, {"n": -1}, {"database": 2**31 - 300}],
 )  # fmt: skip
 def test_knn_refuses_what_it_cannot_follow(tuning):
     found = recorded("knn", **{"n": 300, "k": 4, **tuning})
@@ -197,7 +213,7 @@ def test_a_rerank_that_does_not_fit_is_left_to_the_baseline():
     sizes = {"n": 200_000, "k": 2048, "channels": 40, "method": FUSED}
     fused = recorded("knn", **sizes)
     assert any("rerank_rows" in launch.kernel for launch in fused.launches)
-    sparse = recorded("knn", **sizes, sample_share=500)
+    sparse = recorded("knn", **sizes, sample_share=2000)
     assert sparse.returned == 0
     assert not any("rerank_rows" in launch.kernel for launch in sparse.launches)
 
@@ -220,6 +236,8 @@ def test_nothing_is_nothing_to_do(op):
         ("knn of pixels", "knn", {"n": 14400, "k": 10, "channels": 5, "segments": 16,
                                   "metric": EUCLIDEAN}, 2),
         ("kappa", "kappa", {"n": 14400, "k": 256, "near": 15}, 1),
+        ("normalized_adjacency", "normalized_adjacency", {"n": 14400, "k": 256}, 1),
+        ("add", "add", {"n": 14400, "nnz": 4_550_000}, 1),
     ],
 )  # fmt: skip
 def test_estimates_count_what_is_launched(part, op, sizes, calls):
@@ -231,12 +249,42 @@ def test_estimates_count_what_is_launched(part, op, sizes, calls):
     assert calls * len(events) == counted
 
 
+def capacity_of(**sizes) -> int:
+    """Candidates of a row: 128 more rows at a time take so much more workspace."""
+    one, two = (recorded("knn", **sizes, chunk_rows=128 * c).workspace for c in (1, 2))
+    a_row, rest = divmod(two - one, 128)
+    assert rest == 0
+    return (a_row - 12) // 8  # threshold, count and place on a list; score and index
+
+
 def test_estimates_have_the_candidates_of_the_fused_knn():
-    """Its buffer of candidates, in the re-rank's shared memory, follows from sample and rank."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton")  # the buffers follow from sample and rank
     from bench import roofline
 
-    found = recorded("knn", n=roofline.N, k=roofline.NEIGHBOURS, method=FUSED)
-    (rerank,) = [launch for launch in found.launches if "rerank_rows" in launch.kernel]
-    most = (roofline.RANK + 5 * roofline.RANK**0.5 + 5) * roofline.N / roofline.SAMPLE
-    assert rerank.bytes == 512 * 8 + 32 * -(-int(most) // 32) * 4
+    for n, k, rank, sample in (
+        (roofline.N, roofline.NEIGHBOURS, roofline.RANK, roofline.SAMPLE),
+        (roofline.MANY, roofline.FEW, 8, roofline.MANY_SAMPLE),
+    ):
+        most = (rank + 5 * rank**0.5 + 5) * n / sample
+        assert capacity_of(n=n, k=k, method=FUSED) == 32 * -(-int(most) // 32)
+    assert 32 * -(-int(most) // 32) == roofline.MANY_CAPACITY
+
+
+def test_all_rows_of_a_segment_are_one_chunk_where_their_candidates_have_room():
+    """Then a pair's score is computed once: tiles of one triangle, by squares of 16 x 16."""
+    sizes = {"n": 100_000, "k": 10, "method": FUSED}
+    (tiles,) = estimates(**sizes)
+    high = -(-100_000 // 128)
+    assert high * (high + 1) // 2 <= tiles <= (high + 16) * (high + 32) // 2
+    capacity = capacity_of(**sizes)
+    some = estimates(**sizes, candidate_bytes=8 * capacity * 40_000)
+    assert len(some) == 3
+    assert sum(some) > 1.5 * tiles
+    least = estimates(**{**sizes, "n": 5000}, candidate_bytes=0)
+    assert len(least) == 40  # a tile's rows at a time
+
+
+def estimates(**sizes) -> list[int]:
+    """Blocks of every launch of estimates of all pairs."""
+    launches = recorded("knn", **sizes).launches
+    return [one.grid[0] for one in launches if "estimate_tilesILb0" in one.kernel]

@@ -55,6 +55,13 @@ def test_spmm_loads_16_bytes(found):
     assert not any("LDG.E.128" in r.code for r in by_element)
 
 
+def test_spmm_copies_16_bytes_into_shared_memory(found):
+    shared = [r for r in found if "spmm_shared_rows" in r.kernel]
+    assert len(shared) == 10 * len(resources.architectures())
+    needed = r"LDGSTS\.E\.BYPASS\S*\.128"
+    assert [(r.kernel, r.arch) for r in shared if not re.search(needed, r.code)] == []
+
+
 def test_knn_estimates_on_tensor_cores(found):
     tiles = [r for r in found if "estimate_tiles" in r.kernel]
     assert len(tiles) == 2 * len(resources.architectures())
@@ -64,13 +71,42 @@ def test_knn_estimates_on_tensor_cores(found):
 
 def test_knn_loads_16_bytes(found):
     exact = [r for r in found if re.search("exact_tile|rerank_rows|direct_rows", r.kernel)]
-    assert len(exact) == 15 * len(resources.architectures())
-    assert [(r.kernel, r.arch) for r in exact if not re.search(r"LDG\.E\.128", r.code)] == []
+    assert len(exact) == 18 * len(resources.architectures())
+    wide = r"LDG\.E\.128|LDGSTS\.E\.BYPASS\S*\.128"
+    assert [(r.kernel, r.arch) for r in exact if not re.search(wide, r.code)] == []
+
+
+def test_most_of_a_reranks_loop_are_its_products(found):
+    """Sixteen channels of two candidates a lane with four rows: 128 multiply-adds of a warp."""
+    for r in found:
+        if (
+            "rerank_rows" not in r.kernel
+            or "KnnMetricE1" in r.kernel
+            or "GroupILi1" not in r.kernel
+        ):
+            continue
+        loop = shortest_loop(r.code, "FFMA", 100)
+        assert sum("FFMA" in one for one in loop) == 128
+        assert len(loop) <= 340, (r.arch, len(loop))
+
+
+def shortest_loop(code: str, instruction: str, times: int) -> list[str]:
+    """The instructions of the shortest loop that has this one at least so many times."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    places = {int(place, 16): text for place, text in lines}
+    loops = []
+    for place, text in places.items():
+        if back := re.search(r"BRA.*?0x([0-9a-f]+)", text):
+            first = int(back[1], 16)
+            loop = [one for at, one in places.items() if first <= at <= place]
+            if sum(instruction in one for one in loop) >= times:
+                loops.append(loop)
+    return min(loops, key=len)
 
 
 def test_only_flags_are_written_atomically(found):
     """Results must not depend on the order of atomic additions: there are none in floats."""
-    graph = [r for r in found if r.source in ("add", "normalized_adjacency", "spmm")]
+    graph = [r for r in found if r.source in ("add", "kappa", "normalized_adjacency", "spmm")]
     assert [r.kernel for r in graph if re.search(r"\b(RED|ATOM)\S*\.F(16|32|64)", r.code)] == []
 
 

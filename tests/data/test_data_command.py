@@ -217,7 +217,7 @@ def test_a_void_of_the_publisher_s_is_no_class(run, tmp_path, complete):
     """ADE20K's void is index 0: nothing is said of 255."""
     _, out, _ = check(run, "ade20k", build("ade20k", tmp_path))
     assert "note: no pixel is wall" in out or "note: no pixel is building" in out
-    assert "255" not in out
+    assert "255" not in out.replace(str(tmp_path), "")  # a folder of many runs may be called so
 
 
 def test_images_in_folders_inside_are_noted(run, tmp_path):

@@ -8,7 +8,9 @@
 //
 // Shared memory: 32 banks of 4 bytes; a wavefront serves every bank once. Accesses of 8 bytes are
 // served by half warps, of 16 by quarters; lanes that read (or write) the same word share it, and
-// atomic operations on it follow one another. Global memory: sectors of 32 bytes.
+// atomic operations on it follow one another. Global memory: sectors of 32 bytes, and lines of 128,
+// of which the first-level cache, the same unit as shared memory, serves one a wavefront; what
+// cp.async brings goes past it.
 #include <array>
 #include <cstdio>
 #include <map>
@@ -20,12 +22,13 @@
 namespace nefkern::emulator {
 namespace {
 
-constexpr size_t kSector = 32, kBanks = 32, kWord = 4;
+constexpr size_t kSector = 32, kLine = 128, kBanks = 32, kWord = 4;
 
 struct Counts {
   uint64_t launches = 0, blocks = 0;
   uint64_t shared_wavefronts = 0, shared_instructions = 0;
   uint64_t global_instructions = 0;
+  uint64_t lines = 0;              // of the first-level cache, by every instruction
   uint64_t sectors_read = 0;       // by every instruction
   uint64_t sectors_read_once = 0;  // by every block
   uint64_t sectors_written = 0;
@@ -34,7 +37,7 @@ struct Counts {
   std::map<uintptr_t, uint64_t> code;  // basic block: executions by a warp
 };
 
-enum class Kind : uint8_t { kRead, kWrite, kAtomic };
+enum class Kind : uint8_t { kRead, kWrite, kAtomic, kCopy };  // kCopy: a read past the first level
 
 // An instruction of a warp: what its lanes access.
 struct Instruction {
@@ -113,9 +116,15 @@ void add_global(const Instruction& one) {
   std::sort(sectors.begin(), sectors.end());
   if (one.kind != Kind::kAtomic)
     sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
-  (one.kind == Kind::kRead ? counts->sectors_read : counts->sectors_written) += sectors.size();
+  const bool reads = one.kind == Kind::kRead || one.kind == Kind::kCopy;
+  (reads ? counts->sectors_read : counts->sectors_written) += sectors.size();
+  uintptr_t line = 0;
   for (const uintptr_t sector : sectors) {
+    const uintptr_t own = sector / (kLine / kSector);
+    if (one.kind != Kind::kCopy && own != line) ++counts->lines;
+    line = own;
     if (one.kind == Kind::kRead) counts->sectors_read_once += seen_by_block.insert(sector).second;
+    if (one.kind == Kind::kCopy) ++counts->sectors_read_once;
     counts->sectors_touched += seen_by_launch.insert(sector).second;
   }
   ++counts->global_instructions;
@@ -165,6 +174,7 @@ void write_all() {
         {"shared_wavefronts", one.shared_wavefronts},
         {"shared_instructions", one.shared_instructions},
         {"global_instructions", one.global_instructions},
+        {"lines", one.lines},
         {"sectors_read", one.sectors_read},
         {"sectors_read_once", one.sectors_read_once},
         {"sectors_written", one.sectors_written},
@@ -232,8 +242,10 @@ void nefkern_count_barrier(unsigned size) {
   counts->barriers += size;
   for (unsigned warp = 0; warp < size; ++warp) finish_interval(warp);
 }
-void nefkern_count_wide(const void* address, bool write) {
-  note(address, 16, write ? Kind::kWrite : Kind::kRead, __builtin_return_address(0));
+void nefkern_count_wide(const void* address, bool write, void* place) {
+  const Range* range = range_of(reinterpret_cast<uintptr_t>(address));
+  const Kind read = range && !range->shared ? Kind::kCopy : Kind::kRead;
+  note(address, 16, write ? Kind::kWrite : read, place);
 }
 void nefkern_count_quiet(bool begin) { quiet += begin ? 1 : -1; }
 

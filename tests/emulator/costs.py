@@ -8,7 +8,8 @@ slow, and counts for every kernel, per row of its result (entry, pair; what is s
   block's first-level cache keeps all that it has read, ``sectors_written``), products of tensor
   cores, and instructions of memory, collectives and barriers.
 - estimated: ``issued``, all instructions of a warp: the basic blocks that it ran, weighed by their
-  arithmetic, comparisons and branches as g++ compiles them, without unrolling. nvcc's are fewer.
+  arithmetic, comparisons and branches as g++ compiles them, without unrolling (but for spmm).
+  nvcc's are fewer: of spmm's 83 an entry some 33.
 
 Lanes of a warp that part and meet again are taken together as far as they can be; see
 cost_counter.cpp. Atomic operations on one word of shared memory are counted one by one.
@@ -30,12 +31,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.emulator import emulated
+from tests.emulator import emulated, graphs, other_costs
+from tests.emulator.graphs import Lists
 
 #: Instructions of x86 that a GPU has none for, or that are counted elsewhere (memory, calls).
 NOT_ISSUED = re.compile(r"(c?mov|push|pop|call|ret|nop|endbr|leave|cdq|cqo|xchg|data16|cs$|hlt)")
 #: Calls that are an instruction of a GPU, or two.
 ARITHMETIC_CALL = re.compile(r"<(fmaf?|sqrtf?|fabsf?|fm(in|ax)f?)@plt")
+
+#: What stands in for an instruction of a GPU, and the emulator's own.
+TWIN = re.compile(r"nefkern::(emulator::|cuda::(twins::|cp_async_|mma_|ldmatrix_))")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Cost:
 
     shared_wavefronts: float
     shuffles: float
+    lines: float
     sectors_read: float
     sectors_once: float
     sectors_written: float
@@ -54,6 +60,11 @@ class Cost:
     def shared(self) -> float:
         """Clocks of a multiprocessor's shared memory: wavefronts and shuffles take one each."""
         return self.shared_wavefronts + self.shuffles
+
+    @property
+    def first_level(self) -> float:
+        """The same of the unit that shared memory and the first-level cache are."""
+        return self.shared + self.lines
 
     @property
     def cached(self) -> tuple[float, float]:
@@ -70,14 +81,15 @@ class Case:
 
     program: str
     case: str
-    rows: int
+    rows: int | Callable[[], int]
     make: Callable[[], tuple[Mapping[str, np.ndarray], Mapping[str, float]]]
 
     def run(self) -> dict[str, Cost]:
         """Costs by kernel."""
         inputs, numbers = self.make()
         found = counted(self.program, self.case, inputs, numbers)
-        return {name: cost_of(counts, self.rows) for name, counts in found.items()}
+        rows = self.rows if isinstance(self.rows, int) else self.rows()
+        return {name: cost_of(counts, rows) for name, counts in found.items()}
 
 
 def counted(
@@ -142,7 +154,10 @@ def block_weights(executable: Path) -> dict[int, int]:
     block, waiting, own = None, False, False
     for line in listing.splitlines():
         if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            own = "nefkern::cuda::" in head[1] and "launch" not in head[1].split("(")[0]
+            # Some names of templates objdump leaves as they are.
+            named = "nefkern::cuda::" in head[1] or "7nefkern4cuda" in head[1]
+            own = named and "launch" not in head[1].split("(")[0]
+            own = own and not TWIN.search(head[1])
             block = None
             continue
         if not (found := re.match(r"\s*([0-9a-f]+):\t(.*)", line)):
@@ -171,40 +186,166 @@ def cost_of(counts: Mapping[str, int], rows: int) -> Cost:
 
 def neighbours(
     rows: int, candidates: int, channels: int, k: int, *, method: int = 1, metric: int = 1,
-    **tuning: float,
+    alike: float = 0, **tuning: float,
 ) -> Case:  # fmt: skip
-    """knn of ``rows`` queries in a database; method and metric as KnnMethod and KnnMetric."""
+    """knn of ``rows`` queries in a database; method and metric as KnnMethod and KnnMetric.
+
+    ``alike``: the correlation of two of four queries that follow one another is its square.
+    """
 
     def make():
         random = np.random.default_rng(0)
         x = random.standard_normal((rows, channels), dtype=np.float32)
+        if alike:
+            common = random.standard_normal((-(-rows // 4), channels), dtype=np.float32)
+            x = alike * common.repeat(4, axis=0)[:rows] + (1 - alike**2) ** 0.5 * x
+            x = x.astype(np.float32)
         y = random.standard_normal((candidates, channels), dtype=np.float32)
         inputs = {"features": x, "offsets": np.array([0, rows]), "database": y,
                   "database_offsets": np.array([0, candidates])}  # fmt: skip
         numbers = {"n": rows, "channels": channels, "segments": 1, "k": k, "metric": metric,
                    "include_self": 0, "method": method, "score_bytes": 1 << 24,
-                   "chunk_rows": 1024, "sample_share": 16, "keep": 2048, **tuning}  # fmt: skip
+                   "chunk_rows": 1024, "sample_share": 16, "keep": 2048, "tile_side": 16,
+                   "fused_share": 8, **tuning}  # fmt: skip
         return inputs, numbers
 
     return Case("knn", "knn", rows, make)
 
 
-def fused(channels: int) -> Case:
-    """Eight rows in a tile of 128, with 32 tiles of candidates and eight of their sample."""
-    return neighbours(8, 4096, channels, 256, method=2, metric=0, sample_share=4, chunk_rows=16384)
+def fused(channels: int, alike: float = 0) -> Case:
+    """Eight rows in a tile of 128, with 32 tiles of candidates and eight of their sample.
+
+    Some 270 of a row's candidates get their values.
+    """
+    return neighbours(8, 4096, channels, 256, method=2, metric=0, sample_share=4,
+                      chunk_rows=16384, alike=alike)  # fmt: skip
+
+
+#: Four neighbouring rows then have 2.2 times as many candidates as differ: those of patches of
+#: photographs (16 of VOC 2012, ViT-S/14 of DINOv2, 300 each) have.
+PHOTOGRAPHS = 0.93
+
+
+def sparse(
+    lists: Callable[[], Lists], columns: int, *, dtype: str = "float32", rows: int = 128
+) -> Case:
+    """spmm of ``rows`` rows beside each other of such a graph, per entry."""
+    parts = functools.cache(lambda: graphs.some_rows(graphs.adjacency(lists()), rows))
+
+    def make():
+        offsets, nodes, values = parts()
+        n = len(offsets) - 1
+        x = np.ones((n, columns), np.float32 if dtype == "float32" else np.uint16)
+        inputs = {"row_offsets": offsets, "columns": nodes, "values": values, "x": x}
+        return inputs, {"n": n, "k": columns, "nnz": len(nodes), "stride": columns, "shift": 0}
+
+    return Case("spmm", dtype, lambda: len(parts()[1]), make)
+
+
+def assembled(lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1 << 16) -> Case:
+    """The lists of both graphs to kappa, or those of features to their graph; per listed
+    neighbour."""
+    made = functools.cache(lists)
+
+    def make():
+        found = made()
+        numbers = {"n": len(found.indices), "k": found.indices.shape[1], "clamp_min": 0,
+                   "merged_nodes": merged_nodes}  # fmt: skip
+        inputs = {"indices": found.indices, "weights": found.weights}
+        if not pixels:
+            return inputs, numbers | {"take_union": 0}
+        near = found.pixels.shape[1]
+        return inputs | {"pixel_indices": found.pixels}, numbers | {
+            "near": near, "alpha": 0.3, "padded": 0,
+        }  # fmt: skip
+
+    def listed() -> int:
+        return made().indices.size + pixels * made().pixels.size
+
+    return Case("kappa" if pixels else "normalized_adjacency", "int32", listed, make)
+
+
+def summed(lists: Callable[[], Lists]) -> Case:
+    """The graph of the lists and that of their pixels, per entry of both."""
+    parts = functools.cache(lambda: _both_graphs(lists()))
+
+    def make():
+        inputs = {
+            f"{name}_{which}": array
+            for which, graph in zip("ab", parts(), strict=True)
+            for name, array in zip(("row_offsets", "columns", "values"), graph, strict=True)
+        }
+        nnz = {f"nnz_{which}": len(g[1]) for which, g in zip("ab", parts(), strict=True)}
+        return inputs, {"n": len(parts()[0][0]) - 1, "alpha": 0.3, **nnz}
+
+    return Case("add", "add", lambda: sum(len(g[1]) for g in parts()), make)
+
+
+def _both_graphs(lists: Lists) -> tuple:
+    none = lists.indices[:, :0]
+    return (
+        graphs.adjacency(Lists(lists.indices, lists.weights, none)),
+        graphs.adjacency(Lists(lists.pixels, lists.weights, none)),
+    )
+
+
+def photographs() -> Lists:
+    """One of 20 x 20 patches: rows nearly as long as the paper's, among fewer nodes."""
+    return graphs.photographs(1, 20, 200)
 
 
 #: By name: the paper's shapes, of fewer rows and channels where that changes nothing for a row.
-CASES = {
+CASES: dict[str, Case | Other] = {
     "knn pixels, k = 10": neighbours(8, 900, 5, 10),
     "knn pixels, k = 5": neighbours(8, 900, 5, 5),
     "knn select, k = 10": neighbours(4, 14_400, 32, 10),
     "knn select, k = 256": neighbours(4, 14_400, 32, 256),
+    "knn select, k = 600": neighbours(2, 14_400, 17, 600),
+    "knn select, k = 2,048": neighbours(2, 14_400, 17, 2048),
     # As many and as good a threshold as set_thresholds asks of a sample.
     "knn select of 1,024, k = 40": neighbours(4, 1024, 32, 40),
     # At two widths of 384: products and re-rank grow evenly with channels.
     "knn fused, k = 256, 32 channels": fused(32),
     "knn fused, k = 256, 64 channels": fused(64),
+    "knn fused, k = 256, 32 channels, alike": fused(32, PHOTOGRAPHS),
+    "knn fused, k = 256, 64 channels, alike": fused(64, PHOTOGRAPHS),
+    # Per entry of the graph.
+    "spmm of photographs, float32": sparse(lambda: graphs.photographs(4, 30, 256), 256),
+    "spmm of photographs, bfloat16": sparse(
+        lambda: graphs.photographs(4, 30, 256), 256, dtype="bfloat16"
+    ),
+    "spmm of scattered clusters, float32": sparse(lambda: graphs.scattered(3600, 256), 256),
+    # Per listed neighbour.
+    "normalized_adjacency of photographs": assembled(photographs, pixels=False),
+    "kappa of photographs": assembled(photographs, pixels=True),
+    "kappa of photographs, sorted": assembled(photographs, pixels=True, merged_nodes=0),
+    "kappa of a hub": assembled(lambda: graphs.with_hub(photographs()), pixels=True),
+    # Per entry of both graphs.
+    "add of photographs": summed(photographs),
+}
+
+
+def sectors(name: str) -> dict[str, Cost]:
+    """Of a kernel that is not of csrc/cuda: sectors alone, the rest is not known."""
+    found = other_costs.run()[name]
+    read, written = found["sectors_read"], found["sectors_written"]
+    return {name: Cost(0, 0, 0, read, read, written, 0, 0)}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A case of other_costs.py."""
+
+    name: str
+
+    def run(self) -> dict[str, Cost]:
+        return sectors(self.name)
+
+
+CASES |= {
+    # Per entry, and per listed neighbour.
+    "sddmm of photographs (Triton)": Other("sddmm"),
+    "gradient of kappa's weights (PyTorch)": Other("kappa_backward"),
 }
 
 

@@ -6,6 +6,9 @@
 
 #include "cuda/limits.h"
 
+// One instruction of a GPU: kept out of the kernels' code, whose instructions costs.py counts.
+#define NEFKERN_TWIN __attribute__((noinline))
+
 namespace nefkern::cuda {
 
 template <class T>
@@ -36,14 +39,15 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
 
 // ---- cp.async: bytes arrive at the wait, and until then the target holds 0xff ----
 
-inline void cp_async_16(void* shared, const void* global, bool in_bounds = true) {
+NEFKERN_TWIN inline void cp_async_16(void* shared, const void* global, bool in_bounds = true) {
   auto& thread = nefkern::emulator::current_block()->running();
   for (const void* address : {static_cast<const void*>(shared), global})
     if (reinterpret_cast<uintptr_t>(address) % 16)
       nefkern::emulator::current_block()->fail("cp_async_16: an address is not aligned to 16");
   if (nefkern::emulator::nefkern_count_wide) {
-    if (in_bounds) nefkern::emulator::nefkern_count_wide(global, false);
-    nefkern::emulator::nefkern_count_wide(shared, true);
+    char* place = static_cast<char*>(__builtin_return_address(0));  // two accesses
+    if (in_bounds) nefkern::emulator::nefkern_count_wide(global, false, place);
+    nefkern::emulator::nefkern_count_wide(shared, true, place + 1);
   }
   const nefkern::emulator::Quiet quiet;
   for (int word = 0; word < 4; ++word) static_cast<uint32_t*>(shared)[word] = 0xffffffffu;
@@ -54,7 +58,7 @@ inline void cp_async_commit() { ++nefkern::emulator::current_block()->running().
 
 // Waits for all but the newest kPending groups of the calling thread.
 template <int kPending>
-void cp_async_wait() {
+NEFKERN_TWIN void cp_async_wait() {
   auto& thread = nefkern::emulator::current_block()->running();
   const nefkern::emulator::Quiet quiet;
   size_t done = 0;
@@ -100,8 +104,9 @@ void multiply(Payload* const* lanes, const A& a_of, const B& b_of) {
 }  // namespace twins
 
 // Two elements a register.
-inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             const float (&c)[4], int line = __builtin_LINE()) {
+NEFKERN_TWIN inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2], const float (&c)[4],
+                                          int line = __builtin_LINE()) {
   using Payload = twins::Fragments<4, 2>;
   Payload payload;
   std::memcpy(payload.a, a, sizeof a);
@@ -134,12 +139,12 @@ struct MatrixRow {
   uint32_t registers[4];  // what it receives
 };
 
-inline void load_matrices(uint32_t (&registers)[4], const void* shared_row, int line) {
+inline void load_matrices(uint32_t (&registers)[4], const void* shared_row, int line, void* place) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16)
     nefkern::emulator::current_block()->fail("ldmatrix: a row is not aligned to 16 bytes");
   MatrixRow payload{};
   if (nefkern::emulator::nefkern_count_wide)
-    nefkern::emulator::nefkern_count_wide(shared_row, false);
+    nefkern::emulator::nefkern_count_wide(shared_row, false, place);
   {
     const nefkern::emulator::Quiet quiet;
     for (int i = 0; i < 8; ++i) payload.row[i] = static_cast<const uint16_t*>(shared_row)[i];
@@ -163,8 +168,8 @@ inline void load_matrices(uint32_t (&registers)[4], const void* shared_row, int 
 
 }  // namespace twins
 
-inline void ldmatrix_x4(uint32_t (&registers)[4], const void* shared_row,
-                        int line = __builtin_LINE()) {
-  twins::load_matrices(registers, shared_row, line);
+NEFKERN_TWIN inline void ldmatrix_x4(uint32_t (&registers)[4], const void* shared_row,
+                                     int line = __builtin_LINE()) {
+  twins::load_matrices(registers, shared_row, line, __builtin_return_address(0));
 }
 }  // namespace nefkern::cuda

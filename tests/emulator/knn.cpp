@@ -33,6 +33,8 @@ void run_knn(Case& one) {
   args.tuning.chunk_rows = one.number("chunk_rows");
   args.tuning.sample_share = one.number("sample_share");
   args.tuning.keep = one.number("keep");
+  args.tuning.fused_share = one.number("fused_share");
+  args.tuning.tile_side = one.number("tile_side");
   char* workspace = one.workspace<char>(knn_workspace(args));
   const cudaError_t error = knn(args, workspace, nullptr);
   if (error != cudaSuccess) throw nefkern::emulator::Failure("knn returned an error");
@@ -41,8 +43,22 @@ void run_knn(Case& one) {
   *one.output<int>("redone", 1) = redone ? *redone : -1;
 }
 
+// The tile of every block: its number, or -1.
+void run_tile_order(Case& one) {
+  const auto count = [&](const char* name) { return static_cast<unsigned>(one.number(name)); };
+  const TileOrder order{count("rows"), count("columns"), count("first_own"), count("side"),
+                        count("mirrored") != 0};
+  int64_t* tile = one.output<int64_t>("tiles", order.blocks());
+  for (int64_t block = 0; block < order.blocks(); ++block) {
+    unsigned row, column;
+    const bool there = order.find(static_cast<unsigned>(block), row, column);
+    tile[block] = there ? int64_t{row} * order.columns + column : -1;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  return nefkern::emulator::run_cases(argc, argv, {{"knn", &run_knn}});
+  return nefkern::emulator::run_cases(argc, argv,
+                                      {{"knn", &run_knn}, {"tile_order", &run_tile_order}});
 }

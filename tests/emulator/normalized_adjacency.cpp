@@ -13,6 +13,7 @@ template <class Index>
 void run(Case& one) {
   AdjacencyArgs args{};
   args.num_nodes = one.number("n");
+  args.merged_nodes = one.number("merged_nodes");
   args.lists = {.indices = one.input<Index>("indices"),
                 .wide_indices = sizeof(Index) == 8,
                 .size = one.number("k"),

@@ -98,7 +98,7 @@ __attribute__((weak)) void nefkern_count_block_end();
 __attribute__((weak)) void nefkern_count_meeting(const char* name, unsigned warp, bool whole,
                                                  unsigned parts);
 __attribute__((weak)) void nefkern_count_barrier(unsigned warps);
-__attribute__((weak)) void nefkern_count_wide(const void* address, bool write);
+__attribute__((weak)) void nefkern_count_wide(const void* address, bool write, void* place);
 __attribute__((weak)) void nefkern_count_quiet(bool begin);
 }
 

@@ -21,8 +21,11 @@ void run(Case& one, Storage x_storage, Storage y_storage) {
                 .x_stride = one.number("stride"),
                 .y = one.output<Y>("y", n * k),
                 .x_storage = x_storage,
-                .y_storage = y_storage};
-  spmm(args, nullptr);
+                .y_storage = y_storage,
+                .workspace = nullptr};
+  args.workspace = one.workspace<char>(spmm_workspace(args));
+  if (spmm(args, nullptr) != cudaSuccess)
+    throw nefkern::emulator::Failure("a launcher returned an error");
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ import torch
 from nefkern import reference
 from nefkern.ops import CSRGraph
 from tests.emulator import emulated, test_add, test_normalized_adjacency
+from tests.emulator.test_normalized_adjacency import way  # noqa: F401
 from tests.ops.graph_common import random_lists
 
 pytestmark = pytest.mark.long
@@ -20,7 +21,7 @@ OUTPUTS = {
 }  # fmt: skip
 
 
-def emulate(folder, indices, weights, pixels, *, alpha=0.3, clamp_min=0.0, padded=False):
+def emulate(folder, indices, weights, pixels, *, alpha=0.3, clamp_min=0.0, padded=False, **more):
     """The graph, or None where the kernels call an index invalid."""
     n, k = indices.shape
     got = emulated.run(
@@ -30,7 +31,7 @@ def emulate(folder, indices, weights, pixels, *, alpha=0.3, clamp_min=0.0, padde
             "pixel_indices": pixels.numpy(),
         },
         outputs=OUTPUTS, n=n, k=k, near=pixels.shape[1], alpha=alpha, clamp_min=clamp_min,
-        padded=int(padded),
+        padded=int(padded), **emulated.usual, **more,
     )  # fmt: skip
     valid = got.pop("valid")[0]
     return CSRGraph(*map(torch.from_numpy, got.values()), n, True) if valid else None
@@ -112,6 +113,17 @@ def test_with_room_an_index_out_of_range_counts_as_none(tmp_path):
     expected = emulate(tmp_path, left_out, weights, pixels)
     assert torch.equal(got.row_offsets, expected.row_offsets)
     assert torch.equal(got.columns[: expected.nnz], expected.columns)
+
+
+def test_a_hub_of_both_graphs(tmp_path):
+    """More entries than fit shared memory: neighbours by either graph or by both."""
+    if emulated.usual["merged_nodes"] == test_normalized_adjacency.SORTED:
+        pytest.skip("a sort has no such limit")
+    n = 1050
+    indices, weights, pixels = lists(n, 1, 1)
+    indices[:, 0], pixels[::3, 0] = 0, 0
+    got = emulate(tmp_path, indices, weights, pixels, order="random")
+    assert_agrees(got, indices, weights, pixels)
 
 
 def test_a_node_that_one_graph_leaves_alone(tmp_path):

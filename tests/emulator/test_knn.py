@@ -16,7 +16,10 @@ pytestmark = pytest.mark.long
 METRICS = ("cosine", "euclidean", "inner_product")  # the order of KnnMetric
 METHODS = ("auto", "baseline", "fused")  # the order of KnnMethod
 # Small enough that blocks of rows, chunks and passes have several of them in a small input.
-TUNING = {"score_bytes": 1 << 16, "chunk_rows": 128, "sample_share": 2, "keep": 2048}
+TUNING = {
+    "score_bytes": 1 << 16, "fused_share": 8, "chunk_rows": 128, "sample_share": 2, "keep": 2048,
+    "tile_side": 2,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -150,6 +153,19 @@ def test_segments(knn, channels, method):
     x = normal(140, channels)
     got = knn(x, 4, "euclidean", segments=segments, method=method)
     assert_best(got, x, 4, "euclidean", segments=segments)
+
+
+@pytest.mark.parametrize(("n", "k"), [(7, 8), (7, 200), (7, 300), (3, 820), (3, 1000)])
+def test_rerank_of_rows_that_share_candidates(knn, n, k):
+    """Groups of four rows, the last with one missing, and beyond 819 neighbours of one row."""
+    y = normal(1200, 33, seed=1)
+    x = y[0] + 0.5 * normal(n, 33)
+    x[2] = np.nan
+    options = {"database": y, "fused_share": 1, "order": "forward"}
+    fused = knn(x, k, "euclidean", method="fused", **options)
+    assert 0 <= fused[2] <= 1
+    assert_same(fused, knn(x, k, "euclidean", method="baseline", **options))
+    assert (fused[1][2] == -1).all()
 
 
 # ---- ties, and rows that estimates cannot decide ----
@@ -318,3 +334,71 @@ def test_selection_of_long_streams(knn, channels, k):
     one = np.ones((1, channels), dtype=np.float32)
     got = knn(one, k, "inner_product", database=rising, method="baseline", order="forward")
     np.testing.assert_array_equal(got[1][0], 2299 - np.arange(k))
+
+
+@pytest.mark.parametrize("k", [1024, 2048])
+def test_selection_of_many(knn, k):
+    """More than a quarter of the candidates, whose values fall, rise, and tie."""
+    places = np.arange(5000)
+    database = np.zeros((5000, 5), dtype=np.float32)
+    database[:, 0] = np.where(places < 2500, -places, places // 3)
+    one = np.ones((1, 5), dtype=np.float32)
+    got = knn(one, k, "inner_product", database=database, order="random")
+    best = np.argsort(-database[:, 0], kind="stable")[:k]
+    np.testing.assert_array_equal(got[1][0], best)
+    np.testing.assert_array_equal(got[0][0], database[best, 0])
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("method", ["baseline", "fused"])
+def test_the_sum_of_a_value_is_a_tree(knn, method):
+    """Terms too small to move a sum of 1 move it together: one chain of all would lose them all."""
+    channels, small = 1024, 0.9 * 2.0**-24
+    x = np.full((40, channels), 2.0**-13, dtype=np.float32)
+    y = np.full((40, channels), small * 2.0**13, dtype=np.float32)
+    x[:, 0] = 1
+    y[:, 0] = 1 + np.arange(40) / 64
+    values, _, redone = knn(x, 4, "inner_product", database=y, method=method, order="forward")
+    assert redone == (0 if method == "fused" else -1)
+    exact = y[:-5:-1, 0] + (channels - 1) * small
+    bound = 32 + channels / 32 + 8
+    assert np.abs(values / exact - 1).max() <= bound * 2.0**-24 < (channels - 1) * small / 2
+
+
+# ---- the order of tiles ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "first_own", "mirrored"),
+    [(1, 1, 0, 1), (5, 5, 0, 1), (7, 7, 0, 1), (3, 9, 4, 1), (3, 9, 6, 1), (4, 9, 0, 0),
+     (9, 4, 0, 0), (1, 7, 0, 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("side", [1, 2, 4, 16])
+def test_every_tile_is_taken_once(tmp_path, rows, columns, first_own, mirrored, side):
+    taken = tile_order(tmp_path, rows, columns, first_own, mirrored, side)
+    wanted = [
+        (r, c) for r in range(rows) for c in range(columns)
+        if not (mirrored and first_own <= c < first_own + r)
+    ]  # fmt: skip
+    assert sorted(taken) == wanted
+
+
+def test_tiles_that_are_near_in_time_share_their_rows(tmp_path):
+    """256 tiles one after the other, as many as are under way, read about 32 tiles of rows."""
+    taken = tile_order(tmp_path, 100, 100, 0, 1, 16)
+    assert len(taken) == 100 * 101 // 2
+    for first in range(0, len(taken) - 256, 64):
+        rows, columns = (set(part) for part in zip(*taken[first : first + 256], strict=True))
+        assert len(rows | columns) <= 72
+    panels = [len({p for tile in taken[f : f + 256] for p in tile}) for f in range(0, 5050, 256)]
+    assert np.mean(panels) < 48
+
+
+def tile_order(folder, rows, columns, first_own, mirrored, side):
+    tiles = emulated.run(
+        "knn", "tile_order", folder, inputs={}, outputs={"tiles": np.int64}, variants=("checked",),
+        rows=rows, columns=columns, first_own=first_own, mirrored=mirrored, side=side,
+    )["tiles"]  # fmt: skip
+    return [divmod(int(tile), columns) for tile in tiles if tile >= 0]

@@ -18,6 +18,15 @@ OUTPUTS = {
 }  # fmt: skip
 
 
+#: Of the assembly: up to so many nodes rows are merged, of more all edges are sorted.
+MERGED, SORTED = 1 << 16, 0
+
+
+@pytest.fixture(params=[MERGED, SORTED], ids=["merged", "sorted"], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(emulated, "usual", {"merged_nodes": request.param})
+
+
 def emulate(folder, indices, weights, symmetrize="mean", clamp_min=0.0):
     """The graph, or None where the kernels call an index invalid."""
     n, k = indices.shape
@@ -27,6 +36,7 @@ def emulate(folder, indices, weights, symmetrize="mean", clamp_min=0.0):
             "indices": indices.numpy(), "weights": None if weights is None else weights.numpy(),
         },
         outputs=OUTPUTS, n=n, k=k, clamp_min=clamp_min, take_union=int(symmetrize == "union"),
+        **emulated.usual,
     )  # fmt: skip
     valid = got.pop("valid")[0]
     return CSRGraph(*map(torch.from_numpy, got.values()), n, True) if valid else None
@@ -75,7 +85,7 @@ def test_only_padding(tmp_path):
 
 def test_a_hub_that_all_list(tmp_path):
     """A row of many chunks, every other node twice in it."""
-    n = 150
+    n = 70
     indices = torch.stack([torch.zeros(n), torch.arange(n), torch.zeros(n)], 1).to(torch.int32)
     weights = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
     assert_agrees(emulate(tmp_path, indices, weights), indices, weights)

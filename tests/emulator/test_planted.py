@@ -10,7 +10,8 @@ from nefkern.ops import CSRGraph
 from tests.emulator import emulated
 from tests.emulator.emulated import Planted
 from tests.emulator.test_knn import TUNING
-from tests.ops.graph_common import random_graph
+from tests.emulator.test_spmm import neighbourhoods
+from tests.ops.graph_common import random_graph, random_lists
 
 pytestmark = pytest.mark.long
 
@@ -20,11 +21,22 @@ def graph_inputs(graph, suffix=""):
     return {f"{name}{suffix}": getattr(graph, name).numpy() for name in names}
 
 
-def spmm(folder, graph, **options):
-    x = np.ones((graph.num_nodes, 8), dtype=np.float32)
+def spmm(folder, graph, k=8, **options):
+    x = np.ones((graph.num_nodes, k), dtype=np.float32)
     return emulated.run(
         "spmm", "float32", folder, inputs={**graph_inputs(graph), "x": x},
-        outputs={"y": np.float32}, n=len(x), k=8, nnz=graph.nnz, stride=8, shift=0, **options,
+        outputs={"y": np.float32}, n=len(x), k=k, nnz=graph.nnz, stride=k, shift=0, **options,
+    )  # fmt: skip
+
+
+def kappa(folder, **options):
+    indices, weights = random_lists(40, 5)
+    return emulated.run(
+        "kappa", "int32", folder,
+        inputs={"indices": indices.numpy(), "weights": weights.numpy(),
+                "pixel_indices": indices[:, :2].numpy()},
+        outputs={"values": np.float32}, n=40, k=5, near=2, alpha=0.3, clamp_min=0, padded=0,
+        merged_nodes=1 << 16, **options,
     )  # fmt: skip
 
 
@@ -54,13 +66,37 @@ DEFECTS = {
     # name: (what runs, the defect, which variant must report it, what the report says)
     "spmm: partial sums without a barrier": (
         lambda folder, **options: spmm(folder, a_heavy_row(), **options),
-        Planted("spmm.cu", "__syncthreads();\n    if (warp == 0", "if (warp == 0"),
+        Planted("spmm_entries.cuh", "__syncthreads();\n  if (warp == 0", "if (warp == 0"),
         "races",
         "race: .* in shared memory",
     ),
     "spmm: an entry too many": (
         lambda folder, **options: spmm(folder, random_graph(9, 3), **options),
-        Planted("spmm.cu", "first + lane < entries.end", "first + lane <= entries.end"),
+        Planted("spmm_entries.cuh", "first + lane < entries.end", "first + lane <= entries.end"),
+        "checked",
+        "heap-buffer-overflow",
+    ),
+    "spmm: rows of x used before all copies arrived": (
+        lambda folder, **options: spmm(folder, neighbourhoods(40, 30), k=128, **options),
+        Planted("spmm_shared.cuh", "__syncthreads();  // this half has arrived for all", "//"),
+        "races",
+        "race: .* in shared memory",
+    ),
+    "kappa: neighbours counted before all are marked": (
+        kappa,
+        Planted(
+            "merged_rows.cuh",
+            "__syncthreads();\n  const int size = count",
+            "const int size = count",
+        ),
+        "races",
+        "race: .* in shared memory",
+    ),
+    "kappa: entries beyond their room": (
+        kappa,
+        Planted(
+            "merged_rows.cuh", "number < row_offsets[row + 1]", "number <= row_offsets[row + 1]"
+        ),
         "checked",
         "heap-buffer-overflow",
     ),

@@ -92,6 +92,87 @@ def test_heavy_rows_are_the_whole_blocks(tmp_path, k, case):
     torch.testing.assert_close(got.double(), exact(graph, x), rtol=1e-4, atol=1e-4)
 
 
+def rows_of(sizes: list[int], n: int, seed: int = 0) -> CSRGraph:
+    """Rows of these sizes, of columns in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randint(n, (sum(sizes),), generator=generator, dtype=torch.int32)
+    values = torch.randn(len(columns), generator=generator)
+    return CSRGraph(torch.tensor([0, *np.cumsum(sizes)]), columns, values, n)
+
+
+@pytest.mark.parametrize(("k", "shift"), [(20, 0), (20, 1), (68, 0)])
+def test_long_rows_are_taken_in_pieces(tmp_path, k, shift):
+    """Of two and three pieces: one that begins where a chunk does, one in a chunk where another
+    ends, one that is the last; one of just no more than a piece; the last chunk is not whole."""
+    sizes = [2048, 2050, 0, 4100, 3, 2049]
+    graph, x = rows_of(sizes, len(sizes)), operand(len(sizes), k, torch.float32)
+    got = emulate(tmp_path, graph, x, "float32", stride=k, shift=shift)
+    torch.testing.assert_close(got.double(), exact(graph, x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_row_in_pieces_does_not_depend_on_where_it_begins(tmp_path):
+    long = rows_of([2500, *[0] * 6], 7)
+    x = operand(7, 8, torch.float32)
+    found = []
+    for before in (0, 1, 2047):
+        offsets = torch.tensor([0, before, before + 2500, *[before + 2500] * 5])
+        columns = torch.cat([torch.zeros(before, dtype=torch.int32), long.columns])
+        graph = CSRGraph(offsets, columns, torch.cat([torch.ones(before), long.values]), 7)
+        found.append(emulate(tmp_path, graph, x, "float32")[1])
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def neighbourhoods(n: int, width: int) -> CSRGraph:
+    """Rows that share most of their columns with the rows beside them, ascending; some empty."""
+    dense = torch.zeros(n, n)
+    generator = torch.Generator().manual_seed(n)
+    for i in range(n):
+        if i % 7 != 3:
+            first = max(0, i - width // 2)
+            size = dense[i, first : first + width].numel()
+            kept = torch.rand(size, generator=generator) < 0.7
+            dense[i, first : first + width] = torch.randn(size, generator=generator) * kept
+    return CSRGraph.from_torch(dense)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("n", "k"), [(70, 256), (45, 520), (33, 200)])
+def test_shared_rows_have_the_bits_of_gathered_ones(tmp_path, case, n, k):
+    """Sums in the order of the columns, whoever reads them: unaligned rows are not shared."""
+    graph, x = neighbourhoods(n, 30), operand(n, k, CASES[case][0])
+    got = emulate(tmp_path, graph, x, case)
+    assert_close(got, exact(graph, x), CASES[case][1])
+    assert torch.equal(got, emulate(tmp_path, graph, x, case, shift=1))
+
+
+def test_rows_are_shared_only_where_that_is_right(tmp_path):
+    """Columns in no order, twice or out of range: in one row of a block, and in the next none."""
+    graph, x = neighbourhoods(70, 30), operand(70, 128, torch.float32)
+    expected = exact(graph, x)
+    for row, columns in ((5, [9, 3]), (5, [3, 3]), (64, [-1, 2]), (69, [0, 2**31 - 1])):
+        begin = int(graph.row_offsets[row])
+        changed = graph.columns.clone()
+        changed[begin : begin + 2] = torch.tensor(columns, dtype=torch.int32)
+        broken = CSRGraph(graph.row_offsets, changed, graph.values, 70)
+        got = emulate(tmp_path, broken, x, "float32")
+        kept = torch.arange(70) != row
+        assert_close(got[kept], expected[kept], torch.float32)
+        there = [i for i in range(begin, int(graph.row_offsets[row + 1])) if 0 <= changed[i] < 70]
+        own = (graph.values[there, None].double() * x[changed[there].long()].double()).sum(0)
+        assert_close(got[row], own, torch.float32)
+
+
+def test_what_a_row_does_not_have_is_not_added_to_it(tmp_path):
+    """A NaN or infinity of x among rows that are shared: 0 times them is not 0."""
+    graph, x = neighbourhoods(64, 20), operand(64, 256, torch.float32)
+    x[10], x[50] = float("nan"), float("inf")
+    dense = graph.to_dense()
+    got = emulate(tmp_path, graph, x, "float32")
+    touched = (dense[:, 10] != 0) | (dense[:, 50] != 0)
+    assert 0 < touched.sum() < 64
+    assert torch.equal(~got.isfinite().all(1), touched)
+
+
 @pytest.mark.parametrize("case", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("stride", "shift"), [(72, 0), (67, 0), (64, 1)])
 def test_padded_rows_and_unaligned_memory(tmp_path, case, stride, shift):

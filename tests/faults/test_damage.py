@@ -122,6 +122,28 @@ def test_a_state_of_another_checkpoint_is_not_taken(tiny):
         run.load_state(run.load()[1])
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_step_that_is_saved_twice_is_whole_at_any_moment(tmp_path, monkeypatch, failing):
+    """The first checkpoint of all, then another state of that step: killed after either file."""
+    run, weights, real = Run(tmp_path), {"w": torch.ones(3)}, os.fsync
+    run.save(weights, {"position": {"epoch": 0}}, 5)
+    calls = iter(range(1, 100))
+
+    def killed(descriptor: int) -> None:
+        if next(calls) == failing:
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(weights, {"position": {"epoch": 1}}, 5)
+    assert run.load_state(run.load()[1]) == {"position": {"epoch": 0}}
+    run.save(weights, {"position": {"epoch": 1}}, 5)
+    assert run.load_state(run.load()[1]) == {"position": {"epoch": 1}}
+    assert len(list(tmp_path.glob("state-*.pt"))) == 1
+
+
 def test_what_no_run_goes_back_to_is_removed(tiny):
     run = trained(tiny(checkpoint_seconds=0.0))
     states = {path.name for path in run.folder.glob("state-*.pt")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def trained(method: str, folder: Path, out: Path, *more: str) -> list[str]:
 def commands(whole: Path, there: Path) -> dict:
     """By name: a command, and its arguments, which write below ``there`` alone."""
     run, photo = str(there / "spectral"), str(whole / "data" / "images" / "val" / "0.png")
-    named = ["--names", str(whole / "names.yaml"), "--formats", "coco,coco-rle,labelme,cvat,voc"]
+    named = ["--names", str(whole / "names.yaml")]
+    if importlib.util.find_spec("pycocotools"):
+        named += ["--formats", "coco,coco-rle,labelme,cvat,voc"]
     data = ["--data", "folder", "--data-root", str(whole / "data")]
     return {
         "train spectral": (train.main, trained("spectral", whole, there / "new")),

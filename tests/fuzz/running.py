@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -101,6 +102,7 @@ def _work(name, prepare, folder, numbers, seed, pipe) -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.disable()  # pytest's; a crash is told by its number
     os.chdir(folder)
     os.environ["NEFKERN_MAX_PIXELS"] = "4000000"
     devnull = os.open(os.devnull, os.O_WRONLY)

@@ -209,9 +209,9 @@ def test_a_graph_that_contradicts_itself_is_never_followed(name, offsets, column
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "reference"])
 def test_fewer_values_than_columns(name):
     graph = random_graph(9, 4)
-    short = CSRGraph(graph.row_offsets, graph.columns, graph.values[:-1], 9, True)
-    with backend(name), pytest.raises((ValueError, RuntimeError), match=r"values|row_offsets"):
-        spmm(short, torch.ones(9, 3))
+    parts = graph.row_offsets, graph.columns, graph.values[:-1]
+    with backend(name), pytest.raises(ValueError, match=r"values: expected .* as columns has"):
+        spmm(CSRGraph(*parts, 9, True), torch.ones(9, 3))
 
 
 def test_bad_arguments():

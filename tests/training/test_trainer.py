@@ -141,7 +141,9 @@ def test_equal_runs_have_equal_files(tiny, tmp_path):
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         start(tiny(out=str(folder), epochs=1)).train()
-    for name in (CHECKPOINT, "state-0000005.pt"):
+    names = [{path.name for path in folder.glob("state-*.pt")} for folder in folders]
+    assert names[0] == names[1] != set()
+    for name in (CHECKPOINT, *names[0]):
         first, second = (folder / name for folder in folders)
         assert first.read_bytes() == second.read_bytes(), name
 

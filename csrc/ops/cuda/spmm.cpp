@@ -39,7 +39,7 @@ std::tuple<Tensor, bool> spmm(const Tensor& row_offsets, const Tensor& columns,
   const nefkern::OnDeviceOf device(x);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)},
                                       accumulated ? ScalarType::Float : x.scalar_type());
-  const nefkern::cuda::SpmmArgs args{
+  nefkern::cuda::SpmmArgs args{
       .num_nodes = x.size(0),
       .num_columns = x.size(1),
       .nnz = column.numel(),
@@ -51,7 +51,10 @@ std::tuple<Tensor, bool> spmm(const Tensor& row_offsets, const Tensor& columns,
       .y = y.mutable_data_ptr(),
       .x_storage = storage_of(x),
       .y_storage = storage_of(y),
+      .workspace = nullptr,
   };
+  const Tensor workspace = nefkern::bytes_like(x, nefkern::cuda::spmm_workspace(args));
+  args.workspace = workspace.mutable_data_ptr();
   nefkern::check_cuda("spmm", nefkern::cuda::spmm(args, device.stream()));
   return {y, true};
 }
