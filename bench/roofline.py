@@ -407,7 +407,7 @@ def objective_kernels() -> Iterator[Kernel]:
 #: Of a block's linear attention at this size, both passes, "softmax": wavefronts of shared memory
 #: and instructions, counted in the machine code (bench/machine_code.py) for sm_90 in bfloat16 and
 #: for sm_80 in float32.
-ATTENTION_CODE = {True: (20e6, 70e6), False: (61e6, 211e6)}
+ATTENTION_CODE = {True: (24e6, 76e6), False: (85e6, 284e6)}
 CHUNKS = -(-PATCHES // 256)
 
 

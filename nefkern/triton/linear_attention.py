@@ -168,15 +168,15 @@ def _tile(kernel: Any, wide: int, dtype: torch.dtype) -> tuple[int, int, int]:
     architecture and for strides of any size."""
     if dtype == torch.float32:
         if kernel is query_gradients:
-            return (16, 4, 1) if wide > 32 else (16, 2, 2)
+            return (16, 8, 1) if wide > 32 else (16, 2, 2)
         return 16, 4, 2
     if wide > 64:
-        return 32, 8, 2
-    if kernel is sum_keys:
-        return (128, 8, 2) if wide > 32 else (64, 4, 2)
+        return 32, 8, 1 if kernel is query_gradients else 2
+    if wide > 32:
+        return 32, 4, 3
     if kernel is query_gradients:
-        return (32, 4, 3) if wide > 32 else (32, 2, 2)
-    return 64, 4, 3
+        return 32, 2, 2
+    return 64, 4, 2
 
 
 def shipped() -> list[Shipped]:

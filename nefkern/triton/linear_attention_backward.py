@@ -47,9 +47,12 @@ def query_gradients(
     own = head.to(tl.int64) * d
     z = tl.load(stats + 2 * own + d + i, mask=i < d, other=0.0)
     means, unit = means_of(state + own * e, i, d, j, e, z, q, SOFTMAX, PRECISION)
-    dz = tl.zeros([BT, BD], tl.float32)  # of each place in a tile: joined once, at the end
+    dz = tl.zeros([BD], tl.float32)
     dstate = tl.zeros([BD, BE], tl.float32)
-    for first in range(part * chunk, tl.minimum((part + 1) * chunk, count), BT):
+    # Both halves of S̃ in float32, or a wide one, leave too few registers: read for every tile.
+    again: tl.constexpr = PRECISION == "tf32x3" or BD * BE > 4096
+    end = tl.minimum((part + 1) * chunk, count)
+    for first in tl.range(part * chunk, end, BT, disable_licm=again):
         t = first + tl.arange(0, BT)
         there = t < count
         upper = factor_of(tile_of(grad, t, there, grad_token, j, e, 0.0), PRECISION)
@@ -60,12 +63,12 @@ def query_gradients(
         slope = phi
         if not SOFTMAX:
             slope = tl.minimum(phi, z[None, :] * reciprocal[:, None])
-            dz -= phi * inner
+            dz -= tl.sum(phi * inner, 0)
         put(dq, t, there, dq_token, i, d, slope * (g - inner))
         dstate = dot(tl.trans(rounded(phi, q, PRECISION)), upper, dstate, PRECISION)
     at = (head.to(tl.int64) * tl.num_programs(1) + part) * d
     if not SOFTMAX:
-        tl.store(shifts + at + i, tl.sum(dz, 0), mask=i < d)
+        tl.store(shifts + at + i, dz, mask=i < d)
     inside = (i < d)[:, None] & (j < e)[None, :]
     tl.store(sums + (at + i)[:, None] * e + j[None, :], dstate, mask=inside)
 
