@@ -322,10 +322,17 @@ __device__ __forceinline__ void find_values(const Rows& rows, const Chunk& chunk
   }
 }
 
+// Blocks on a multiprocessor at least. ptxas needs more registers for Blackwell's than four leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kRerankBlocks = 3;
+#else
+constexpr int kRerankBlocks = 4;
+#endif
+
 // Rows of the chunk, each the `Owner`'s: results, or a place on the list of rows to redo. `size`:
 // the most candidates of a row that get their values, a power of two and at least kSelectThreads.
 template <KnnMetric kMetric, class Owner>
-__global__ void __launch_bounds__(kSelectThreads, 4)
+__global__ void __launch_bounds__(kSelectThreads, kRerankBlocks)
     rerank_rows(Rows rows, Estimates estimates, Chunk chunk, Candidates candidates, int size,
                 Output out) {
   constexpr int kQueries = Owner::kRows;

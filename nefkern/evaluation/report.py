@@ -16,7 +16,7 @@ from nefkern.evaluation.spectrum_page import PLOT as SPECTRUM_PLOT
 from nefkern.evaluation.spectrum_page import RESULT as SPECTRUM
 from nefkern.evaluation.spectrum_page import describe as describe_spectrum
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.files import make_folder, remove_parts, replace_file
 from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.charts import eigenfunction_maps, svg
 from nefkern.segmentation.pictures import overlay, palette, write_png
@@ -105,6 +105,7 @@ def write_overlays(run: Run, segmenter: Segmenter, dataset: ImageDataset, count:
     """Draw "image | clusters | blend" of the first ``count`` readable images to ``overlays/``."""
     folder = run.path("overlays")
     make_folder(run.folder, folder)
+    remove_parts(folder)
     colours, drawn = palette(segmenter.num_clusters), 0
     for index in tqdm(range(len(dataset)), desc="overlays", leave=False):
         if drawn == count:

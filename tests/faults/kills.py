@@ -46,7 +46,7 @@ _NEURAL = (
 METHODS = {
     "neural": _NEURAL,
     "spectral": ("--method", "spectral", "--k", "8", "-K", "5"),
-    "teacher": (*_NEURAL, "--teacher", "spectral", "--no-gumbel"),
+    "teacher": (*_NEURAL, "--teacher", "spectral", "--no-gumbel", "--alpha", "0.1"),
     "edges": (*_NEURAL, "--edges", "dataset"),
     "loading": (*_NEURAL, "--workers", "1"),
 }

@@ -16,7 +16,6 @@ def test_a_killed_run_comes_to_the_same_result(method, tmp_path):
     killing.survive(8)
     assert killing.kills >= 8
     assert killing.finished >= 1
-    assert len(killing.steps) > 1, f"killed at different moments: {killing.steps}"
 
 
 def test_a_few_kills(tmp_path):

@@ -13,7 +13,8 @@ from PIL import Image
 from nefkern import atlas, eigenmaps, evaluate, segment, spectrum, train
 from nefkern.runtime.errors import UserError
 from nefkern.training.runs import CHECKPOINT, Run
-from tests.faults.kills import _COMMON, METHODS, photographs
+from tests.faults.kills import _COMMON, METHODS, PATIENCE, photographs
+from tests.faults.processes import Forked
 from tests.faults.writes import KINDS, failing, writes
 
 pytestmark = pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="forks")
@@ -32,7 +33,10 @@ def whole(tmp_path_factory) -> Path:
             Image.fromarray(labels).save(root / "annotations" / split / path.name)
     (root / "classes.txt").write_text("dark\nlight\n")
     for method in ("neural", "spectral"):
-        assert train.main(trained(method, folder, folder / method)) == 0
+        arguments = trained(method, folder, folder / method)
+        ended = Forked(lambda given=arguments: train.main(given)).wait(PATIENCE)
+        assert ended is not None
+        assert ended.code == 0, ended.text
     (folder / "names.yaml").write_text("clusters: 5\nnames: {0: sky, 1: road, 2: sky}\n")
     return folder
 
