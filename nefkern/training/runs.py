@@ -233,6 +233,7 @@ class Run:
             part.unlink(missing_ok=True)
             os.link(self.path(CHECKPOINT), part, follow_symlinks=False)
             part.replace(self.path(PREVIOUS))
+            part.unlink(missing_ok=True)  # it stays where both already are one file
 
     def _metadata(self, name: str) -> dict[str, str]:
         """Those of a file of tensors; none of one that is not there or not whole."""
