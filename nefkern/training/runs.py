@@ -74,6 +74,11 @@ def _differ(name: str, before: Any, now: Any) -> bool:
     return before != now
 
 
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a process that was killed before its run had a configuration left this."""
+    return path.name == LOCK or (path.name.startswith(f".{CONFIG}") and path.suffix == ".part")
+
+
 class Run:
     """The folder of one training run.
 
@@ -112,7 +117,7 @@ class Run:
                     f"--out {run.folder}: holds a run already; --resume goes on with it, "
                     "another --out starts a new one"
                 )
-        elif run.folder.exists() and any(path.name != LOCK for path in run.folder.iterdir()):
+        elif run.folder.exists() and not all(map(_is_of_a_start, run.folder.iterdir())):
             raise UserError(f"--out {run.folder}: is not empty and holds no run")
         run.folder.mkdir(parents=True, exist_ok=True)
         run._lock = FolderLock.of(run.folder, "--out")

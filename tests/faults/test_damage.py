@@ -235,6 +235,17 @@ def test_no_pickle_in_a_cache_or_a_weights_file_is_run(tmp_path):
     assert not trap.exists()
 
 
+# ---- a start that was killed
+
+
+def test_a_run_killed_before_its_configuration_is_begun_anew(tiny):
+    folder = Path(tiny().out)
+    folder.mkdir()
+    (folder / ".config.yaml.0123456789ab.part").write_text("half")
+    assert Run.create(tiny(resume=True)).folder == folder
+    assert not list(folder.glob(".*.part"))
+
+
 # ---- one process to a folder
 
 
