@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nefkern.data.benchmark import Benchmark, ClassSet, Part, split_folder
+from nefkern.data.benchmark import Benchmark, ClassSet, Part, annotation_of_split, split_folder
 from nefkern.data.constants import VOID
 from nefkern.data.folder import image_files
 from nefkern.data.tables.ade20k import COLOURS, NAMES
@@ -17,10 +17,6 @@ def _images(home: Path, split: str) -> list[Path]:
     return image_files(split_folder(home / "images", split, _FOLDERS))
 
 
-def _annotation(home: Path, image: Path) -> Path:
-    return home / "annotations" / image.parent.name / f"{image.stem}.png"
-
-
 #: ``{images,annotations}/{training,validation}``; annotations hold 0 (void) and 1 to 150.
 ADE20K = Benchmark(
     name="ade20k",
@@ -30,7 +26,7 @@ ADE20K = Benchmark(
     annotations=Part("annotations", _SOURCE),
     counts={"train": (20_210,), "val": (2_000,)},
     find_images=_images,
-    annotation_of=_annotation,
+    annotation_of=annotation_of_split,
     folders=_FOLDERS,
     class_sets={150: ClassSet(NAMES, COLOURS, (VOID, *range(150)))},
 )

@@ -211,6 +211,11 @@ def listed(path: Path) -> list[str]:
     return names
 
 
+def annotation_of_split(home: Path, image: Path) -> Path:
+    """``annotations/{split}/NAME.png`` of ``images/{split}/NAME.jpg``."""
+    return home / "annotations" / image.parent.name / f"{image.stem}.png"
+
+
 def split_folder(parent: Path, split: str, folders: Mapping[str, str]) -> Path:
     """The folder of ``split`` in ``parent``.
 

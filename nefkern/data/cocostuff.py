@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nefkern.data.benchmark import Benchmark, ClassSet, Part, listed, split_folder
+from nefkern.data.benchmark import (
+    Benchmark,
+    ClassSet,
+    Part,
+    annotation_of_split,
+    listed,
+    split_folder,
+)
 from nefkern.data.folder import image_files
 from nefkern.data.tables.cocostuff import CLASS_OF_LABEL, COLOURS, NAMES
 
@@ -24,10 +31,6 @@ def _images(home: Path, split: str) -> list[Path]:
     return image_files(folder)
 
 
-def _annotation(home: Path, image: Path) -> Path:
-    return home / "annotations" / image.parent.name / f"{image.stem}.png"
-
-
 #: ``{images,annotations}/{train2017,val2017}``; annotations hold 0 to 181 and 255 (void).
 COCOSTUFF = Benchmark(
     name="cocostuff",
@@ -39,7 +42,7 @@ COCOSTUFF = Benchmark(
     ),
     counts={"train": (49_629, 118_287), "val": (2_175, 5_000)},
     find_images=_images,
-    annotation_of=_annotation,
+    annotation_of=annotation_of_split,
     folders=_FOLDERS,
     class_sets={27: ClassSet(NAMES, COLOURS, CLASS_OF_LABEL)},
 )

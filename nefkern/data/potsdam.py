@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nefkern.data.benchmark import Benchmark, ClassSet, Part, split_folder
+from nefkern.data.benchmark import Benchmark, ClassSet, Part, annotation_of_split, split_folder
 from nefkern.data.folder import image_files
 
 SOURCE = "2_Ortho_RGB.zip and 5_Labels_all.zip of Potsdam from www.isprs.org"
@@ -38,10 +38,6 @@ def _images(home: Path, split: str) -> list[Path]:
     return image_files(split_folder(home / "images", split, {}))
 
 
-def _annotation(home: Path, image: Path) -> Path:
-    return home / "annotations" / image.parent.name / f"{image.stem}.png"
-
-
 #: ``{images,annotations}/{train,val}``, as prepared; annotations hold 0 to 5 and 255 (void).
 POTSDAM = Benchmark(
     name="potsdam",
@@ -51,7 +47,7 @@ POTSDAM = Benchmark(
     annotations=Part("annotations", _PREPARED),
     counts={"train": (5_400, 7_695), "val": (3_150, 855)},
     find_images=_images,
-    annotation_of=_annotation,
+    annotation_of=annotation_of_split,
     class_sets={
         3: ClassSet(tuple(_THREE), tuple(_THREE.values()), (0, 1, 2, 2, 0, 1)),
         6: ClassSet(tuple(_SIX), COLOURS, tuple(range(6))),

@@ -100,19 +100,27 @@ def _read_labels(path: Path) -> dict[str, int]:
     return labels
 
 
+def read_variable(path: Path, name: str) -> np.ndarray | None:
+    """A variable of a .mat file; None where it has none of that name.
+
+    Raises:
+        UserError: not a .mat file.
+    """
+    try:
+        return scipy.io.loadmat(path, variable_names=[name]).get(name)
+    except MemoryError:
+        raise
+    except Exception as error:  # its reader raises nearly anything for damaged data
+        raise UserError(f"{path}: cannot read this .mat file: {first_line(error)}") from None
+
+
 def read_label_map(path: Path) -> np.ndarray:
     """``LabelMap`` of a .mat file: integers ``[H, W]``, 0 to 459.
 
     Raises:
         UserError: not a .mat file, or without a map of labels.
     """
-    try:
-        content = scipy.io.loadmat(path, variable_names=["LabelMap"])
-    except MemoryError:
-        raise
-    except Exception as error:  # its reader raises nearly anything for damaged data
-        raise UserError(f"{path}: cannot read this .mat file: {first_line(error)}") from None
-    labels = content.get("LabelMap")
+    labels = read_variable(path, "LabelMap")
     if labels is None:
         raise UserError(f"{path}: expected the variable LabelMap, it has none")
     if labels.ndim != 2 or labels.dtype.kind not in "uif" or not labels.size:

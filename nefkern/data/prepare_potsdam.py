@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 from PIL import Image
 from tqdm import tqdm
 
@@ -18,7 +17,8 @@ from nefkern.data.constants import VOID
 from nefkern.data.folder import need_folder
 from nefkern.data.images import read_image
 from nefkern.data.potsdam import COLOURS, SOURCE
-from nefkern.runtime.errors import UserError, first_line
+from nefkern.data.prepare import read_variable
+from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import remove_parts, replace_file
 
 #: Side of a piece before it is halved, and pieces in a row and a column of a picture.
@@ -155,11 +155,10 @@ def _whole(path: Path) -> np.ndarray:
 
 def _indices(painted: np.ndarray, path: Path) -> np.ndarray:
     """The labels that a picture is painted with; some of the files hold 252 for 255."""
-    at = {tuple(part > 127 for part in colour): index for index, colour in enumerate(COLOURS)}
+    bits = np.array([4, 2, 1], np.uint8)
     table = np.full(8, VOID, np.uint8)
-    for (red, green, blue), index in at.items():
-        table[4 * red + 2 * green + blue] = index
-    found = table[(painted > 127) @ np.array([4, 2, 1], np.uint8)]
+    table[(np.array(COLOURS) > 127) @ bits] = np.arange(len(COLOURS))
+    found = table[(painted > 127) @ bits]
     if (found == VOID).any():
         y, x = np.argwhere(found == VOID)[0]
         raise UserError(
@@ -218,12 +217,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
     Raises:
         UserError: no such file or variable, or not bytes.
     """
-    try:
-        found = scipy.io.loadmat(path, variable_names=[name]).get(name)
-    except MemoryError:
-        raise
-    except Exception as error:  # its reader raises nearly anything for damaged data
-        raise UserError(f"{path}: cannot read this .mat file: {first_line(error)}") from None
+    found = read_variable(path, name)
     if found is None or found.dtype != np.uint8 or not found.size:
         what = "it has none" if found is None else f"got {found.dtype} {list(found.shape)}"
         raise UserError(f"{path}: expected the variable {name} of bytes, {what}")

@@ -47,6 +47,18 @@ def winners(probabilities: Tensor) -> Tensor:
     return probabilities.argmax(0).unique()
 
 
+def check_probabilities(image: Tensor, probabilities: Tensor) -> None:
+    """Raise a ValueError unless probabilities are floating point ``[K, H, W]`` without NaN, of an
+    image ``[3, H, W]``."""
+    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[1:]:
+        raise ValueError(
+            f"probabilities must be [K, {image.shape[1]}, {image.shape[2]}] like the image, "
+            f"got {tuple(probabilities.shape)}"
+        )
+    if not probabilities.is_floating_point() or probabilities.isnan().any():
+        raise ValueError("probabilities must be floating point without NaN")
+
+
 def as_arrays(image: Tensor, probabilities: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """What :func:`nefkern.segmentation.mean_field.mean_field` takes, from what :func:`crf` does.
 
@@ -55,12 +67,6 @@ def as_arrays(image: Tensor, probabilities: Tensor) -> tuple[np.ndarray, np.ndar
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image must be uint8 [3, H, W], got {image.dtype} {tuple(image.shape)}")
-    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[1:]:
-        raise ValueError(
-            f"probabilities must be [K, {image.shape[1]}, {image.shape[2]}] like the image, "
-            f"got {tuple(probabilities.shape)}"
-        )
-    if not probabilities.is_floating_point() or probabilities.isnan().any():
-        raise ValueError("probabilities must be floating point without NaN")
+    check_probabilities(image, probabilities)
     pixels = image.permute(1, 2, 0).contiguous()
     return pixels.cpu().numpy(), probabilities.detach().float().cpu().numpy()

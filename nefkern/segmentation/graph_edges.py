@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nefkern.ops import CSRGraph, spmm
+from nefkern.segmentation.crf import check_probabilities
 from nefkern.segmentation.refinement import Job, Refined
 
 #: Nodes that are solved at once: their graph takes some 300 bytes each.
@@ -141,13 +142,7 @@ def _checked(image: Tensor, probabilities: Tensor) -> Tensor:
         raise ValueError(f"image must be [3, H, W], got {tuple(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"image must be uint8 or floating point, got {image.dtype}")
-    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[1:]:
-        raise ValueError(
-            f"probabilities must be [K, {image.shape[1]}, {image.shape[2]}] like the image, "
-            f"got {tuple(probabilities.shape)}"
-        )
-    if not probabilities.is_floating_point() or probabilities.isnan().any():
-        raise ValueError("probabilities must be floating point without NaN")
+    check_probabilities(image, probabilities)
     return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
