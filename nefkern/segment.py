@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         choices=EDGES,
         help="what draws the edges of segments: bilinear up-sampling of patches; graph: a solve on "
         "the image's pixels, which moves them to where colours change, in a fraction of a second; "
-        "crf: a fully connected CRF, ten times slower (needs pydensecrf) [bilinear]",
+        "crf: a fully connected CRF, eight to ten times slower (needs pydensecrf) [bilinear]",
     )
     add("--crf", action="store_true", help="the same as --edges crf")
     add_crf_workers(result)

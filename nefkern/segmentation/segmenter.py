@@ -344,7 +344,7 @@ class Segmenter:
                 uint8 array, or a ``[3, H, W]`` tensor (uint8, or float in [0, 1]).
             edges: "bilinear": as they are up-sampled; "graph": drawn to the image's by a solve on
                 its pixels (:mod:`nefkern.segmentation.graph_edges`); "crf": by a fully connected
-                CRF, ten times slower (:mod:`nefkern.segmentation.crf`).
+                CRF, eight to ten times slower (:mod:`nefkern.segmentation.crf`).
 
         Returns:
             The cluster of every pixel, ``[H, W]`` int64 on the CPU.
