@@ -264,7 +264,7 @@ class _Encoder:
         if self._stream is None:
             self._open(frame, array)
         source = "rgb24" if array.ndim == 3 else self._format
-        # Converted here: the encoder's own conversion now and then gives other bytes.
+        # Converted here: the encoder's own conversion differs from run to run.
         picture = av.VideoFrame.from_ndarray(array, format=source).reformat(format=self._format)
         picture.pts, picture.time_base = frame.pts, frame.time_base
         self._container.mux(self._stream.encode(picture))

@@ -75,6 +75,10 @@ def times(path: Path) -> list[float]:
     return [float(f.pts * f.time_base) for f in video.Clip.open(path).read()]
 
 
+def overlay_frames(output: video.Output) -> np.ndarray:
+    return np.stack([f.pixels.numpy() for f in video.Clip.open(output.overlay).read()]).astype(int)
+
+
 def test_every_frame_at_its_time(clip, output):
     told = []
     assert video.segment_clip(clip, output, paint, MADE_OF, told.append) == FRAMES
@@ -121,7 +125,7 @@ def test_16_bits_keep_many_clusters(clip, tmp_path):
 def test_a_killed_run_is_gone_on_with(clip, output):
     """Its whole parts stay, the frames after them are done again, and nothing else differs."""
     video.segment_clip(clip, output, paint, MADE_OF)
-    whole = output.index.read_bytes(), output.overlay.read_bytes()
+    whole = output.index.read_bytes(), overlay_frames(output)
     seen = []
 
     def killed(frames):
@@ -143,7 +147,11 @@ def test_a_killed_run_is_gone_on_with(clip, output):
         indices(output.index)[33].tolist()
         == index_of(torch.from_numpy(picture(33)).movedim(-1, 0)).tolist()
     )
-    assert (output.index.read_bytes(), output.overlay.read_bytes()) == whole
+    assert output.index.read_bytes() == whole[0]
+    found = overlay_frames(output)
+    assert found.shape == whole[1].shape
+    # x264 is not the same to the bit from run to run, whatever its threads: 3 of 900 times here.
+    assert np.abs(found - whole[1]).mean((1, 2, 3)).max() < 1
 
 
 def test_parts_of_anything_else_are_thrown_away(clip, output):
