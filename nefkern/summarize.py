@@ -335,7 +335,8 @@ def _difference_lines(estimates: dict[Scored, Estimate]) -> list[str]:
 def _evaluation_lines(found: dict[str, Resampled]) -> list[str]:
     """Of every evaluation less the first of the same images, method by method, on the other half
     where both were scored there."""
-    told, firsts = [], {}
+    told: list[str] = []
+    firsts: dict[Any, tuple[str, Resampled]] = {}
     for evaluation, second in found.items():
         same = second.images, next(iter(second.estimates.values())).resampled.shape
         name, first = firsts.setdefault(same, (evaluation, second))
