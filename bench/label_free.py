@@ -318,7 +318,10 @@ def interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """The middle 95% of the correlations of resampled settings."""
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(first), size=(RESAMPLES, len(first)))
-    low, high = np.nanquantile([spearman(first[d], second[d]) for d in drawn], (0.025, 0.975))
+    found = np.array([spearman(first[d], second[d]) for d in drawn])
+    if np.isnan(found).all():  # a constant criterion
+        return math.nan, math.nan
+    low, high = np.nanquantile(found, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -347,13 +347,20 @@ def _evaluation_lines(found: dict[str, Resampled]) -> list[str]:
             other = key._replace(images=images)
             apart = second.estimates[other].minus(first.estimates[other])
             cells = [cell for score in SCORES for cell in difference_cells(apart[score])]
-            names = [evaluation, name, key.column, COUNTED.get(key.matching, key.matching)]
+            names = [_apart(evaluation, name), _apart(name, evaluation), key.column]
+            names.append(COUNTED.get(key.matching, key.matching))
             told.append(f"| {' | '.join([*names, *cells])} |")
     if not told:
         return []
     head = "| evaluation | less | method | matching | accuracy | | mIoU | |"
     what = "**Differences between evaluations of the same images**, paired over them"
     return [f"{what}, other half where both have it", "", head, "|---" * 8 + "|", *told, ""]
+
+
+def _apart(evaluation: str, other: str) -> str:
+    """What an evaluation is told by that the other is not."""
+    parts, others = (name.replace("; ", ", ").split(", ") for name in (evaluation, other))
+    return ", ".join(part for part in parts if part not in others) or "as it is"
 
 
 def _shared(key: Scored, *estimates: dict[Scored, Estimate]) -> str | None:
