@@ -277,7 +277,7 @@ class TrainOptions:
     # eigenvectors
     eigenvectors: int | None = _option(
         None,
-        "m, leading eigenvectors that K-means sees [2K; with few clusters more, 128 or a hundredth "
+        "m, leading eigenvectors that K-means sees [2K; with few clusters more, 256 or a hundredth "
         "of the patches]",
         "eigenvectors",
         metavar="M",

@@ -44,7 +44,7 @@ _BLOCK = 1 << 16  # rows that are scaled at once
 _PATCHES = 1 << 17
 #: Eigenvectors that K-means sees at least, where there are so many patches for each: with few
 #: clusters, twice as many do not span what tells classes apart (docs/quality.md).
-_LEAST_VECTORS, _PATCHES_PER_VECTOR = 128, 100
+_LEAST_VECTORS, _PATCHES_PER_VECTOR = 256, 100
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]

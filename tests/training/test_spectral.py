@@ -285,8 +285,8 @@ def test_unreadable_images_are_skipped(spectral, photos, caplog):
     [
         ({}, 160, 2 * K),
         ({}, 6400, 64),
-        ({}, 64000, 128),
-        ({"num_eigenfunctions": 100}, 64000, 200),
+        ({}, 64000, 256),
+        ({"num_eigenfunctions": 200}, 64000, 400),
         ({"eigenvectors": 7}, 64000, 7),
     ],
 )
