@@ -276,7 +276,11 @@ class TrainOptions:
 
     # eigenvectors
     eigenvectors: int | None = _option(
-        None, "m, leading eigenvectors that K-means sees [2K]", "eigenvectors", metavar="M"
+        None,
+        "m, leading eigenvectors that K-means sees [2K; with few clusters more, 256 or a hundredth "
+        "of the patches]",
+        "eigenvectors",
+        metavar="M",
     )
     cluster_on: str = _option(
         "both",

@@ -42,6 +42,9 @@ _BLOCK = 1 << 16  # rows that are scaled at once
 #: Patches that the graph joins wherever nothing else is said. The neighbours of half as many, with
 #: 384 channels, are found in five seconds on two cores; the time grows with the square.
 _PATCHES = 1 << 17
+#: Eigenvectors that K-means sees at least, where there are so many patches for each: with few
+#: clusters, twice as many do not span what tells classes apart (docs/quality.md).
+_LEAST_VECTORS, _PATCHES_PER_VECTOR = 256, 100
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -167,9 +170,9 @@ class SpectralTrainer:
         config = self.options.graph()
         return config.pixel_graphs if config.alpha > 0 else ()
 
-    @property
-    def _eigenvectors(self) -> int:
-        return self.options.eigenvectors or 2 * self.options.num_eigenfunctions
+    def _eigenvectors(self, patches: int) -> int:
+        least = min(_LEAST_VECTORS, patches // _PATCHES_PER_VECTOR)
+        return self.options.eigenvectors or max(2 * self.options.num_eigenfunctions, least)
 
     @property
     def _scaled(self) -> bool:
@@ -208,7 +211,7 @@ class SpectralTrainer:
         """About what the largest stage takes: rows, lists, graph, and blocks of eigenvectors."""
         rows = channels * (8 if self._scaled else 4)
         graph = (8 + 12) * k
-        return patches * (rows + graph + 4 * 5 * (self._eigenvectors * 4 // 3 + 16))
+        return patches * (rows + graph + 4 * 5 * (self._eigenvectors(patches) * 4 // 3 + 16))
 
     # ---- the stages ----
 
@@ -274,7 +277,7 @@ class SpectralTrainer:
         searched = time.perf_counter()
         self._heed()
         graph = self._kappa(lists)
-        count = min(self._eigenvectors, graph.num_nodes)
+        count = min(self._eigenvectors(len(rows)), graph.num_nodes)
         with tqdm(desc="eigenpairs", unit="round") as bar:
             pairs = leading_eigenpairs(
                 graph, count, tol=_TOL, seed=self.options.seed, on_round=self._shown(bar)
