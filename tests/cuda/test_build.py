@@ -352,8 +352,8 @@ def test_without_the_extension_by_choice_that_is_the_reason(tmp_path, recorded):
         ("/usr/bin/ld: a.o: undefined reference to `f'\n", "ld: a.o: undefined reference to `f'"),
         ("/usr/bin/ld: cannot find -ltorch\nx: error: ld\n", "ld: cannot find -ltorch"),
         (
-            "/p/python: No module named pybind11\nCMake Error at CMakeLists.txt:9 (execute):\n",
-            "python: No module named pybind11",
+            "/p/python: No module named somewhere\nCMake Error at CMakeLists.txt:9 (execute):\n",
+            "python: No module named somewhere",
         ),
         (
             "--\nCMake Error at a.cmake:3 (message):\n  nefkern: no nvcc\n  found\n\n\n-- rest\n",
