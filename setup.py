@@ -229,11 +229,12 @@ class LeaveOut(build_py):
 class SourceArchive(sdist):
     """With all that builds and tests the package; setuptools knows of Python modules only."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
+    def make_distribution(self) -> None:
         found = (path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file())
         relative = (path.relative_to(ROOT) for path in found)
         self.filelist.extend(sorted(str(p) for p in relative if not LEFT_OUT & set(p.parts)))
+        self.filelist.remove_duplicates()
+        super().make_distribution()
 
 
 need_torch = WANTED != "0" and compiler() and torch_folder() is None

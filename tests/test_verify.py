@@ -26,7 +26,8 @@ from nefkern.training.trainer import Trainer
 
 KINDS = {
     "neural": {"epochs": 2, "record_steps": 3},
-    "views": {"epochs": 2, "views": 1, "amp": True, "accumulate": 2},
+    "views": {"epochs": 2, "views": 1, "amp": True},
+    "accumulated": {"epochs": 1, "accumulate": 2, "gumbel": False},
     "teacher": {"epochs": 1, "teacher": "spectral", "dataset_k": "8", "teacher_share": 0.5},
     "edges": {"epochs": 1, "edges": "dataset", "dataset_k": "8"},
     "spectral": {"method": "spectral", "k": "8"},

@@ -392,7 +392,7 @@ class TrainOptions:
         None,
         "steps whose state before is kept, so that others can repeat them (python -m "
         "nefkern.verify), beside the first step, which needs none; three times ψ's weights each; "
-        "0: nothing is recorded [1 for every 64 steps, from 1 to 8, within 512 MiB]",
+        "0: nothing is recorded [1 for every 256 steps, from 1 to 8, within 512 MiB]",
         "run",
         metavar="N",
     )

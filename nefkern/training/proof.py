@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: States that are kept if nothing else is asked for: as many as these bytes hold, at most so many,
 #: and none without so many steps for it.
-_BYTES, _MOST, _SPACING = 1 << 29, 8, 64
+_BYTES, _MOST, _SPACING = 1 << 29, 8, 256
 
 #: Options that say where something lies; what lies there has hashes.
 _PLACES = frozenset(("data_root", "weights", "feature_cache"))

@@ -91,7 +91,7 @@ def verify(run: Run, options: TrainOptions, wishes: Wishes, name: str = "") -> I
         UserError: no record, or images and weights that are not there.
     """
     rows = run.steps()
-    if not rows or "options" not in rows[0]:
+    if not any(row["step"] > 0 for row in rows) or "options" not in rows[0]:
         raise UserError(
             f"{run.path(STEPS)}: expected the record of a run's steps; there is none of runs of "
             "several processes, with --record-steps 0, or of earlier versions"
