@@ -17,10 +17,10 @@ PyObject* build_info(PyObject*, PyObject*) {
 #else
   return Py_BuildValue("{ss ss ss ss sO ss}",
 #endif
-                       "compiler", NEFKERN_TEXT(NEFKERN_COMPILER),     //
-                       "torch", NEFKERN_TEXT(NEFKERN_TORCH_VERSION),   //
-                       "version", NEFKERN_TEXT(NEFKERN_VERSION),       //
-                       "isa", isa_name(best_isa()),                    //
+                       "compiler", NEFKERN_TEXT(NEFKERN_COMPILER),    //
+                       "torch", NEFKERN_TEXT(NEFKERN_TORCH_VERSION),  //
+                       "version", NEFKERN_TEXT(NEFKERN_VERSION),      //
+                       "isa", isa_name(best_isa()),                   //
 #if defined(NEFKERN_CUDA_VERSION)
                        "cuda", NEFKERN_TEXT(NEFKERN_CUDA_VERSION),  //
                        "cuda_architectures", NEFKERN_CUDA_ARCHITECTURES);
