@@ -37,7 +37,7 @@ def content_hash(*tensors: Tensor) -> str:
     for tensor in tensors:
         on_host = tensor.detach().cpu().contiguous()
         found.update(f"{on_host.dtype} {tuple(on_host.shape)};".encode())
-        found.update(on_host.flatten().view(torch.uint8).numpy())
+        found.update(on_host.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:_DIGITS]
 
 

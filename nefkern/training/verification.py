@@ -465,7 +465,8 @@ class _SpectralRun:
             yield Check(name, OK, f"are alike {how}")
 
     def _pixel_lists(self, batch: Tensor, first: int) -> Tensor:
-        grid = self.parts.backbone.grid(batch.shape[-2:])
+        height, width = batch.shape[-2:]
+        grid = self.parts.backbone.grid((height, width))
         seen = self.parts.backbone.seen(batch.to(self.parts.device))
         near = pixel_neighbours(seen, grid, self.trainer._pairs)
         return torch.where(near < 0, near, near + first).cpu()
@@ -523,9 +524,9 @@ class _SpectralRun:
         rows = model.cluster_rows(model.embedding.vectors)
         labels = model.kmeans.predict(rows)
         same = content_hash(labels) == self.told["clusters"]["labels"]
-        again = KMeans(self.options.num_eigenfunctions, self.options.seed).fit(rows)
-        share = float((again.predict(rows) == labels).double().mean())
-        exact = torch.equal(again.centers, model.kmeans.centers)
+        fitted = KMeans(self.options.num_eigenfunctions, self.options.seed).fit(rows)
+        share = float((fitted.predict(rows) == labels).double().mean())
+        exact = torch.equal(fitted.centers, model.kmeans.centers)
         if not same or share < 0.999:
             yield Check(
                 "clusters",
@@ -535,7 +536,7 @@ class _SpectralRun:
         else:
             how = "to the bit" if exact else f"for {share:.2%} of them"
             yield Check("clusters", OK, f"K-means gives {len(labels)} patches the same, {how}")
-        self.model.kmeans = again
+        self.model.kmeans = fitted
         temperature = self.model.calibrated().temperature
         apart = abs(temperature / model.temperature - 1) if model.temperature else math.inf
         yield Check(
