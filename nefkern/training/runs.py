@@ -242,8 +242,10 @@ class Run:
         with contextlib.suppress(OSError):  # a file system without links keeps one checkpoint
             part.unlink(missing_ok=True)
             os.link(self.path(CHECKPOINT), part, follow_symlinks=False)
-            part.replace(self.path(PREVIOUS))
-            part.unlink(missing_ok=True)  # it stays where both already are one file
+            try:
+                part.replace(self.path(PREVIOUS))
+            finally:
+                part.unlink(missing_ok=True)  # it stays where both already are one file, too
 
     def _metadata(self, name: str) -> dict[str, str]:
         """Those of a file of tensors; none of one that is not there or not whole."""
