@@ -159,7 +159,7 @@ def _options(kernel: Any, d: int, e: int, feature_map: str, dtype: torch.dtype) 
 def _precision(dtype: torch.dtype) -> str:
     """Of products: as linear_attention_pieces names them."""
     if dtype == torch.float32:
-        return "tf32x3"
+        return "split"
     return "bf16" if dtype == torch.bfloat16 and interpreting() else "half"
 
 

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from nefkern.triton.linear_attention_pieces import (
     dot,
-    factor_of,
     head_of,
+    input_tokens_of,
     key_features,
     matrix_of,
     means_of,
@@ -23,6 +23,9 @@ from nefkern.triton.linear_attention_pieces import (
     shares_of,
     tile_of,
     times,
+    tokens_of,
+    turned,
+    up,
     valid,
 )
 
@@ -50,22 +53,31 @@ def query_gradients(
     dz = tl.zeros([BD], tl.float32)
     dstate = tl.zeros([BD, BE], tl.float32)
     # Both halves of S̃ in float32, or a wide one, leave too few registers: read for every tile.
-    again: tl.constexpr = PRECISION == "tf32x3" or BD * BE > 4096
+    again: tl.constexpr = BD * BE > 4096
+    small = 1.0 / up(PRECISION)
     end = tl.minimum((part + 1) * chunk, count)
     for first in tl.range(part * chunk, end, BT, disable_licm=again):
         t = first + tl.arange(0, BT)
         there = t < count
-        upper = factor_of(tile_of(grad, t, there, grad_token, j, e, 0.0), PRECISION)
+        upper, lack = input_tokens_of(
+            tile_of(grad, t, there, grad_token, j, e, 0.0), grad, PRECISION
+        )
         x = tile_of(q, t, there, q_token, i, d, 0.0).to(tl.float32)
-        phi, reciprocal = shares_of(x, i, d, z, eps, SOFTMAX)
-        g = times(upper, tl.trans(means), BT, BD, PRECISION) * unit
-        inner = tl.sum(phi * g, 1)[:, None]
+        phi, reciprocal = shares_of(x, i, d, z, eps, SOFTMAX, PRECISION)
+        g = times(upper, turned(means), BT, BD, PRECISION) * (lack * (unit * small))
+        inner = tl.sum(phi * g, 1)[:, None] * small
         slope = phi
         if not SOFTMAX:
             slope = tl.minimum(phi, z[None, :] * reciprocal[:, None])
             dz -= tl.sum(phi * inner, 0)
         put(dq, t, there, dq_token, i, d, slope * (g - inner))
-        dstate = dot(tl.trans(rounded(phi, q, PRECISION)), upper, dstate, PRECISION)
+        if PRECISION == "split":
+            most = tl.max(tl.max(lack, 1), 0)
+            phi = turned(rounded(phi * (lack / most), q, PRECISION))
+            zeros = tl.zeros([BD, BE], tl.float32)
+            dstate += dot(phi, upper, zeros, PRECISION) * (most * small)
+        else:
+            dstate = dot(turned(rounded(phi, q, PRECISION)), upper, dstate, PRECISION)
     at = (head.to(tl.int64) * tl.num_programs(1) + part) * d
     if not SOFTMAX:
         tl.store(shifts + at + i, dz, mask=i < d)
@@ -122,15 +134,19 @@ def key_gradients(
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, count), BT):
         t = first + tl.arange(0, BT)
         inside, there = t < count, valid(mask, head, heads, t, count, HAS_MASK)
-        values = factor_of(tile_of(v, t, there, v_token, j, e, 0.0), PRECISION)
+        values, lack = input_tokens_of(tile_of(v, t, there, v_token, j, e, 0.0), v, PRECISION)
         keys = tile_of(k, t, there, k_token, i, d, 0.0).to(tl.float32)
         psi = key_features(keys, largest, SOFTMAX)
         if HAS_MASK:
             psi = tl.where(there[:, None], psi, 0.0)
-        g = times(values, tl.trans(back), BT, BD, PRECISION) * unit
+        g = times(values, turned(back), BT, BD, PRECISION) * (lack * unit)
         slope = psi
         if not SOFTMAX:
             slope = tl.minimum(psi, 1.0)
         put(dk, t, inside, dk_token, i, d, slope * (g + more[None, :]))
-        its = times(rounded(psi, v, PRECISION), back, BT, BE, PRECISION)
-        put(dv, t, inside, dv_token, j, e, its * unit)
+        if SOFTMAX:
+            psi, lack = rounded(psi * up(PRECISION), v, PRECISION), 1.0 / up(PRECISION)
+        else:
+            psi, lack = tokens_of(psi, v, PRECISION)
+        its = times(psi, back, BT, BE, PRECISION)
+        put(dv, t, inside, dv_token, j, e, its * (lack * unit))

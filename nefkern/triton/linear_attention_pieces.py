@@ -60,41 +60,101 @@ def near_bfloat16(x):
 
 
 @triton.jit
-def factor_of(x, PRECISION: tl.constexpr):
-    """An input's tile as a factor of products."""
-    if PRECISION == "bf16":
-        x = x.to(tl.float32)
-    return x
+def rounded(x, like, PRECISION: tl.constexpr):
+    """A factor of products with ``like``: one term twice, or the two of "split"."""
+    if PRECISION == "split":
+        high = x.to(tl.float16)
+        low = (x - high.to(tl.float32)).to(tl.float16)
+    else:
+        high = x.to(like.dtype.element_ty) if PRECISION == "half" else near_bfloat16(x)
+        low = high
+    return high, low
 
 
 @triton.jit
-def rounded(x, like, PRECISION: tl.constexpr):
-    """What was computed, as a factor of products with ``like``."""
-    if PRECISION == "half":
-        x = x.to(like.dtype.element_ty)
-    elif PRECISION == "bf16":
-        x = near_bfloat16(x)
-    return x
+def up(PRECISION: tl.constexpr):
+    """What numbers of at most 1 are multiplied by to be factors."""
+    return 16384.0 if PRECISION == "split" else 1.0
+
+
+@triton.jit
+def turned(factor):
+    """Transposed."""
+    return tl.trans(factor[0]), tl.trans(factor[1])
+
+
+@triton.jit
+def power_of(exponent):
+    """2^(exponent - 127), for exponents from 1 to 254."""
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def powers_of(largest):
+    """The power of two that brings numbers of at most ``largest`` below 2^15, and its reciprocal.
+
+    Two float16 then hold each to 2^-22 of itself, or to 2^-39 of the largest.
+    """
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 15), 254)
+    return power_of(268 - exponent), power_of(exponent - 14)
 
 
 @triton.jit
 def scaled(x, like, PRECISION: tl.constexpr):
     """A matrix as a factor of products with ``like``, and the power of two that it lacks."""
     unit = 1.0
-    if PRECISION == "half" and like.dtype.element_ty == tl.float16:
+    if PRECISION == "split":
+        power, unit = powers_of(tl.max(tl.max(tl.abs(x), 1), 0))
+        x *= power
+    elif PRECISION == "half" and like.dtype.element_ty == tl.float16:
         largest = tl.max(tl.max(tl.abs(x), 1), 0)
         exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        unit = (exponent << 23).to(tl.float32, bitcast=True)
-        x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        unit = power_of(exponent)
+        x *= power_of(254 - exponent)
     return rounded(x, like, PRECISION), unit
 
 
 @triton.jit
+def tokens_of(x, like, PRECISION: tl.constexpr):
+    """A tile as a factor, and the power of two that each token lacks: [tokens, 1]."""
+    lack = 1.0
+    if PRECISION == "split":
+        power, lack = powers_of(tl.max(tl.abs(x), 1)[:, None])
+        x *= power
+    return rounded(x, like, PRECISION), lack
+
+
+@triton.jit
+def input_tokens_of(x, like, PRECISION: tl.constexpr):
+    """The same of an input, which half precisions hold as it is."""
+    if PRECISION == "split":
+        factor, lack = tokens_of(x, like, PRECISION)
+    else:
+        x = x.to(tl.float32) if PRECISION == "bf16" else x
+        factor, lack = (x, x), 1.0
+    return factor, lack
+
+
+@triton.jit
+def input_tile_of(x, like, PRECISION: tl.constexpr):
+    """The same with one power of two for all of it."""
+    if PRECISION == "split":
+        factor, lack = scaled(x, like, PRECISION)
+    else:
+        x = x.to(tl.float32) if PRECISION == "bf16" else x
+        factor, lack = (x, x), 1.0
+    return factor, lack
+
+
+@triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    if PRECISION == "half":
-        return tl.dot(a, b, total)
-    return tl.dot(a, b, total, input_precision="tf32x3")
+    """Of factors of two terms all but the product of the small ones, smallest first."""
+    if PRECISION == "split":
+        total = tl.dot(a[1], b[0], total)
+        total = tl.dot(a[0], b[1], total)
+    return tl.dot(a[0], b[0], total)
 
 
 @triton.jit
@@ -106,8 +166,10 @@ def times(x, matrix, tokens: tl.constexpr, width: tl.constexpr, PRECISION: tl.co
     """
     if tokens < width:
         zeros = tl.zeros([width, tokens], tl.float32)
-        return tl.trans(dot(tl.trans(matrix), tl.trans(x), zeros, PRECISION))
-    return dot(x, matrix, tl.zeros([tokens, width], tl.float32), PRECISION)
+        product = tl.trans(dot(turned(matrix), turned(x), zeros, PRECISION))
+    else:
+        product = dot(x, matrix, tl.zeros([tokens, width], tl.float32), PRECISION)
+    return product
 
 
 @triton.jit
@@ -164,8 +226,8 @@ def means_of(state, i, d, j, e, z, like, SOFTMAX: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
-    """φ̃ of a tile of queries, and the reciprocal of each one's divisor."""
+def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr):
+    """φ̃ of a tile of queries, and the reciprocal of each one's divisor; both times UP."""
     if SOFTMAX:
         x = tl.where((i < d)[None, :], x, float("-inf"))
         weights = exp(x - tl.max(x, 1)[:, None])
@@ -173,7 +235,7 @@ def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
     else:
         weights = elu1(x) * z[None, :]
         divisor = tl.sum(weights, 1) + eps
-    reciprocal = tl.where(divisor == 0, 0.0, 1 / divisor)
+    reciprocal = tl.where(divisor == 0, 0.0, up(PRECISION) / divisor)
     return weights * reciprocal[:, None], reciprocal
 
 
