@@ -52,7 +52,7 @@ def query_gradients(
     means, unit = means_of(state + own * e, i, d, j, e, z, q, SOFTMAX, PRECISION)
     dz = tl.zeros([BD], tl.float32)
     dstate = tl.zeros([BD, BE], tl.float32)
-    # Both halves of S̃ in float32, or a wide one, leave too few registers: read for every tile.
+    # A wide S̃ leaves too few registers: read for every tile.
     again: tl.constexpr = BD * BE > 4096
     small = 1.0 / up(PRECISION)
     end = tl.minimum((part + 1) * chunk, count)
@@ -64,7 +64,7 @@ def query_gradients(
         )
         x = tile_of(q, t, there, q_token, i, d, 0.0).to(tl.float32)
         phi, reciprocal = shares_of(x, i, d, z, eps, SOFTMAX, PRECISION)
-        g = times(upper, turned(means), BT, BD, PRECISION) * (lack * (unit * small))
+        g = times(upper, turned(means), BT, BD, PRECISION) * (unit * small) * lack
         inner = tl.sum(phi * g, 1)[:, None] * small
         slope = phi
         if not SOFTMAX:
@@ -72,8 +72,9 @@ def query_gradients(
             dz -= tl.sum(phi * inner, 0)
         put(dq, t, there, dq_token, i, d, slope * (g - inner))
         if PRECISION == "split":
+            # The sum is over tokens: what they lack goes to φ̃, but for the most of it.
             most = tl.max(tl.max(lack, 1), 0)
-            phi = turned(rounded(phi * (lack / most), q, PRECISION))
+            phi = turned(rounded(phi * (lack * (1.0 / most)), q, PRECISION))
             zeros = tl.zeros([BD, BE], tl.float32)
             dstate += dot(phi, upper, zeros, PRECISION) * (most * small)
         else:
@@ -117,10 +118,11 @@ def key_gradients(
     k_batch, k_head, k_token, v_batch, v_head, v_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token,
     SOFTMAX: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """dk = ψ (v dS̃ᵀ + shift), for "elu" with min(ψ, 1) in front, and dv = ψ dS̃ of one chunk of one
-    head; of masked keys 0, whatever they hold."""
+    head; of masked keys 0, whatever they hold. dk is made with KEYS, dv with VALUES."""
     head, part = tl.program_id(0), tl.program_id(1)
     i, j = tl.arange(0, BD), tl.arange(0, BE)
     k = head_of(k, head, heads, k_batch, k_head)
@@ -134,19 +136,19 @@ def key_gradients(
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, count), BT):
         t = first + tl.arange(0, BT)
         inside, there = t < count, valid(mask, head, heads, t, count, HAS_MASK)
-        values, lack = input_tokens_of(tile_of(v, t, there, v_token, j, e, 0.0), v, PRECISION)
         keys = tile_of(k, t, there, k_token, i, d, 0.0).to(tl.float32)
         psi = key_features(keys, largest, SOFTMAX)
         if HAS_MASK:
             psi = tl.where(there[:, None], psi, 0.0)
-        g = times(values, turned(back), BT, BD, PRECISION) * (lack * unit)
-        slope = psi
-        if not SOFTMAX:
-            slope = tl.minimum(psi, 1.0)
-        put(dk, t, inside, dk_token, i, d, slope * (g + more[None, :]))
-        if SOFTMAX:
-            psi, lack = rounded(psi * up(PRECISION), v, PRECISION), 1.0 / up(PRECISION)
-        else:
-            psi, lack = tokens_of(psi, v, PRECISION)
-        its = times(psi, back, BT, BE, PRECISION)
-        put(dv, t, inside, dv_token, j, e, its * (lack * unit))
+        if KEYS:
+            values, lack = input_tokens_of(tile_of(v, t, there, v_token, j, e, 0.0), v, PRECISION)
+            g = times(values, turned(back), BT, BD, PRECISION) * unit * lack
+            slope = psi if SOFTMAX else tl.minimum(psi, 1.0)
+            put(dk, t, inside, dk_token, i, d, slope * (g + more[None, :]))
+        if VALUES:
+            if SOFTMAX:
+                psi, lack = rounded(psi * up(PRECISION), v, PRECISION), 1.0 / up(PRECISION)
+            else:
+                psi, lack = tokens_of(psi, v, PRECISION)
+            its = times(psi, back, BT, BE, PRECISION)
+            put(dv, t, inside, dv_token, j, e, its * unit * lack)

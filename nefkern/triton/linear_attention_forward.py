@@ -60,7 +60,7 @@ def sum_keys(
                 power, own = powers_of(tl.max(phi, 0))
                 phi, own = phi * power[None, :], own[:, None]
             phi = turned(rounded(phi, v, PRECISION))
-            state += dot(phi, values, tl.zeros([BD, BE], tl.float32), PRECISION) * (own * unit)
+            state += dot(phi, values, tl.zeros([BD, BE], tl.float32), PRECISION) * own * unit
             ones = tl.full([BT, 16], 1.0, tl.float16)
             total += tl.dot(phi[0], ones, tl.dot(phi[1], ones)) * own
         else:

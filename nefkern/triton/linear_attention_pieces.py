@@ -11,8 +11,11 @@ exp(q − max q) ("softmax"):
 
 Products run on tensor cores, with sums in float32, by the promise of the dtype:
 
-- float32: three TF32 products for one ("tf32x3", about 21 bits). A single one would err by 2^-11 a
-  factor: 4,000 times float32's rounding.
+- float32: a factor is a sum of two float16 terms, and a product is three, all but that of the small
+  terms ("split"). They have the 22 bits of two TF32 terms, half their size and twice their rate. A
+  single product would err by 2^-11 a factor: 4,000 times float32's rounding. float16's narrow range
+  is met by powers of two, one a token where each has a result of its own, else one a matrix or
+  channel: a factor errs by 2^-22 of itself or 2^-39 of the largest beside it.
 - float16 and bfloat16: one product in that dtype ("half"). Inputs are exact; what is computed (φ̃,
   ψ, S̃, dS̃) is rounded to it as PyTorch rounds it. float16's S̃ and dS̃ are brought to numbers near 1
   by a power of two first, so that none is too small for it.
@@ -61,7 +64,7 @@ def near_bfloat16(x):
 
 @triton.jit
 def rounded(x, like, PRECISION: tl.constexpr):
-    """A factor of products with ``like``: one term twice, or the two of "split"."""
+    """A factor of products with ``like``: the two terms of "split", or one twice."""
     if PRECISION == "split":
         high = x.to(tl.float16)
         low = (x - high.to(tl.float32)).to(tl.float16)
@@ -73,7 +76,7 @@ def rounded(x, like, PRECISION: tl.constexpr):
 
 @triton.jit
 def up(PRECISION: tl.constexpr):
-    """What numbers of at most 1 are multiplied by to be factors."""
+    """The power of two that numbers of at most 1 are multiplied by to be factors."""
     return 16384.0 if PRECISION == "split" else 1.0
 
 
@@ -93,10 +96,11 @@ def power_of(exponent):
 def powers_of(largest):
     """The power of two that brings numbers of at most ``largest`` below 2^15, and its reciprocal.
 
-    Two float16 then hold each to 2^-22 of itself, or to 2^-39 of the largest.
+    Two float16 then hold each to 2^-22 of itself, or to 2^-39 of the largest. (The reciprocal is at
+    least 2^-112, and so a normal number over :func:`up` too.)
     """
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 15), 254)
+    exponent = tl.minimum(tl.maximum(exponent, 29), 254)
     return power_of(268 - exponent), power_of(exponent - 14)
 
 
@@ -227,7 +231,7 @@ def means_of(state, i, d, j, e, z, like, SOFTMAX: tl.constexpr, PRECISION: tl.co
 
 @triton.jit
 def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr):
-    """φ̃ of a tile of queries, and the reciprocal of each one's divisor; both times UP."""
+    """φ̃ of a tile of queries, and the reciprocal of each one's divisor; both times ``up``."""
     if SOFTMAX:
         x = tl.where((i < d)[None, :], x, float("-inf"))
         weights = exp(x - tl.max(x, 1)[:, None])

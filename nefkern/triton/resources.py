@@ -169,8 +169,12 @@ def examine_all(architectures: Sequence[str], only: str = "") -> list[Resources]
 
     if interpreting():
         raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
-    wanted = [place for place, kernel in enumerate(shipped()) if only in kernel.name]
-    jobs = [(place, arch) for place in wanted for arch in architectures]
+    jobs = [
+        (place, arch)
+        for place, kernel in enumerate(shipped())
+        for arch in architectures
+        if only in kernel.name and arch in (kernel.architectures or architectures)
+    ]
     with ProcessPoolExecutor() as pool:
         return list(pool.map(_examine, jobs))
 
