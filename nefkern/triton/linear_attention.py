@@ -100,22 +100,24 @@ def linear_attention_backward(
     sums, shifts = state.new_empty((heads, parts, d, e)), state.new_empty((heads, parts, d))
     dstate, shift = torch.empty_like(state), state.new_empty((heads, d))
     with device_of(q):
-        launch(query_gradients, (heads, parts))(
-            grad, q, state, stats, dq, sums, shifts, h, n, d, e, eps, chunk, *grad.stride()[:3],
-            *q.stride()[:3], *dq.stride()[:3],
-            **_options(query_gradients, *shape, _large_tiles(grad, q, dq)),
-        )  # fmt: skip
+        large = _large_tiles(grad, q, dq)
+        for results in _results_at_a_time(d, e, q.dtype):
+            launch(query_gradients, (heads, parts))(
+                grad, q, state, stats, dq, sums, shifts, h, n, d, e, eps, chunk,
+                *grad.stride()[:3], *q.stride()[:3], *dq.stride()[:3], **results,
+                **_options(query_gradients, *shape, large),
+            )  # fmt: skip
         launch(join_gradients, (heads, triton.cdiv(d, ROWS)))(
             sums, shifts, state, stats, dstate, shift, d, e, parts,
             **_options(join_gradients, *shape),
         )  # fmt: skip
         chunk, parts = _chunks(m, d, e)
         large = mask is None and _large_tiles(k, v, dk, dv)
-        for its in _gradients_at_a_time(d, e, q.dtype):
+        for results in _results_at_a_time(d, e, q.dtype):
             launch(key_gradients, (heads, parts))(
                 k, v, k if mask is None else mask.contiguous(), stats, dstate, shift, dk, dv, h, m,
                 d, e, chunk, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-                HAS_MASK=mask is not None, **its, **_options(key_gradients, *shape, large),
+                HAS_MASK=mask is not None, **results, **_options(key_gradients, *shape, large),
             )  # fmt: skip
     return tuple(_rounded(x, q.dtype) for x in (dq, dk, dv))
 
@@ -174,12 +176,17 @@ def _options(
     return its | {"num_warps": warps, "num_stages": stages}
 
 
-def _gradients_at_a_time(d: int, e: int, dtype: torch.dtype) -> tuple[dict[str, bool], ...]:
-    """Of dk and dv, what one launch of key_gradients makes: each has dS̃ in shared memory in an
-    order of its own, and two float32 ones of 128 channels are more than 99 KiB."""
-    if dtype == torch.float32 and max(d, e) > 64:
-        return {"KEYS": True, "VALUES": False}, {"KEYS": False, "VALUES": True}
-    return ({"KEYS": True, "VALUES": True},)
+#: Of the two results of a backward kernel, the gradient of its first input and the other.
+BOTH = {"INPUT": True, "STATE": True}
+ONE_BY_ONE = ({"INPUT": True, "STATE": False}, {"INPUT": False, "STATE": True})
+
+
+def _results_at_a_time(d: int, e: int, dtype: torch.dtype) -> tuple[dict[str, bool], ...]:
+    """What each launch of query_gradients or key_gradients makes.
+
+    Wide heads of float32 leave neither registers nor, of 99 KiB, shared memory for both.
+    """
+    return ONE_BY_ONE if max(d, e) > 64 and dtype == torch.float32 else (BOTH,)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -272,15 +279,15 @@ def _ship(
     kinds |= dict.fromkeys(("heads", "count", "d", "e", "chunk", "parts"), "i32")
     names = kernel.arg_names
     options = _options(kernel, width, width, feature_map, dtype, large)
-    parts = _gradients_at_a_time(width, width, dtype) if kernel is key_gradients else ({},)
+    parts = _results_at_a_time(width, width, dtype) if "STATE" in names else ({},)
     found = []
-    for its in parts:
-        constants = {"HAS_MASK": masked, **its, **options}
-        only = " dk" if its.get("VALUES") is False else " dv" if its.get("KEYS") is False else ""
+    for results in parts:
+        constants = {"HAS_MASK": masked, **results, **options}
+        only = "" if len(parts) == 1 else ", input" if results["INPUT"] else ", state"
         found.append(
             Shipped(
-                f"linear_attention {kernel.__name__}{only} {feature_map} {str(dtype)[6:]}"
-                f" D = {width}",
+                f"linear_attention {kernel.__name__} {feature_map} {str(dtype)[6:]}"
+                f" D = {width}{only}",
                 kernel,
                 {name: kinds.get(name, "i64") for name in names if not name.isupper()},
                 {name: value for name, value in constants.items() if name in names},
