@@ -101,7 +101,7 @@ def linear_attention_backward(
     dstate, shift = torch.empty_like(state), state.new_empty((heads, d))
     with device_of(q):
         large = _large_tiles(grad, q, dq)
-        for results in _results_at_a_time(d, e, q.dtype):
+        for results in _results_at_a_time(query_gradients, d, e, q.dtype):
             launch(query_gradients, (heads, parts))(
                 grad, q, state, stats, dq, sums, shifts, h, n, d, e, eps, chunk,
                 *grad.stride()[:3], *q.stride()[:3], *dq.stride()[:3], **results,
@@ -113,7 +113,7 @@ def linear_attention_backward(
         )  # fmt: skip
         chunk, parts = _chunks(m, d, e)
         large = mask is None and _large_tiles(k, v, dk, dv)
-        for results in _results_at_a_time(d, e, q.dtype):
+        for results in _results_at_a_time(key_gradients, d, e, q.dtype):
             launch(key_gradients, (heads, parts))(
                 k, v, k if mask is None else mask.contiguous(), stats, dstate, shift, dk, dv, h, m,
                 d, e, chunk, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
@@ -181,12 +181,20 @@ BOTH = {"INPUT": True, "STATE": True}
 ONE_BY_ONE = ({"INPUT": True, "STATE": False}, {"INPUT": False, "STATE": True})
 
 
-def _results_at_a_time(d: int, e: int, dtype: torch.dtype) -> tuple[dict[str, bool], ...]:
+#: Before it query_gradients of wide heads in half precision spilled up to 200 bytes (3.6.0).
+SPARES_REGISTERS = (3, 8)
+
+
+def _results_at_a_time(
+    kernel: Any, d: int, e: int, dtype: torch.dtype
+) -> tuple[dict[str, bool], ...]:
     """What each launch of query_gradients or key_gradients makes.
 
     Wide heads of float32 leave neither registers nor, of 99 KiB, shared memory for both.
     """
-    return ONE_BY_ONE if max(d, e) > 64 and dtype == torch.float32 else (BOTH,)
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < SPARES_REGISTERS
+    apart = dtype == torch.float32 or (old and kernel is query_gradients)
+    return ONE_BY_ONE if apart and max(d, e) > 64 else (BOTH,)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -221,10 +229,11 @@ def _tile(
 def _float32_tile(kernel: Any, wide: int, feature_map: str, large: bool) -> tuple[int, int, int]:
     if wide > 64:
         return 16, 8, 1
-    if large and not (kernel is query_gradients and feature_map == "elu"):
-        return 64, 4, 2
+    crowded = kernel is query_gradients and feature_map == "elu"
+    if large:
+        return (32, 4, 1) if crowded else (64, 4, 2)
     if wide > 32 and kernel is query_gradients:
-        return 32, 4, 1
+        return (16, 4, 2) if crowded else (32, 4, 1)
     return 32, 4, 3 if wide > 32 and kernel is sum_keys else 2
 
 
@@ -279,7 +288,7 @@ def _ship(
     kinds |= dict.fromkeys(("heads", "count", "d", "e", "chunk", "parts"), "i32")
     names = kernel.arg_names
     options = _options(kernel, width, width, feature_map, dtype, large)
-    parts = _results_at_a_time(width, width, dtype) if "STATE" in names else ({},)
+    parts = _results_at_a_time(kernel, width, width, dtype) if "STATE" in names else ({},)
     found = []
     for results in parts:
         constants = {"HAS_MASK": masked, **results, **options}

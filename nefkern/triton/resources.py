@@ -130,7 +130,11 @@ def _options(kernel) -> dict[str, int]:
 
 def examine(kernel, arch: str) -> Resources:
     """Compile a Shipped and read what it needs."""
-    compiled = compile_for(kernel, arch)
+    return read(kernel, arch, compile_for(kernel, arch))
+
+
+def read(kernel, arch: str, compiled) -> Resources:
+    """What a Shipped that was compiled needs."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
