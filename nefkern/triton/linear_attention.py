@@ -229,11 +229,12 @@ def _tile(
 def _float32_tile(kernel: Any, wide: int, feature_map: str, large: bool) -> tuple[int, int, int]:
     if wide > 64:
         return 16, 8, 1
-    crowded = kernel is query_gradients and feature_map == "elu"
-    if large:
-        return (32, 4, 1) if crowded else (64, 4, 2)
-    if wide > 32 and kernel is query_gradients:
-        return (16, 4, 2) if crowded else (32, 4, 1)
+    if kernel is query_gradients and wide > 32:
+        if not large:
+            return 16, 4, 2
+        return (64, 4, 2) if feature_map == "softmax" else (32, 4, 1)
+    if large and kernel is not key_gradients:
+        return 64, 4, 2
     return 32, 4, 3 if wide > 32 and kernel is sum_keys else 2
 
 
