@@ -31,6 +31,8 @@ from nefkern.triton.linear_attention_forward import answer_queries, join_keys, s
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 128  # of a head: a [D, E] state must fit the registers of a program
+#: Architectures that multiply from shared memory, by major compute capability.
+LARGE_TILES = {9: ("sm_90",), 10: ("sm_100",)}
 ROWS = 16  # of a state that one program joins
 CHUNK = 256  # tokens of one program; more where there would be over 64 chunks
 
@@ -63,7 +65,7 @@ def linear_attention(
         launch(sum_keys, (heads, parts))(
             k, v, k if mask is None else mask.contiguous(), sums, totals, shifts, h, m, d, e,
             chunk, *k.stride()[:3], *v.stride()[:3], HAS_MASK=mask is not None,
-            **_options(sum_keys, *shape, mask is None and _large_tiles(k, v)),
+            **_options(sum_keys, *shape, _large_tiles(k, v) if mask is None else 0),
         )  # fmt: skip
         launch(join_keys, (heads, triton.cdiv(d, ROWS)))(
             sums, totals, shifts, state, stats, d, e, parts, **_options(join_keys, *shape)
@@ -112,7 +114,7 @@ def linear_attention_backward(
             **_options(join_gradients, *shape),
         )  # fmt: skip
         chunk, parts = _chunks(m, d, e)
-        large = mask is None and _large_tiles(k, v, dk, dv)
+        large = _large_tiles(k, v, dk, dv) if mask is None else 0
         for results in _results_at_a_time(key_gradients, d, e, q.dtype):
             launch(key_gradients, (heads, parts))(
                 k, v, k if mask is None else mask.contiguous(), stats, dstate, shift, dk, dv, h, m,
@@ -145,21 +147,24 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else empty_token_major(x, x.shape, dtype).copy_(x)
 
 
-def _large_tiles(*tensors: Tensor) -> bool:
-    """Whether tiles of 64 tokens are worth their registers: see :func:`_tile`."""
-    if not tensors[0].is_cuda or not _products_from_shared_memory(tensors[0].device):
-        return False
-    return all(x.shape[-1] == 64 and not any(s % 16 for s in x.stride()[:3]) for x in tensors)
+def _large_tiles(*tensors: Tensor) -> int:
+    """The major compute capability where large tiles are worth their registers (:func:`_tile`),
+    else 0."""
+    if not tensors[0].is_cuda or not (major := _products_from_shared_memory(tensors[0].device)):
+        return 0
+    fits = all(x.shape[-1] == 64 and not any(s % 16 for s in x.stride()[:3]) for x in tensors)
+    return major if fits else 0
 
 
 @functools.cache
-def _products_from_shared_memory(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in (9, 10)
+def _products_from_shared_memory(device: torch.device) -> int:
+    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 0
+    return major if major in LARGE_TILES else 0
 
 
 @functools.cache
 def _options(
-    kernel: Any, d: int, e: int, feature_map: str, dtype: torch.dtype, large: bool = False
+    kernel: Any, d: int, e: int, feature_map: str, dtype: torch.dtype, large: int = 0
 ) -> dict[str, Any]:
     """A kernel's constexprs, warps and stages."""
     block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
@@ -181,7 +186,7 @@ BOTH = {"INPUT": True, "STATE": True}
 ONE_BY_ONE = ({"INPUT": True, "STATE": False}, {"INPUT": False, "STATE": True})
 
 
-#: Before it query_gradients of wide heads in half precision spilled up to 200 bytes (3.6.0).
+#: Versions of Triton before it hold query_gradients in more registers: it spilled in 3.6.0.
 SPARES_REGISTERS = (3, 8)
 
 
@@ -190,11 +195,14 @@ def _results_at_a_time(
 ) -> tuple[dict[str, bool], ...]:
     """What each launch of query_gradients or key_gradients makes.
 
-    Wide heads of float32 leave neither registers nor, of 99 KiB, shared memory for both.
+    Wide heads of float32 leave neither registers nor, of 99 KiB, shared memory for both results.
     """
+    full = dtype == torch.float32
+    channels = 64 if full else MAX_CHANNELS
     old = tuple(map(int, triton.__version__.split(".")[:2])) < SPARES_REGISTERS
-    apart = dtype == torch.float32 or (old and kernel is query_gradients)
-    return ONE_BY_ONE if apart and max(d, e) > 64 else (BOTH,)
+    if old and kernel is query_gradients:
+        channels = 32 if full else 64
+    return ONE_BY_ONE if max(d, e) > channels else (BOTH,)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -205,7 +213,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _tile(
-    kernel: Any, wide: int, dtype: torch.dtype, feature_map: str, large: bool
+    kernel: Any, wide: int, dtype: torch.dtype, feature_map: str, large: int
 ) -> tuple[int, int, int]:
     """Tokens of a tile, warps and stages: as many as leave the registers to the state.
 
@@ -216,7 +224,9 @@ def _tile(
     if dtype == torch.float32:
         return _float32_tile(kernel, wide, feature_map, large)
     if large:
-        return 64, 4, 2
+        # ptxas takes 80 registers for 64 tokens and spills, outside the loop.
+        many = large == 10 and kernel is sum_keys and feature_map == "softmax"
+        return 128 if many else 64, 4, 2
     if wide > 64:
         return 32, 8, 1 if kernel is query_gradients else 2
     if wide > 32:
@@ -226,7 +236,7 @@ def _tile(
     return 64, 4, 2
 
 
-def _float32_tile(kernel: Any, wide: int, feature_map: str, large: bool) -> tuple[int, int, int]:
+def _float32_tile(kernel: Any, wide: int, feature_map: str, large: int) -> tuple[int, int, int]:
     if wide > 64:
         return 16, 8, 1
     if kernel is query_gradients and wide > 32:
@@ -263,12 +273,11 @@ def shipped() -> list[Shipped]:
 def _ship_usual(kernel: Any, feature_map: str, dtype: torch.dtype) -> list[Shipped]:
     """As ψ calls it: the tile depends on the architecture."""
     found = []
-    for large in (False, True):
-        (usual,) = _ship(kernel, 64, feature_map, dtype, masked=False, large=large)
-        sizes = (n for n, kind in usual.signature.items() if kind == "i64")
-        usual = usual.for_multiples("d", "e", "chunk", *sizes)
-        its = ("sm_90", "sm_100") if large else ("sm_80", "sm_86", "sm_89")
-        found.append(replace(usual, architectures=its))
+    for large, its in {0: ("sm_80", "sm_86", "sm_89"), **LARGE_TILES}.items():
+        for usual in _ship(kernel, 64, feature_map, dtype, masked=False, large=large):
+            sizes = (n for n, kind in usual.signature.items() if kind == "i64")
+            usual = usual.for_multiples("d", "e", "chunk", *sizes)
+            found.append(replace(usual, architectures=its))
     return found
 
 
@@ -279,7 +288,7 @@ def _ship(
     dtype: torch.dtype,
     *,
     masked: bool = True,
-    large: bool = False,
+    large: int = 0,
 ) -> list[Shipped]:
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     kinds = {"mask": "*i1", "eps": "fp32"}

@@ -155,13 +155,13 @@ def test_two_terms_hold_22_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
-def test_large_tiles_find_the_same(monkeypatch, feature_map, dtype):
+@pytest.mark.parametrize(("feature_map", "capability"), [("elu", 9), ("softmax", 10)])
+def test_large_tiles_find_the_same(monkeypatch, feature_map, capability, dtype):
     """Those of compute capability 9 and 10, for heads of 64 channels."""
     data = inputs((1, 1, 35, 70, 64, 64), dtype)
     with backend("triton"):
         expected = with_gradients(linear_attention, *data, feature_map=feature_map)
-        monkeypatch.setattr(kernels, "_large_tiles", lambda *tensors: True)
+        monkeypatch.setattr(kernels, "_large_tiles", lambda *tensors: capability)
         found = with_gradients(linear_attention, *data, feature_map=feature_map)
     for a, b in zip(found, expected, strict=True):
         scale = b.double().abs().max()
@@ -171,7 +171,7 @@ def test_large_tiles_find_the_same(monkeypatch, feature_map, dtype):
 
 @pytest.mark.parametrize(
     ("capability", "large"),
-    [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)],
+    [((8, 0), 0), ((8, 9), 0), ((9, 0), 9), ((10, 0), 10), ((12, 0), 0)],
 )
 def test_large_tiles_are_for_gpus_that_multiply_from_shared_memory(monkeypatch, capability, large):
     with FakeTensorMode():
@@ -184,7 +184,7 @@ def test_large_tiles_are_for_gpus_that_multiply_from_shared_memory(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     kernels._products_from_shared_memory.cache_clear()
-    assert kernels._large_tiles(x, x) is large
+    assert kernels._large_tiles(x, x) == large
     assert not any(kernels._large_tiles(y, x) for y in others.values()), list(others)
     kernels._products_from_shared_memory.cache_clear()
 
