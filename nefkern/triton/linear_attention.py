@@ -221,6 +221,8 @@ def _tile(
     strides of multiples of 16, as ψ has them, on GPUs that multiply from shared memory (compute
     capability 9 and 10): there they take fewer instructions and nothing spills.
     """
+    if kernel in (join_keys, join_gradients):
+        return ROWS, 4, 2
     if dtype == torch.float32:
         return _float32_tile(kernel, wide, feature_map, large)
     if large:
