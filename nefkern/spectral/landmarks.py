@@ -9,11 +9,18 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from nefkern.spectral.embedding import Embedding
 
 #: Neighbours among the landmarks at least: fewer are noisy, and more reach too far.
 _LEAST_NEIGHBOURS = 8
+
+
+def chosen_rows(total: int, count: int, seed: int) -> Tensor:
+    """A seed's ``count`` landmarks among ``total`` rows: int64 ``[count]``, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:count].sort().values
 
 
 def landmarks(embedding: Embedding, count: int, seed: int = 0) -> Embedding:
@@ -38,9 +45,7 @@ def landmarks(embedding: Embedding, count: int, seed: int = 0) -> Embedding:
     total = len(embedding.rows)
     if count >= total:
         return embedding
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(total, generator=generator)[:count].sort().values
-    chosen = chosen.to(embedding.rows.device)
+    chosen = chosen_rows(total, count, seed).to(embedding.rows.device)
     k = min(embedding.k, count, max(_LEAST_NEIGHBOURS, round(embedding.k * count / total)))
     return dataclasses.replace(
         embedding,

@@ -5,6 +5,7 @@ Nothing is written into the run's folder, and nothing in it is executed.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import tempfile
@@ -15,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nefkern.data import TrainLoader
 from nefkern.images.features import FeatureCache
-from nefkern.images.graph import pixel_neighbours
+from nefkern.ops import spmm
 from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError, first_line
 from nefkern.runtime.tensor_files import DamagedFile
 from nefkern.spectral.embedding import neighbour_lists
 from nefkern.spectral.kmeans import KMeans
+from nefkern.spectral.landmarks import chosen_rows
 from nefkern.training.digests import (
     TOLERANCE,
     Digest,
@@ -171,8 +174,12 @@ def _images(name: str, wrong: list[str], looked_at: int, of: int) -> Check:
     return Check(name, DIFFERS, f"{len(wrong)} of {looked_at}: {', '.join(wrong[:5])}")
 
 
-class _NeuralRun:
-    """A run that trained ψ."""
+class _Recorded:
+    """A run and the rows of its record.
+
+    Attributes:
+        tolerance: of numbers that the machine rounds.
+    """
 
     def __init__(
         self,
@@ -182,11 +189,29 @@ class _NeuralRun:
         rows: list[dict[str, Any]],
         wishes: Wishes,
     ) -> None:
-        self.run, self.options, self.parts, self.wishes = run, options, parts, wishes
+        self.run, self.options, self.parts = run, options, parts
+        self.rows, self.wishes = rows, wishes
+        self.tolerance = _tolerance(options, parts)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What one kind of run needs besides."""
+        raise NotImplementedError
+
+    def checks(self) -> Iterator[Check]:
+        """Each as it is done."""
+        raise NotImplementedError
+
+
+class _NeuralRun(_Recorded):
+    """A run that trained ψ."""
+
+    def _begin(self) -> None:
+        rows = self.rows
         self.rows = [row for row in rows if row["step"] > 0]
         self.kappa = next((r["dataset_kappa"] for r in rows[::-1] if "dataset_kappa" in r), None)
         self.full = [row for row in self.rows if "after" in row]
-        self.tolerance = _tolerance(options, parts)
+        self._loaders: dict[int, TrainLoader] = {}  # by batch size
         self.edges: DatasetEdges | None = None
         self.step: TrainingStep | None = None
 
@@ -233,12 +258,19 @@ class _NeuralRun:
 
     def _batch(self, row: dict[str, Any]) -> tuple[list[str], Tensor]:
         """Names and pixels of a step's images."""
-        loader = loader_of(self.options, self.parts.dataset, self.edges, row["batch_size"])
+        loader = self._loader(row["batch_size"])
         accumulate = self.options.accumulate
         first = row["at"] * accumulate
         views = [v for i in range(accumulate) for v in loader.views_of(row["epoch"], first + i)]
         names = [self.parts.dataset.names[view.index] for view in views]
         return names, torch.stack([view.image for view in views])
+
+    def _loader(self, batch_size: int) -> TrainLoader:
+        if batch_size not in self._loaders:
+            self._loaders[batch_size] = loader_of(
+                self.options, self.parts.dataset, self.edges, batch_size
+            )
+        return self._loaders[batch_size]
 
     def _steps(self) -> Iterator[Check]:
         """The last recorded step, and some of the others."""
@@ -264,7 +296,7 @@ class _NeuralRun:
         except (DamagedFile, FileNotFoundError, KeyError, ValueError) as error:
             return Check(name, DIFFERS, f"the state before it cannot be read ({first_line(error)})")
         if self.options.teacher == "spectral":
-            self.step.teacher = self._loaded_teacher()
+            self.step.teacher = self._loaded_teacher
         graph = None
         if self.edges is not None:
             graph = self.edges.graph(row["batch_size"], row["epoch"], row["at"])
@@ -273,14 +305,14 @@ class _NeuralRun:
         return self._judged(name, row, found)
 
     def _progress(self, row: dict[str, Any]) -> float:
-        loader = loader_of(self.options, self.parts.dataset, self.edges, row["batch_size"])
-        steps = len(loader) // self.options.accumulate
+        steps = len(self._loader(row["batch_size"])) // self.options.accumulate
         epochs = self.options.epochs
         for entry in reversed(self.run.config().get("lengthened", [])):
             if row["step"] <= entry["after_step"]:
                 epochs = entry["epochs_before"]
         return (row["epoch"] + row["at"] / steps) / epochs
 
+    @functools.cached_property
     def _loaded_teacher(self) -> Teacher:
         run = Run(self.run.path(FOLDER))
         pairs = self.options.graph().pixel_graphs
@@ -392,21 +424,12 @@ class _Repeated(SpectralTrainer):
         return found[0], int(found[1]["step"])
 
 
-class _SpectralRun:
+class _SpectralRun(_Recorded):
     """A run of ``--method spectral``: its κ, eigenpairs, rows and clusters."""
 
-    def __init__(
-        self,
-        run: Run,
-        options: TrainOptions,
-        parts: Parts,
-        rows: list[dict[str, Any]],
-        wishes: Wishes,
-    ) -> None:
-        self.run, self.options, self.parts, self.wishes = run, options, parts, wishes
-        self.told = {row["stage"]: row for row in rows if "stage" in row}
-        self.tolerance = _tolerance(options, parts)
-        self.trainer = _Repeated(options, run, parts)
+    def _begin(self) -> None:
+        self.told = {row["stage"]: row for row in self.rows if "stage" in row}
+        self.trainer = _Repeated(self.options, self.run, self.parts)
 
     def checks(self) -> Iterator[Check]:
         if not {"features", "eigenpairs", "clusters"} <= self.told.keys():
@@ -448,7 +471,9 @@ class _SpectralRun:
             first = images * trainer._cells()
             images += len(batch)
             if trainer._pairs and self._whole:
-                near.append(self._pixel_lists(batch, first))
+                height, width = batch.shape[-2:]
+                grid = self.parts.backbone.grid((height, width))
+                near.append(trainer._pixel_lists(batch, grid, first))
             if number in chosen:
                 apart.append(self._rows_apart(batch, first))
         names = [self.parts.dataset.names[index] for index in trainer.indices]
@@ -464,13 +489,6 @@ class _SpectralRun:
             how = f"but for rounding ({most:.1g})" if most else "to the bit"
             yield Check(name, OK, f"are alike {how}")
 
-    def _pixel_lists(self, batch: Tensor, first: int) -> Tensor:
-        height, width = batch.shape[-2:]
-        grid = self.parts.backbone.grid((height, width))
-        seen = self.parts.backbone.seen(batch.to(self.parts.device))
-        near = pixel_neighbours(seen, grid, self.trainer._pairs)
-        return torch.where(near < 0, near, near + first).cpu()
-
     def _rows_apart(self, batch: Tensor, first: int) -> float:
         """The largest distance of a patch's row, of length 1, from the one that is kept."""
         features = self.parts.features(batch.to(self.parts.device))
@@ -479,8 +497,7 @@ class _SpectralRun:
         places = torch.arange(first, first + len(rows))
         if not self._whole:
             total = len(self.told["features"]["images"]) * self.trainer._cells()
-            generator = torch.Generator().manual_seed(self.options.seed)
-            chosen = torch.randperm(total, generator=generator)[: len(kept)].sort().values
+            chosen = chosen_rows(total, len(kept), self.options.seed)
             inside = (chosen >= first) & (chosen < first + len(rows))
             rows = rows[(chosen[inside] - first).to(rows.device)]
             places = inside.nonzero().flatten()
@@ -502,7 +519,7 @@ class _SpectralRun:
         moved = difference(told["vectors"], digest(embedding.vectors), 0.0)
         yield Check("eigenvectors", DIFFERS if moved else OK, moved or "are as recorded")
         values, vectors = embedding.values.to(graph.device), embedding.vectors
-        residuals = (_product(graph, vectors) - vectors * values.to(vectors.dtype)).double()
+        residuals = (spmm(graph, vectors) - vectors * values.to(vectors.dtype)).double()
         found = residuals.square().sum(0).sqrt().cpu()
         scale = float(values.abs().max())
         wrong = (found - embedding.residuals).abs() > 1e-2 * embedding.residuals + 2e-6 * scale
@@ -542,9 +559,3 @@ class _SpectralRun:
         yield Check(
             "temperature", DIFFERS if apart > 1e-2 else OK, f"fitted again it is {temperature:.4g}"
         )
-
-
-def _product(graph: Any, vectors: Tensor) -> Tensor:
-    from nefkern import ops
-
-    return ops.spmm(graph, vectors)
