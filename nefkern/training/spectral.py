@@ -251,7 +251,7 @@ class SpectralTrainer:
                 [unit_rows(scale(part)).to(self._dtype()) for part in joined.split(_BLOCK)]
             )
         tensors |= {"rows": joined} | ({"pixel": torch.cat(near)} if near else {})
-        self.told |= {"indices": self.indices, "images": hashes, "rows": digest(joined)}
+        self.told |= {"indices": self.indices, "images": hashes}
         self._check(len(joined))  # unreadable images are missing
         return tensors, {"images": images, "patches": len(joined), "channels": joined.shape[1]}
 
@@ -364,6 +364,7 @@ class SpectralTrainer:
         model = self._model().to(self.parts.device)
         if self.options.cluster_on == "both":
             model = model.span()
+        rows = model.cluster_rows(model.embedding.vectors)
         kmeans = KMeans(self.options.num_eigenfunctions, self.options.seed)
         with tqdm(desc="K-means", unit="iteration") as bar:
 
@@ -371,9 +372,9 @@ class SpectralTrainer:
                 bar.update()
                 self._heed()
 
-            kmeans.fit(model.cluster_rows(model.embedding.vectors), on_iteration=show)
-        labels = kmeans.predict(model.cluster_rows(model.embedding.vectors))
-        self.told |= {"labels": content_hash(labels), "centers": digest(kmeans.centers)}
+            kmeans.fit(rows, on_iteration=show)
+        self.told["labels"] = content_hash(kmeans.predict(rows))
+        del rows
         patches = len(model.embedding.vectors)
         kept = self.options.kept(patches)
         model.kmeans = kmeans
