@@ -131,13 +131,20 @@ def tokens_of(x, like, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exact(x, PRECISION: tl.constexpr):
+    """An input of half precision as a factor."""
+    if PRECISION == "bf16":
+        x = x.to(tl.float32)
+    return x, x
+
+
+@triton.jit
 def input_tokens_of(x, like, PRECISION: tl.constexpr):
     """The same of an input, which half precisions hold as it is."""
     if PRECISION == "split":
         factor, lack = tokens_of(x, like, PRECISION)
     else:
-        x = x.to(tl.float32) if PRECISION == "bf16" else x
-        factor, lack = (x, x), 1.0
+        factor, lack = exact(x, PRECISION), 1.0
     return factor, lack
 
 
@@ -147,8 +154,7 @@ def input_tile_of(x, like, PRECISION: tl.constexpr):
     if PRECISION == "split":
         factor, lack = scaled(x, like, PRECISION)
     else:
-        x = x.to(tl.float32) if PRECISION == "bf16" else x
-        factor, lack = (x, x), 1.0
+        factor, lack = exact(x, PRECISION), 1.0
     return factor, lack
 
 
