@@ -1,6 +1,6 @@
 """Install and test with other versions of Python, and with the oldest packages that are promised.
 
-    python .ci/versions.py 3.10:oldest 3.12:newest 3.13:newest [--folder DIR] [-- PYTEST-ARGUMENTS]
+    python .ci/versions.py 3.10:oldest 3.12:newest 3.13:newest [--tests PYTEST-ARGUMENTS...]
 
 Of each a copy of the last commit and an environment are made in DIR (build/versions). With "oldest"
 every package is installed in the version that pyproject.toml names as its lower bound, so that
@@ -82,7 +82,7 @@ def tried(name: str, folder: Path, tests: list[str]) -> str:
     passed = run([tree / ".venv/bin/python", "-m", "pytest", *tests], log, cwd=tree)
     last = log.read_text(errors="replace").strip().splitlines()[-1]
     shutil.rmtree(tree / ".venv")  # gigabytes
-    return f"{'passed' if passed else 'FAILED'}: {last.strip('= ')}; {log}"
+    return f"{'passed' if passed else 'failed'}: {last.strip('= ')}; {log}"
 
 
 def main() -> int:
@@ -91,14 +91,15 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="+", metavar="X.Y:oldest|newest")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/versions")
-    own, _, tests = " ".join(sys.argv[1:]).partition(" -- ")
-    arguments = parser.parse_args(own.split())
-    ended = {}
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, default=TESTS, help="for pytest")
+    arguments = parser.parse_args()
+    failed = False
     for name in arguments.names:
         began = time.monotonic()
-        ended[name] = tried(name, arguments.folder.resolve(), tests.split() or TESTS)
-        print(f"{name}: {ended[name]} ({time.monotonic() - began:.0f} s)", flush=True)
-    return int(any("failed" in line.lower()[:6] for line in ended.values()))
+        ended = tried(name, arguments.folder.resolve(), arguments.tests)
+        failed = failed or ended.startswith("failed")
+        print(f"{name}: {ended} ({time.monotonic() - began:.0f} s)", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,11 @@ class Views:
 
 def views(options: Any) -> Views:
     """Read the folder."""
-    ignored = options.ignore_class
-    open_split = lambda s: open_dataset(  # noqa: E731
-        "folder", root=options.data_root, split=s, ignore_classes=ignored
+    split = partial(
+        open_dataset, "folder", root=options.data_root, ignore_classes=options.ignore_class
     )
     crop = eval_transform("crop320", options.crop)
-    train, val = open_split("train"), open_split("val")
+    train, val = split(split="train"), split(split="val")
     images = [crop(train[i]).image for i in range(min(2 * options.images, len(train)))]
     samples = [crop(val[i]) for i in range(len(val))]
     side, classes = options.crop // PATCH, len(val.classes)

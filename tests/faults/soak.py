@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +36,12 @@ class Sample:
     files: int
     threads: int
     processes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds:7.0f} s {self.mebibytes:7.0f} MiB {self.files:4} files"
+            f" {self.threads:3} threads {self.processes} processes"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,7 @@ def growths(samples: Sequence[Sample]) -> list[Growth]:
     return result
 
 
-def watched(
-    command: list[str], seconds: float | None, every: float, told: Callable[[Sample], object]
-) -> Iterator[Sample]:
+def watched(command: list[str], seconds: float | None, every: float) -> Iterator[Sample]:
     """Samples of a command that runs to its end, or is asked to end after so many seconds.
 
     Raises:
@@ -117,7 +121,6 @@ def watched(
         while process.poll() is None:
             one = sample(process.pid, began)
             if one is not None and not asked:
-                told(one)
                 yield one
             if seconds is not None and not asked and time.monotonic() - began > seconds:
                 process.send_signal(signal.SIGTERM)
@@ -147,8 +150,6 @@ def segment_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """A run of a minute, then so many pictures: links to the few that there are."""
     run, many = folder / "run", folder / "many"
     root = arguments.root
-    if root is None:
-        raise SystemExit("segment: --root DIR is needed, a folder with images/train")
     subprocess.run(
         [
             *(sys.executable, "-m", "nefkern.train", "--method", "spectral", "--data", "folder"),
@@ -183,22 +184,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="an empty folder [a temporary one]")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="JSON of all samples")
     arguments = parser.parse_args(argv)
-
-    def told(one: Sample) -> None:
-        print(
-            f"\r{one.seconds:7.0f} s {one.mebibytes:7.0f} MiB {one.files:4} files"
-            f" {one.threads:3} threads {one.processes} processes ",
-            end="",
-            flush=True,
-        )
-
+    if arguments.what == "segment" and arguments.root is None:
+        parser.error("segment: expected --root DIR, a folder with images/train")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         command = {"train": train_command, "segment": segment_command}[arguments.what](
             arguments, folder
         )
         seconds = arguments.seconds if arguments.what == "train" else None
-        samples = list(watched(command, seconds, arguments.every, told))
+        samples = []
+        for one in watched(command, seconds, arguments.every):
+            samples.append(one)
+            print(f"\r{one}", end=" ", flush=True)
     print()
     if arguments.samples:
         arguments.samples.write_text(json.dumps([asdict(one) for one in samples]))

@@ -34,7 +34,7 @@ def test_of_a_few_samples_nothing_is_said():
 
 
 def run(code: str, seconds: float | None = None) -> list[soak.Sample]:
-    return list(soak.watched([sys.executable, "-c", code], seconds, 0.05, lambda one: None))
+    return list(soak.watched([sys.executable, "-c", code], seconds, 0.05))
 
 
 def test_a_command_that_leaks_memory_and_files_is_found():
