@@ -323,6 +323,22 @@ def merged(part: str, list_size: int, lists: int, fill: str) -> Iterator[Kernel]
                      **counted_whole(case, kernel, edges))  # fmt: skip
 
 
+def weights_gradient() -> Iterator[Kernel]:
+    """csrc/cuda/normalized_adjacency_backward.cu; no step has need of it."""
+    edges = float(N * NEIGHBOURS)
+    # Bytes: index and weight, a listed place, a joined one, an entry's column and gradient.
+    lists, listed, joined, entry = 8, 8, 16, 8
+    for kernel, title, moved, launches in (
+        ("list_places", "listed", edges * (lists + 4) + 3.0 * listed * ENTRIES, 2),
+        ("join_places", "joined", (entry + listed + joined) * float(ENTRIES), 1),
+        ("find_scales", "scales", joined * float(ENTRIES), 1),
+        ("find_pulls", "pulls", (joined + 4.0) * ENTRIES, 1),
+        ("write_gradients", "written", edges * (lists + 8) + (listed + joined) * float(ENTRIES), 1),
+    ):
+        yield Kernel("gradient of κ's weights", title, "gather", moved=moved, launches=launches,
+                     **counted_whole("gradient of kappa's weights", kernel, edges))  # fmt: skip
+
+
 def added() -> Iterator[Kernel]:
     """csrc/cuda/add.cu: both graphs read to count, and again to fill."""
     both = float(ENTRIES + N * 2 * 15)
@@ -357,7 +373,7 @@ def cuda_kernels() -> list[Kernel]:
         *knn_fused(), *knn_baseline(), *knn_pixels(),
         *merged("kappa", NEIGHBOURS + 15, 2, "fill_both_merged"),
         *merged("normalized_adjacency", NEIGHBOURS, 1, "fill_merged"),
-        *added(), *spmm_kernels(),
+        *weights_gradient(), *added(), *spmm_kernels(),
     ]  # fmt: skip
 
 
@@ -379,10 +395,12 @@ BACKWARD_LAUNCHES = 76
 
 
 def gradient_kernels() -> Iterator[Kernel]:
-    """Of κ's values by Triton, and of the lists' weights by PyTorch; no step has need of them."""
+    """Of κ's values by Triton, and of the lists' weights by PyTorch where csrc/cuda is not built;
+    no step has need of them."""
     for name, case, kernel, times, launches, kind in (
         ("sddmm, float32", "sddmm of photographs (Triton)", "sddmm", float(ENTRIES), 1, "gather"),
-        ("gradient of κ's weights", "gradient of kappa's weights (PyTorch)", "kappa_backward",
+        ("gradient of κ's weights, PyTorch's", "gradient of kappa's weights (PyTorch)",
+         "kappa_backward",
          float(N * NEIGHBOURS), BACKWARD_LAUNCHES, "stream"),
     ):  # fmt: skip
         cost = counts()[case][kernel]

@@ -2,11 +2,10 @@
 // an edge from i to j that a_ij takes the share c of has the gradient
 //     c (2 H_ij s_i s_j - p_i - p_j) .
 // What competes for a place meets there by a maximum and a count, which no order changes. All sums
-// are those of a stored row, by a block, in an order that only the row's length decides: what node i
-// gives j, and what j gives i, stands in both rows, so that nothing is added across them.
-#include "cuda/normalized_adjacency_backward.h"
-
+// are those of a stored row, by a block, in an order that only the row's length decides: what node
+// i gives j, and what j gives i, stands in both rows, so that nothing is added across them.
 #include "cuda/edges.cuh"
+#include "cuda/normalized_adjacency_backward.h"
 
 namespace nefkern::cuda {
 namespace {
@@ -68,8 +67,7 @@ __device__ __forceinline__ RowExtent extent_of(const AdjacencyBackwardArgs& args
 // Where a row stores a column; its end where it does not.
 __device__ __forceinline__ int64_t find(const AdjacencyBackwardArgs& args, const RowExtent& row,
                                         int64_t column) {
-  const int64_t place =
-      lower_bound(args.columns, row.begin, row.end, static_cast<int32_t>(column));
+  const int64_t place = lower_bound(args.columns, row.begin, row.end, static_cast<int32_t>(column));
   return place < row.end && args.columns[place] == column ? place : row.end;
 }
 
@@ -97,8 +95,7 @@ __global__ void __launch_bounds__(kThreads)
     ListedPlace& listed = places.listed[extent.begin + place];
     // Atomic operations write to the L2 cache; the first level's may be older.
     const unsigned largest = *const_cast<const volatile unsigned*>(&listed.weight);
-    if (__float_as_uint(clamped_edge(args, number).weight) == largest)
-      atomicAdd(&listed.times, 1u);
+    if (__float_as_uint(clamped_edge(args, number).weight) == largest) atomicAdd(&listed.times, 1u);
   }
 }
 
@@ -159,8 +156,7 @@ template <class F>
 __device__ __forceinline__ double row_sum(const RowExtent& row, const F& f) {
   double sum = 0;
 #pragma unroll 4
-  for (int64_t place = row.begin + threadIdx.x; place < row.end; place += kThreads)
-    sum += f(place);
+  for (int64_t place = row.begin + threadIdx.x; place < row.end; place += kThreads) sum += f(place);
   return block_sum(sum);
 }
 

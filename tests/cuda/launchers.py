@@ -125,6 +125,7 @@ PAPER = [
       for e in METRICS),
     *(("normalized_adjacency", {"n": n, "k": 256}) for n in (14400, 100_000)),
     *(("kappa", {"n": n, "k": 256, "near": 15}) for n in (14400, 100_000)),
+    ("normalized_adjacency_backward", {"n": 14400, "k": 256, "nnz": 5_200_000}),
     ("add", {"n": 14400, "nnz": 4_550_000}),
     *(("spmm", {"n": 14400, "nnz": 5_200_000, "columns": c, "shift": s, "storage": x, "wide_y": y})
       for x, y in ((FLOAT32, 1), (FLOAT16, 0), (FLOAT16, 1), (BFLOAT16, 0), (BFLOAT16, 1))

@@ -54,6 +54,7 @@ def short() -> graphs.Lists:
 
 
 KAPPA = costs.assembled(short, pixels=True)
+GRADIENT = costs.differentiated(short)
 BOUNDS = {
     # Before: 11,238 wavefronts, and more than 27,000 instructions.
     "pixels": (costs.neighbours(8, 900, 5, 10), "direct_rows",
@@ -96,6 +97,15 @@ BOUNDS = {
     # An entry of both graphs.
     "add, counted": (costs.summed(short), "count_union", {"sectors_read": 0.95, "issued": 5.1}),
     "add, filled": (costs.summed(short), "fill_union", {"sectors_read": 1.3, "issued": 7.1}),
+    # A listed neighbour. PyTorch's formula, below, reads and writes 35 sectors for it.
+    "gradient, listed": (GRADIENT, "list_places",
+                         {"sectors_read": 5, "sectors_written": 1, "issued": 20}),
+    "gradient, joined": (GRADIENT, "join_places",
+                         {"sectors_read": 20, "sectors_written": 3, "issued": 60}),
+    "gradient, scales": (GRADIENT, "find_scales", {"sectors_read": 3, "issued": 20}),
+    "gradient, pulls": (GRADIENT, "find_pulls", {"sectors_read": 4, "issued": 20}),
+    "gradient, written": (GRADIENT, "write_gradients",
+                          {"sectors_read": 5, "sectors_written": 0.3, "issued": 20}),
     "sddmm": (costs.CASES["sddmm of photographs (Triton)"], "sddmm",
               {"sectors_read": 36, "sectors_written": 0.2}),
     "gradient of kappa's weights": (costs.CASES["gradient of kappa's weights (PyTorch)"],
