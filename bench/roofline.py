@@ -323,6 +323,29 @@ def merged(part: str, list_size: int, lists: int, fill: str) -> Iterator[Kernel]
                      **counted_whole(case, kernel, edges))  # fmt: skip
 
 
+#: Nodes of the counted case (tests/emulator/costs.py).
+HUB_NODES = 2400
+#: Rounds of loads, one after the other, of a block that merges a row: two passes over its names,
+#: four a thread at a time, and one over its entries; and seconds of one, from the L2 cache.
+MERGE_THREADS, LOADS_AT_ONCE, LATENCY = 256, 4, 0.7e-6
+
+
+def hub() -> str:
+    """What the dearest row of κ costs, one that half of all nodes name, beside all of them."""
+    names = N // 2
+    case = counts()["kappa of a hub of half the nodes"]["merge_rows"]
+    clocks = case["longest_block"] * names / (HUB_NODES // 2)
+    waits = names / MERGE_THREADS * (2 / LOADS_AT_ONCE + 1) * LATENCY
+    whole = [k for k in merged("kappa", NEIGHBOURS + 15, 2, "fill_both_merged")
+             if k.name == "rows merged"]  # fmt: skip
+    return (
+        f"A hub that half of the {N:,} nodes name: on an H100 its block takes "
+        f"{clocks / H100.clock * 1e6:.0f} µs by the counts of the first-level cache and some "
+        f"{waits * 1e6:.0f} µs by the latency of its loads; it is begun first, and all rows "
+        f"take {span(whole, H100)} ms."
+    )
+
+
 def weights_gradient() -> Iterator[Kernel]:
     """csrc/cuda/normalized_adjacency_backward.cu; no step has need of it."""
     edges = float(N * NEIGHBOURS)
@@ -367,13 +390,33 @@ def spmm_kernels() -> Iterator[Kernel]:
         )
 
 
+#: κ of a whole data set (train --method spectral), and the block of vectors that it multiplies;
+#: entries as counted of 64,000 nodes with 64 neighbours.
+DATA_SET, DATA_SET_ENTRIES, VECTORS = 131_072, 90 * 131_072, 160
+
+
+def data_set_product() -> Kernel:
+    """csrc/cuda/spmm.cu, of more nodes than a bitmap has bits: rows of x are gathered."""
+    share = VECTORS / K
+    found = counted_whole(
+        "spmm of scattered clusters, float32", "spmm_shared_rows", DATA_SET_ENTRIES * share
+    )
+    found["issued"] *= MACHINE_CODE
+    x = 4.0 * DATA_SET * VECTORS
+    return Kernel(
+        "spmm", "spmm, float32, a data set's 131,072 nodes, 160 columns", "gather",
+        {"float32": 2.0 * DATA_SET_ENTRIES * VECTORS}, 8.0 * DATA_SET_ENTRIES + 2 * x,
+        resident=x, launches=2, **found,
+    )  # fmt: skip
+
+
 def cuda_kernels() -> list[Kernel]:
     """Those of csrc/cuda, in the order of the graph's assembly and of the objective."""
     return [
         *knn_fused(), *knn_baseline(), *knn_pixels(),
         *merged("kappa", NEIGHBOURS + 15, 2, "fill_both_merged"),
         *merged("normalized_adjacency", NEIGHBOURS, 1, "fill_merged"),
-        *weights_gradient(), *added(), *spmm_kernels(),
+        *weights_gradient(), *added(), *spmm_kernels(), data_set_product(),
     ]  # fmt: skip
 
 
@@ -631,7 +674,7 @@ def estimates() -> str:
             "### Rates", rates_table(),
             "### Triton's kernels and the rest of a step: least–expected ms",
             kernel_table([*step(False), *mixed]),
-            "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(),
+            "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(), hub(),
             "### Products of a million rows, k = 10: least–expected ms", million_table(),
             "### A training step, with Triton's kernels", step_table(), yardstick(),
         ]

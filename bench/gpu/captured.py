@@ -41,8 +41,11 @@ class CapturedStep:
                 self.rows = step.update(batches, step.temperature)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """One step on these images, enqueued; what is recorded of it, ``[accumulate, 6 + K]``, which
-        the next step overwrites."""
+        """One step on these images, enqueued.
+
+        Returns:
+            ``[accumulate, 6 + K]``, what is recorded of it, which the next step overwrites.
+        """
         self.images.copy_(images, non_blocking=True)
         self.graph.replay()
         return self.rows

@@ -90,6 +90,7 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
         "kappa_padded/float32": _part("kappa"),
         "normalized_adjacency mean/float32": _part("normalized_adjacency"),
         "add/float32": _part("add"),
+        "weights_gradient/float32": _part("gradient of κ's weights"),
     }
     triton = {
         "spmm/float32": [mixed],
@@ -98,6 +99,9 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
         "knn cosine/float32": [k for k in roofline.graph_kernels() if k.name.startswith("knn:")],
         "normalized_adjacency mean/float32": _graph("normalized_adjacency"),
         "add/float32": _graph("add"),
+        "weights_gradient/float32": [
+            k for k in roofline.gradient_kernels() if k.name.startswith("gradient")
+        ],
         **{f"linear_attention {m}/{dtype}": attention for m in ("elu", "softmax")},
     }
     return (cuda if backend == "cuda" else triton).get(key, [])

@@ -22,8 +22,8 @@ WARM, PROFILED = 3, 3
 
 
 def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
-    """ "psi" (κ, ψ, objective, Adam on given features), "whole" (with a backbone) or "captured" (that
-    as one CUDA graph), and how."""
+    """ "psi" (κ, ψ, objective, Adam on given features), "whole" (with a backbone) or "captured"
+    (that as one CUDA graph), and how."""
     part, how = case.split()
     steps = {"psi": psi_step, "whole": whole_step, "captured": captured_step}
     step = steps[part](settings, how == "amp")
@@ -35,9 +35,7 @@ def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
     yield summary(trace)
     if settings.size == "paper":
         gpu = predictions.rates()
-        kernels = [
-            k for k in roofline.step(how == "amp") if part != "psi" or k.part != "backbone"
-        ]
+        kernels = [k for k in roofline.step(how == "amp") if part != "psi" or k.part != "backbone"]
         yield {"predicted": predictions.expected(kernels, gpu), "rates of": gpu.name}
 
 

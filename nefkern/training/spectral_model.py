@@ -174,7 +174,9 @@ class SpectralModel:
         told, at = near.indices.clamp(min=0).long().unique(return_inverse=True)
         clusters = self.kmeans.predict(self.cluster_rows(self.embedding.vectors[told]))[at]
         rows = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
-        votes = sums_of(weights.to(scores.dtype).flatten(), (rows + clusters).flatten(), scores.numel())
+        votes = sums_of(
+            weights.to(scores.dtype).flatten(), (rows + clusters).flatten(), scores.numel()
+        )
         votes = votes.view_as(scores)
         return replace(self, temperature=fitted_temperature(scores, votes))
 

@@ -178,9 +178,7 @@ def block_weights(executable: Path) -> dict[int, int]:
 
 def cost_of(counts: Mapping[str, int], rows: int) -> Cost:
     names = {"sectors_once": "sectors_read_once"}
-    by_row = {
-        field: counts[names.get(field, field)] / rows for field in Cost.__dataclass_fields__
-    }
+    by_row = {field: counts[names.get(field, field)] / rows for field in Cost.__dataclass_fields__}
     return Cost(**by_row | {"longest_block": counts["longest_block"]})
 
 
@@ -310,6 +308,9 @@ def _both_graphs(lists: Lists) -> tuple:
     )
 
 
+HUB_NODES = 2400
+
+
 def photographs() -> Lists:
     """One of 20 x 20 patches: rows nearly as long as the paper's, among fewer nodes."""
     return graphs.photographs(1, 20, 200)
@@ -341,6 +342,10 @@ CASES: dict[str, Case | Other] = {
     "kappa of photographs": assembled(photographs, pixels=True),
     "kappa of photographs, sorted": assembled(photographs, pixels=True, merged_nodes=0),
     "kappa of a hub": assembled(lambda: graphs.with_hub(photographs()), pixels=True),
+    # Beyond what is merged in shared memory, and begun before the others.
+    "kappa of a hub of half the nodes": assembled(
+        lambda: graphs.half_a_hub(HUB_NODES), pixels=True, long_names=HUB_NODES // 2
+    ),
     "gradient of kappa's weights": differentiated(photographs),
     "gradient of kappa's weights, a hub": differentiated(lambda: graphs.with_hub(photographs())),
     # Per entry of both graphs.

@@ -136,6 +136,17 @@ def test_the_model_has_as_many_operations_as_there_are():
     assert other_costs.run()["kappa_backward"]["launches"] == roofline.BACKWARD_LAUNCHES
 
 
+def test_the_row_of_a_hub_is_the_dearest_and_linear_in_its_names():
+    """A clock of the first-level cache for a name, but for what every row costs."""
+    few, many = (
+        costs.assembled(
+            lambda n=n: graphs.half_a_hub(n), pixels=True, long_names=n // 2
+        ).run()["merge_rows"].longest_block
+        for n in (300, 600)
+    )  # fmt: skip
+    assert 150 < many - few < 150 * 12
+
+
 def test_made_up_photographs_share_what_real_ones_do():
     """Different columns in 8 and 32 rows of κ beside each other: 30% and 16% of the entries in 16
     photographs of VOC2012 with DINOv2's features."""

@@ -100,7 +100,8 @@ DEFECTS = {
         lambda folder, **options: spmm(folder, rows_of([2050, 0, 2100], 3), **options),
         Planted(
             "spmm_long.cuh",
-            "if (!__syncthreads_or(own[0].row >= 0 || own[1].row >= 0)) return;", "",
+            "if (!__syncthreads_or(own[0].row >= 0 || own[1].row >= 0)) return;",
+            "",
         ),
         "races",
         "race: .* in shared memory",
@@ -133,7 +134,8 @@ DEFECTS = {
         weights_gradient,
         Planted(
             "normalized_adjacency_backward.cu",
-            "__syncwarp();  // all of the row's weights are there", "",
+            "__syncwarp();  // all of the row's weights are there",
+            "",
         ),
         "races",
         "race: .* in global memory",
@@ -158,9 +160,7 @@ DEFECTS = {
     ),
     "re-rank: candidates' rows used before all lanes' copies arrived": (
         knn,
-        Planted(
-            "knn_rerank.cuh", "__syncwarp();  // this stage has arrived for all lanes", "//"
-        ),
+        Planted("knn_rerank.cuh", "__syncwarp();  // this stage has arrived for all lanes", "//"),
         "races",
         "race: .* in shared memory",
     ),
@@ -172,8 +172,11 @@ DEFECTS = {
     ),
     "re-rank: a candidate too many": (
         knn,
-        Planted("knn_rerank.cuh", "at < listed ? piece_of(memory.row(at))",
-                "at <= listed ? piece_of(memory.row(at))"),
+        Planted(
+            "knn_rerank.cuh",
+            "at < listed ? piece_of(memory.row(at))",
+            "at <= listed ? piece_of(memory.row(at))",
+        ),
         "checked",
         "heap-buffer-overflow|SEGV on unknown address",
     ),

@@ -1,5 +1,5 @@
-"""The capture of a whole step in a CUDA graph, on stand-ins for graph, streams and memory: what of it
-is Python's, and which tensors the graph goes on reading."""
+"""The capture of a whole step in a CUDA graph, on stand-ins for graph, streams and memory: what of
+it is Python's, and which tensors the graph goes on reading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from bench.gpu.captured import WARM, CapturedStep
 from tests.training.test_unread import Waits, fake_images, fake_step
-
 
 #: Reads offsets on the host, which plans its launches by them: images of one size have the same.
 PLANNED = {torch.ops.nefkern.knn.default}
@@ -38,8 +37,10 @@ class Recording(TorchDispatchMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         result = function(*args, **(kwargs or {}))
         outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        if function not in PLANNED and any(x.device.type != "cuda" for x in inputs) and any(
-            x.device.type == "cuda" for x in [*inputs, *outputs]
+        if (
+            function not in PLANNED
+            and any(x.device.type != "cuda" for x in inputs)
+            and any(x.device.type == "cuda" for x in [*inputs, *outputs])
         ):
             self.baked.append(str(function))
         self.given |= {StorageWeakRef(x.untyped_storage()) for x in inputs} - self.made
