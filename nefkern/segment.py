@@ -357,12 +357,12 @@ def write(segmented: Segmented, num_clusters: int, folder: Path, made_of: str) -
     write_png(indices, folder / f"{segmented.name}{CLUSTERS}", {_MADE_OF: made_of})
 
 
-def run_names(file: Path, run: Path, num_clusters: int) -> Names:
-    """The names in ``file``, of this run's clusters."""
-    from nefkern.naming.names import fingerprint, read_names
+def run_names(file: Path, fingerprint: str, num_clusters: int) -> Names:
+    """The names in ``file``, of the clusters of the run of this fingerprint."""
+    from nefkern.naming.names import read_names
 
     names = read_names(file)
-    names.require_run(file, num_clusters, fingerprint(run) if names.checkpoint else "")
+    names.require_run(file, num_clusters, fingerprint)
     if not names.names:
         raise UserError(f"{file}: names: no cluster has one, expected some")
     return names
@@ -390,6 +390,7 @@ class Work:
     """
 
     def __init__(self, arguments: argparse.Namespace, formats: list[str], bar: tqdm) -> None:
+        from nefkern.naming.names import fingerprint
         from nefkern.naming.output import NamedOutput
         from nefkern.segmentation.segmenter import Segmenter
 
@@ -400,23 +401,22 @@ class Work:
         count, clusters = arguments.classes, self.segmenter.num_clusters
         self.groups = None if count is None else self.segmenter.merged(count, "--classes")
         self.count = count or clusters
-        self.names = arguments.names and run_names(arguments.names, arguments.run, clusters)
+        run = fingerprint(arguments.run)
+        self.names = arguments.names and run_names(arguments.names, run, clusters)
         make_output_folder(self.folder)
         self.output = self.names and NamedOutput(
             self.names, self.folder, formats, arguments.min_area
         )
-        self._settings = self._settings_of(arguments)
+        self._settings = self._settings_of(arguments, run)
         self.done = self.failed = 0
 
     @staticmethod
-    def _settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    def _settings_of(arguments: argparse.Namespace, run: str) -> dict[str, Any]:
         """Whatever the result depends on beside the image."""
-        from nefkern.naming.names import fingerprint
-
         names = arguments.names and hashlib.sha256(arguments.names.read_bytes()).hexdigest()
         given = vars(arguments)
         shown = {key: given[key] for key in ("edges", "sliding", "flip", "classes", "min_area")}
-        return {"run": fingerprint(arguments.run), "names": names or "", **shown}
+        return {"run": run, "names": names or "", **shown}
 
     def made_of(self, file: Path) -> dict[str, Any]:
         """Run, options, and the file as it is now."""
@@ -424,6 +424,9 @@ class Work:
         return {**self._settings, "file": [found.st_size, found.st_mtime_ns]}
 
     def _digest(self, file: Path) -> str:
+        """Of :meth:`made_of`; empty, which nothing is made of, for a file that has gone since."""
+        if not file.is_file():
+            return ""
         text = json.dumps(self.made_of(file), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nefkern import train
+from nefkern import segment, train
 from nefkern.segment import main
 from nefkern.segmentation.listing import Watch, output_names
 from nefkern.segmentation.pictures import png_text
@@ -94,6 +94,27 @@ def test_resume_with_nothing_left(run, inbox, tmp_path):
     before = written(tmp_path / "out")
     assert main(command) == 0
     assert written(tmp_path / "out") == before
+
+
+def test_a_file_that_leaves_while_it_is_segmented_is_written(run, inbox, tmp_path, monkeypatch):
+    """As files of a watched folder do; what was made of it is not taken for done."""
+    read = segment.read
+
+    def read_and_move(segmenter, file):
+        pixels = read(segmenter, file)
+        file.rename(file.with_suffix(".moved"))
+        return pixels
+
+    monkeypatch.setattr(segment, "read", read_and_move)
+    out = tmp_path / "out"
+    assert main([str(run), str(inbox), "--out", str(out)]) == 0
+    assert len(written(out)) == 6
+    monkeypatch.undo()
+    for file in inbox.iterdir():
+        file.rename(file.with_suffix(".png"))
+    before = written(out)
+    assert main([str(run), str(inbox), "--out", str(out), "--resume"]) == 0
+    assert all(written(out)[name] != before[name] for name in before)
 
 
 # ---- --watch ----
