@@ -4,8 +4,10 @@
 // What competes for a place meets there by a maximum and a count, which no order changes. All sums
 // are those of a stored row, by a block, in an order that only the row's length decides: what node
 // i gives j, and what j gives i, stands in both rows, so that nothing is added across them.
-#include "cuda/edges.cuh"
+#include "cuda/launches.h"
 #include "cuda/normalized_adjacency_backward.h"
+#include "cuda/warp.cuh"
+#include "cuda/workspace.h"
 
 namespace nefkern::cuda {
 namespace {
@@ -32,6 +34,7 @@ struct Places {
 };
 
 constexpr int32_t kDropped = -1, kNotStored = -2;
+constexpr int kThreads = 256;    // of a block
 constexpr int kPlacesALane = 8;  // of join_places
 
 // An edge as the gradient sees it: a NaN's gradient is the lower bound's, as clamp has it.
@@ -227,11 +230,11 @@ cudaError_t adjacency_backward(const AdjacencyBackwardArgs& args, cudaStream_t s
   const Places places = lay_out(space, args);
   Launches launch(stream);
   launch.zero(places.listed, args.nnz * sizeof(ListedPlace));
-  launch(list_places, blocks_of_warps(args.num_nodes), kThreads, 0, args, places);
+  launch(list_places, tiles(args.num_nodes, kThreads / kWarp), kThreads, 0, args, places);
   launch(join_places, tiles(args.nnz, kThreads * kPlacesALane), kThreads, 0, args, places);
   launch(find_scales, args.num_nodes, kThreads, 0, args, places);
   launch(find_pulls, args.num_nodes, kThreads, 0, args, places);
-  launch(write_gradients, blocks_of_threads(args.num_nodes * args.lists.size), kThreads, 0, args,
+  launch(write_gradients, tiles(args.num_nodes * args.lists.size, kThreads), kThreads, 0, args,
          places);
   return launch.error();
 }
