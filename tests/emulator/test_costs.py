@@ -80,7 +80,7 @@ BOUNDS = {
                       {"first_level": 8.5, "sectors_read": 5, "issued": 145}),
     "spmm gathered": (costs.sparse(lambda: graphs.scattered(400, 60), 64, rows=64), "spmm_rows",
                       {"first_level": 4.2, "sectors_read": 9.5, "issued": 47}),
-    # A listed neighbour; rows are short, so that what a row costs weighs: its place among hubs, too.
+    # A listed neighbour; rows are short, so that what a row costs weighs, as the look for hubs.
     "kappa, counted": (KAPPA, "count_names",
                        {"sectors_read": 0.25, "sectors_written": 1.25, "issued": 1.4}),
     "kappa, named": (KAPPA, "write_names",
