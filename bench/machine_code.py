@@ -1,17 +1,27 @@
-"""What a compiled kernel asks of a multiprocessor, counted in its machine code.
+"""``python -m bench.machine_code``: what compiled kernels ask, counted in their machine code.
 
 ``nvdisasm``'s listing is taken as blocks between labels; a branch back to a label is a loop, whose
 instructions count as often as the loop is run, which the caller knows. What is counted is what a
 warp issues: wavefronts of shared memory as if no two lanes met in a bank, bytes of global memory as
 if no lane were masked, products by their kind and precision.
+
+The command prints JSON of ``linear_attention``'s kernels at the paper's size, by architecture and
+dtype, as bench/attention.json keeps it for docs/gpu.md.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nefkern.runtime.errors import ArgumentParser, UserError, command
 
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);")
@@ -104,3 +114,75 @@ def of_listing(listing: str, trips: Sequence[float]) -> Counts:
             times *= trip
         total += of_instruction(name) * times
     return total
+
+
+# ---- linear_attention ----
+
+#: B x H heads of so many tokens, of 64 channels; "softmax".
+ATTENTION_HEADS, TOKENS, CHANNELS = 16 * 18, 900, 64
+PRODUCTS = ("sum_keys", "answer_queries", "query_gradients", "key_gradients")
+
+
+def attention_of(arch: str, dtype: str) -> dict[str, dict[str, float]]:
+    """Of the kernels that multiply, launched once as ψ does: registers, spills, shared memory, and
+    millions of instructions, of wavefronts and of bytes."""
+    from nefkern.triton.linear_attention import shipped
+
+    title = f" softmax {dtype} D = {CHANNELS}, multiples of 16"
+    found = {}
+    for kernel in shipped():
+        name = kernel.kernel.__name__
+        if name in PRODUCTS and title in kernel.name and arch in kernel.architectures:
+            found[name] = _launched(kernel, arch)
+    return found
+
+
+def _launched(kernel, arch: str) -> dict[str, float]:
+    from nefkern.triton.linear_attention import _chunks
+    from nefkern.triton.resources import _tool, compile_for, read
+
+    compiled = compile_for(kernel, arch)
+    resources = read(kernel, arch, compiled)
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        listing = _tool("nvdisasm", "-c", cubin)
+    chunk, parts = _chunks(TOKENS, CHANNELS, CHANNELS)
+    tile = kernel.constexprs["BT"]
+    tiles = sum(-(-min(chunk, TOKENS - part * chunk) // tile) for part in range(parts)) / parts
+    counts = of_listing(listing, (tiles,)) * (kernel.num_warps * parts * ATTENTION_HEADS)
+    return {
+        "tokens": tile,
+        "registers": resources.registers,
+        "spilled": resources.spilled,
+        "shared_bytes": resources.shared,
+        "issued": round(counts.issued / 1e6, 1),
+        "shared": round(counts.shared / 1e6, 1),
+        "megabytes": round(counts.global_bytes / 1e6),
+    }
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    from nefkern.backends import interpreting
+    from nefkern.triton.resources import LIMITS
+
+    parser = ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
+    parser.add_argument(
+        "--arch", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="default: all"
+    )
+    options = parser.parse_args(arguments)
+    if interpreting():
+        raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
+    dtypes = ("float32", "bfloat16")
+    jobs = [(arch, dtype) for arch in options.arch for dtype in dtypes]
+    with ProcessPoolExecutor() as pool:
+        found = list(pool.map(attention_of, *zip(*jobs, strict=True)))
+    by_arch = {arch: {} for arch in options.arch}
+    for (arch, dtype), kernels in zip(jobs, found, strict=True):
+        by_arch[arch][dtype] = kernels
+    print(json.dumps(by_arch, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

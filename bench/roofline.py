@@ -27,6 +27,8 @@ from nefkern.triton.rates import GPUS, H100, RTX_3090, Gpu
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 #: What ``python -m tests.emulator.costs --json`` printed.
 COUNTS = Path(__file__).parent / "counts.json"
+#: What ``python -m bench.machine_code`` printed.
+ATTENTION = Path(__file__).parent / "attention.json"
 
 # The paper's size. κ's entries: counted on clustered features.
 B, PATCHES, C, NEIGHBOURS, K = SIZES["paper"]
@@ -78,6 +80,7 @@ class Kernel:
         shared: wavefronts of shared memory and of the first-level cache, which are one unit, and
             shuffles, which take the same path.
         issued: instructions of warps.
+        code: ``shared`` and ``issued`` by architecture, where they are known of each.
     """
 
     part: str
@@ -91,6 +94,12 @@ class Kernel:
     shared: float = 0.0
     issued: float = 0.0
     cached_once: float | None = None
+    code: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def on(self, gpu: Gpu) -> Kernel:
+        """The kernel as it is compiled for ``gpu``."""
+        shared, issued = self.code.get(gpu.arch, (self.shared, self.issued))
+        return replace(self, shared=shared, issued=issued, code={})
 
     def floor(self, gpu: Gpu) -> float:
         """Seconds at the peak rates, the caches free: no kernel of these operations is faster."""
@@ -100,37 +109,35 @@ class Kernel:
     def least(self, gpu: Gpu) -> float:
         """Seconds: the slowest of arithmetic, cache, memory, shared memory and issue, at peak."""
         cached = self.cached if self.cached_once is None else self.cached_once
+        its = self.on(gpu)
         slowest = max(
             self._arithmetic(gpu),
             cached / gpu.cache,
             self._from_memory(gpu, cached) / gpu.memory,
-            self.shared / gpu.shared,
-            UNROLLED * self.issued / gpu.issue,
+            its.shared / gpu.shared,
+            UNROLLED * its.issued / gpu.issue,
         )
         return slowest + self.launches * SHORT_LAUNCH
 
     def expected(self, gpu: Gpu) -> float:
         """The same, at the shares of the peaks that they may reach."""
-        slowest = max(
-            self._arithmetic(gpu) / ARITHMETIC[self.kind],
-            self.cached / (gpu.cache * CACHE),
-            self._from_memory(gpu, self.cached) / (gpu.memory * MEMORY),
-            self.shared / (gpu.shared * SHARED),
-            self.issued / (gpu.issue * ISSUE),
-        )
-        return slowest + self.launches * LAUNCH
+        return max(self._expected_parts(gpu).values()) + self.launches * LAUNCH
 
     def limit(self, gpu: Gpu) -> str:
         """What is the slowest of :meth:`expected`."""
-        times = {
+        times = self._expected_parts(gpu)
+        slowest = max(times, key=times.get)
+        return slowest if times[slowest] > self.launches * LAUNCH else "launches"
+
+    def _expected_parts(self, gpu: Gpu) -> dict[str, float]:
+        its = self.on(gpu)
+        return {
             "arithmetic": self._arithmetic(gpu) / ARITHMETIC[self.kind],
             "L2": self.cached / (gpu.cache * CACHE),
             "DRAM": self._from_memory(gpu, self.cached) / (gpu.memory * MEMORY),
-            "shared": self.shared / (gpu.shared * SHARED),
-            "issue": self.issued / (gpu.issue * ISSUE),
+            "shared": its.shared / (gpu.shared * SHARED),
+            "issue": its.issued / (gpu.issue * ISSUE),
         }
-        slowest = max(times, key=times.get)
-        return slowest if times[slowest] > self.launches * LAUNCH else "launches"
 
     def _arithmetic(self, gpu: Gpu) -> float:
         return sum(count / getattr(gpu, name) for name, count in self.flops.items())
@@ -460,10 +467,16 @@ def objective_kernels() -> Iterator[Kernel]:
                  launches=60)  # fmt: skip
 
 
-#: Of a block's linear attention at this size, both passes, "softmax": wavefronts of shared memory
-#: and instructions, counted in the machine code (bench/machine_code.py) for sm_90 in bfloat16 and
-#: for sm_80 in float32.
-ATTENTION_CODE = {True: (24e6, 76e6), False: (85e6, 284e6)}
+def attention_code(amp: bool) -> dict[str, tuple[float, float]]:
+    """Of a block's linear attention at this size, both passes, "softmax": wavefronts of shared
+    memory and instructions by architecture, counted in the machine code."""
+    found = {}
+    for arch, by_dtype in json.loads(ATTENTION.read_text()).items():
+        kernels = by_dtype["bfloat16" if amp else "float32"].values()
+        found[arch] = tuple(1e6 * sum(k[what] for k in kernels) for what in ("shared", "issued"))
+    return found
+
+
 CHUNKS = -(-PATCHES // 256)
 
 
@@ -476,18 +489,23 @@ def attention(amp: bool) -> Kernel:
     product = 2.0 * B * HEADS * PATCHES * HEAD_DIM**2
     array = (2.0 if amp else 4.0) * B * HEADS * PATCHES * HEAD_DIM
     states = 4.0 * B * HEADS * HEAD_DIM**2 * (7 * CHUNKS + 3)
-    shared, issued = ATTENTION_CODE[amp]
+    code = {
+        arch: (BLOCKS * shared, BLOCKS * issued)
+        for arch, (shared, issued) in attention_code(amp).items()
+    }
+    shared, issued = code[H100.arch]
     return Kernel(
         "ψ",
         f"linear_attention, {'bfloat16' if amp else 'float32'}",
         "register product",
-        {"half": BLOCKS * 6 * product} if amp else {"tf32": BLOCKS * 6 * product * 3},
+        {"half": BLOCKS * 6 * product * (1 if amp else 3)},
         BLOCKS * 11 * array,
         BLOCKS * (11 * array + states),
         1.0,  # the arrays are in device memory anyway
         launches=BLOCKS * 6,
-        shared=BLOCKS * shared,
-        issued=BLOCKS * issued,
+        shared=shared,
+        issued=issued,
+        code=code,
     )
 
 

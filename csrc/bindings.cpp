@@ -1,29 +1,52 @@
 // The extension module: importing it registers the operators; to Python it tells how it was built.
-#include <pybind11/pybind11.h>
+// Nothing but Python's limited API of 3.10, so that one build serves every later version.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
 #include "cpu/isa.h"
-
-namespace py = pybind11;
 
 #define NEFKERN_TEXT2(x) #x
 #define NEFKERN_TEXT(x) NEFKERN_TEXT2(x)
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "nefkern's compiled operators; see torch.ops.nefkern_native";
-  m.def("build_info", [] {
-    using namespace nefkern::cpu;
-    py::dict info;
-    info["compiler"] = NEFKERN_TEXT(NEFKERN_COMPILER);
-    info["torch"] = NEFKERN_TEXT(NEFKERN_TORCH_VERSION);
-    info["version"] = NEFKERN_TEXT(NEFKERN_VERSION);
-    info["isa"] = isa_name(best_isa());
+namespace {
+
+PyObject* build_info(PyObject*, PyObject*) {
+  using namespace nefkern::cpu;
 #if defined(NEFKERN_CUDA_VERSION)
-    info["cuda"] = NEFKERN_TEXT(NEFKERN_CUDA_VERSION);
-    info["cuda_architectures"] = NEFKERN_CUDA_ARCHITECTURES;
+  return Py_BuildValue("{ss ss ss ss ss ss}",
 #else
-    info["cuda"] = false;
-    info["why_no_cuda"] = NEFKERN_WHY_NO_CUDA;
+  return Py_BuildValue("{ss ss ss ss sO ss}",
 #endif
-    return info;
-  });
+                       "compiler", NEFKERN_TEXT(NEFKERN_COMPILER),    //
+                       "torch", NEFKERN_TEXT(NEFKERN_TORCH_VERSION),  //
+                       "version", NEFKERN_TEXT(NEFKERN_VERSION),      //
+                       "isa", isa_name(best_isa()),                   //
+#if defined(NEFKERN_CUDA_VERSION)
+                       "cuda", NEFKERN_TEXT(NEFKERN_CUDA_VERSION),  //
+                       "cuda_architectures", NEFKERN_CUDA_ARCHITECTURES);
+#else
+                       "cuda", Py_False,  //
+                       "why_no_cuda", NEFKERN_WHY_NO_CUDA);
+#endif
 }
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "How the extension was built, as a dict."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "nefkern's compiled operators; see torch.ops.nefkern_native",
+    0,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&definition); }

@@ -13,6 +13,7 @@ from nefkern.version import __version__
 #: What each command does, in the order of their use.
 COMMANDS = {
     "train": "eigenfunctions and clusters of a folder of images, or of the samples",
+    "verify": "repeat parts of a run, and compare them with its record",
     "segment": "overlays, index maps and annotation files of any images",
     "atlas": "a page that shows every cluster of a run, to give it a name",
     "vote": "how many annotated pictures the names of clusters need",

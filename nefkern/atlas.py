@@ -28,9 +28,9 @@ PAGE, NAMES = "atlas.html", "names.yaml"
 
 DESCRIPTION = """\
 Write a page (RUN/atlas.html, one file that needs no network) with every cluster of a run: the
-patches that are most typical of it and those that are nearest to another cluster, its size, the
-clusters near it in feature space, and where it lies in images. Names are typed into the page;
-clusters of one name are one class. Save them there as names.yaml, which
+patches and segments that are most typical of it and those that are nearest to another cluster, its
+size, the clusters near it in feature space, and where it lies in images. Names are typed into the
+page; clusters of one name are one class. Save them there as names.yaml, which
 
   python -m nefkern.segment RUN IMAGE --out DIR --names names.yaml
 

@@ -47,9 +47,10 @@ examples:
   python -m nefkern.export runs/voc --size 480 640              for images of one size
 
 The same clusters as those of python -m nefkern.segment, up to rounding: all is in float32, also
-what a run of --amp computes in bfloat16. Images more than twice as long as wide, which segment sees
-in windows, the file sees whole. A backbone that takes some sizes only (windows of attention, ...)
-is exported for one size by --size. Needs onnx and onnxscript; --check needs onnxruntime.
+what a run of --amp computes in bfloat16; --check then compares with both. Images more than twice as
+long as wide, which segment sees in windows, the file sees whole. A backbone that takes some sizes
+only (windows of attention, ...) is exported for one size by --size. Needs onnx and onnxscript;
+--check needs onnxruntime.
 """
 
 
@@ -108,14 +109,20 @@ def images(files: list[Path], segmenter: Segmenter) -> dict[Path, Tensor]:
     return found
 
 
-def compare(out: Path, segmenter: Segmenter, found: dict[Path, Tensor]) -> None:
-    """Print how many pixels of each image have the same cluster."""
+def compare(
+    out: Path, segmenter: Segmenter, exact: Segmenter | None, found: dict[Path, Tensor]
+) -> None:
+    """Print how many pixels of each image have the same cluster; with ``exact``, the run in
+    float32, also how many of that."""
     from nefkern.exporting.checking import Exported, agreement
 
     exported = Exported(out)
     for file, pixels in found.items():
-        share = agreement(exported(pixels), segmenter(pixels))
-        print(f"{file}: {share:.3%} of the pixels have the same cluster", flush=True)
+        clusters = exported(pixels)
+        line = f"{agreement(clusters, segmenter(pixels)):.3%} of the pixels have the same cluster"
+        if exact is not None:
+            line += f"; {agreement(clusters, exact(pixels)):.3%} that of the run in float32"
+        print(f"{file}: {line}", flush=True)
 
 
 @command
@@ -136,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     export(segmenter, parsed.out, run_names(parsed, segmenter), size)
     log.info("%s: %.1f MB", parsed.out, parsed.out.stat().st_size / 1e6)
     if compared:
-        compare(parsed.out, segmenter, compared)
+        exact = Segmenter.load(parsed.run, "cpu", amp=False) if segmenter.options.amp else None
+        compare(parsed.out, segmenter, exact, compared)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def read_resampled(file: Path) -> Resampled | None:
     return Resampled(images, estimates) if estimates else None
 
 
-def collect_resampled(runs: list[Path]) -> dict[str, dict[Scored, Estimate]]:
+def collect_resampled(runs: list[Path]) -> dict[str, Resampled]:
     """By evaluation, every score's mean over runs, as it is and resample by resample.
 
     Resamples draw the same images in every run that was scored on them, so that a mean over runs
@@ -262,29 +262,33 @@ def collect_resampled(runs: list[Path]) -> dict[str, dict[Scored, Estimate]]:
                 once = found[evaluation].setdefault(key, {})
                 once[run, settings["seed"]] = shape, estimate
     means = {evaluation: _means(scores) for evaluation, scores in found.items()}
-    return {evaluation: scores for evaluation, scores in means.items() if scores}
+    return {evaluation: mean for evaluation, mean in means.items() if mean.estimates}
 
 
-def _means(
-    scores: dict[Scored, dict[Any, tuple[Any, Estimate]]],
-) -> dict[Scored, Estimate]:
+def _means(scores: dict[Scored, dict[Any, tuple[Any, Estimate]]]) -> Resampled:
     """Means over runs of the scores on the images that the first was scored on."""
     shapes = {key: {shape for shape, _ in its.values()} for key, its in scores.items()}
     same = next(iter(shapes.values()))
-    return {
-        key: Estimate(
-            torch.stack([estimate.value for _, estimate in its.values()]).mean(0),
-            torch.stack([estimate.resampled for _, estimate in its.values()]).mean(0),
-        )
+    images, _ = next(iter(same))
+    means = {
+        key: mean_estimate([estimate for _, estimate in its.values()])
         for key, its in scores.items()
         if shapes[key] == same and len(same) == 1
     }
+    return Resampled(images, means)
 
 
-def interval_table(found: dict[str, dict[Scored, Estimate]]) -> str:
-    """Markdown: a section per evaluation, scores and differences with their intervals."""
+def mean_estimate(estimates: list[Estimate]) -> Estimate:
+    """The mean of scores of the same images, as they are and resample by resample."""
+    value, resampled = (torch.stack(part).mean(0) for part in zip(*estimates, strict=True))
+    return Estimate(value, resampled)
+
+
+def interval_table(found: dict[str, Resampled]) -> str:
+    """Markdown: a section per evaluation, scores and differences with their intervals; last, how
+    evaluations differ."""
     lines = []
-    for evaluation, estimates in found.items():
+    for evaluation, (_, estimates) in found.items():
         lines += [
             f"**{evaluation}**, over the images, %: mean over runs [95% interval]; other half: "
             "matched on one half of the images, scored on the other",
@@ -299,7 +303,7 @@ def interval_table(found: dict[str, dict[Scored, Estimate]]) -> str:
             matching = COUNTED.get(key.matching, key.matching)
             lines.append(f"| {key.column} | {matching} | {' | '.join(cells)} |")
         lines += ["", *_difference_lines(estimates)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_evaluation_lines(found)])
 
 
 def _cells(estimate: Estimate | None) -> list[str]:
@@ -328,13 +332,53 @@ def _difference_lines(estimates: dict[Scored, Estimate]) -> list[str]:
     return [*lines, ""]
 
 
+def _evaluation_lines(found: dict[str, Resampled]) -> list[str]:
+    """Of every evaluation less the first of the same images, method by method, on the other half
+    where both were scored there."""
+    told: list[str] = []
+    firsts: dict[Any, tuple[str, Resampled]] = {}
+    for evaluation, second in found.items():
+        same = second.images, next(iter(second.estimates.values())).resampled.shape
+        name, first = firsts.setdefault(same, (evaluation, second))
+        for key in second.estimates if first is not second else ():
+            images = _shared(key, first.estimates, second.estimates)
+            if key.images != SAME or images is None:
+                continue
+            other = key._replace(images=images)
+            apart = second.estimates[other].minus(first.estimates[other])
+            cells = [cell for score in SCORES for cell in difference_cells(apart[score])]
+            names = [_apart(evaluation, name), _apart(name, evaluation), key.column]
+            names.append(COUNTED.get(key.matching, key.matching))
+            told.append(f"| {' | '.join([*names, *cells])} |")
+    if not told:
+        return []
+    head = "| evaluation | less | method | matching | accuracy | | mIoU | |"
+    what = "**Differences between evaluations of the same images**, paired over them"
+    return [f"{what}, other half where both have it", "", head, "|---" * 8 + "|", *told, ""]
+
+
+def _apart(evaluation: str, other: str) -> str:
+    """What an evaluation is told by that the other is not."""
+    parts, others = (name.replace("; ", ", ").split(", ") for name in (evaluation, other))
+    return ", ".join(part for part in parts if part not in others) or "as it is"
+
+
+def _shared(key: Scored, *estimates: dict[Scored, Estimate]) -> str | None:
+    """The images that all have the score on."""
+    for images in (CROSS, SAME):
+        if all(key._replace(images=images) in its for its in estimates):
+            return images
+    return None
+
+
 def parser() -> ArgumentParser:
     """The command line."""
     result = command_parser(
         "summarize",
         "Mean and spread of the scores of several runs (seeds), as a Markdown table; and, where\n"
         "they were scored on the same images, how sure that mean is over images, and which\n"
-        "differences between methods are some: those whose 95% interval excludes 0.",
+        "differences between methods, and between settings (options of training, --merge), are\n"
+        "some: those whose 95% interval excludes 0.",
         EXAMPLES,
     )
     result.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="scored run folders")

@@ -8,17 +8,22 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nefkern import eigenmaps, evaluate, train
 from nefkern.evaluation.evaluator import Evaluator
+from nefkern.evaluation.honesty import Honesty
 from nefkern.reproduce import main, parser
 from nefkern.reproduction.paper import TABLES
 from nefkern.reproduction.planning import Planner
 from nefkern.reproduction.rendering import as_dict, markdown
 from nefkern.reproduction.running import Measured
 from nefkern.runtime.errors import UserError
+from nefkern.segmentation.evaluation import match, matchings
+from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.methods import METHODS
+from nefkern.summarize import Resampled
 from nefkern.training.options import CLASSES, resolve
 from nefkern.training.runs import CHECKPOINT, Run
 from nefkern.training.step import TrainingStep
@@ -252,7 +257,10 @@ def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
         assert row["measured"]["mean_iou"] == [100 * s["mean_iou"] for s in scores]
         assert row["measured"]["accuracy"] == [100 * s["accuracy"] for s in scores]
     a, b = rows[0]["measured"]["mean_iou"]
-    assert f"| 27.8 | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} | 2 |" in text
+    between = rows[0]["intervals"]["same"]["interval"]["mean_iou"]
+    interval = ", ".join(f"{100 * bound:.1f}" for bound in between)
+    cell = f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} [{interval}]"
+    assert f"| 27.8 | {cell} | 2 |" in text
     assert "in place of the paper's data sets" in text
     assert "K: the paper's times 0.125." in text
     assert "--backbone test_vit in place of the rows' own." in text
@@ -275,7 +283,83 @@ def test_a_method_without_a_number_of_the_paper(reproduce, tmp_path):
     assert kmeans["paper"] == {"accuracy": None, "mean_iou": None}
     (measured,) = kmeans["measured"]["mean_iou"]
     text = (tmp_path / "out" / "table-5.md").read_text()
-    assert re.search(rf"\| kmeans \| IoU vote \|  \| [\d.]+ \|  \| {measured:.1f} \| 1 \|", text)
+    bounds = r" \[[\d.]+, [\d.]+\]"
+    assert re.search(
+        rf"\| kmeans \| IoU vote \|  \| [\d.]+{bounds} \|  \| {measured:.1f}{bounds} \| 1 \|", text
+    )
+
+
+# ---- how sure ----
+
+
+def scored(row: str, wrong: dict[str, list[int]], seeds: int = 1, images: str = "same") -> Measured:
+    """A row of table 5 whose methods have so many wrong pixels of 200 in each image."""
+    result, stage = Measured(TABLES["5"].rows[row].beside(list(wrong))), {}
+    for seed in range(seeds):
+        honesty = Honesty(torch.full((len(next(iter(wrong.values()))),), 200), 300, 2)
+        for name, pixels in wrong.items():
+            counts = ImageCounts(2, 2)
+            for w in pixels:
+                counts.add(torch.tensor([[100 - w - seed, 0], [w + seed, 100]]))
+            matched = match(counts.total())
+            told = honesty.add(name, "none", counts, matched, lambda table: matchings(table)[0])
+            stage[name] = {"stages": {"none": matched.as_dict(["a", "b"]) | told}}
+        result.evaluations.append({"settings": {"crf": None}, "methods": dict(stage)})
+        result.resampled.append(Resampled(images, honesty.estimates))
+    return result
+
+
+def told(*measured: Measured) -> tuple[str, list[dict]]:
+    """Text and differences of table 5 with these rows."""
+    arguments = TABLES["5"], list(measured), planned("5 --data-root DIR")
+    return markdown(*arguments, "command"), as_dict(*arguments)["differences"]
+
+
+FEW, MANY, MIXED = [10, 11, 9, 10, 12, 10], [30, 31, 29, 30, 32, 30], [11, 9, 10, 12, 8, 11]
+
+
+def test_rows_and_methods_that_the_images_tell_apart():
+    text, found = told(
+        scored("K64", {"ours": MANY, "kmeans": MANY}, seeds=2), scored("K128", {"ours": FEW}, 2)
+    )
+    methods, rows = found
+    assert (methods["first"], methods["second"]) == (
+        {"row": "K64", "method": "ours"},
+        {"row": "K64", "method": "kmeans"},
+    )
+    assert (rows["first"]["row"], rows["second"]["row"], rows["images"]) == ("K64", "K128", "cross")
+    assert rows["mean_iou"]["differs"]
+    assert not methods["mean_iou"]["differs"]
+    low, high = rows["mean_iou"]["interval"]
+    assert 0 < low <= rows["mean_iou"]["difference"] <= high
+    assert re.search(r"\| K = 128 - K = 64 \| IoU vote \| \+10.0 \[.*\] \| higher \|", text)
+    assert re.search(r"\| kmeans - ours \| IoU vote \| .*0.0 \[.*\] \| not told apart \|", text)
+    assert "only if their interval excludes 0" in text
+
+
+def test_rows_that_the_images_do_not_tell_apart():
+    text, (difference,) = told(scored("K64", {"ours": FEW}), scored("K128", {"ours": MIXED}))
+    assert not difference["mean_iou"]["differs"]
+    assert "not told apart | " in text
+
+
+def test_rows_of_other_images_or_without_resamples_are_not_compared():
+    one = scored("K64", {"ours": MANY})
+    bare = scored("K128", {"ours": FEW})
+    bare.resampled = [None]
+    for other in (scored("K128", {"ours": FEW}, images="other"), bare):
+        text, found = told(one, other)
+        assert not found
+        assert "| difference |" not in text
+    text, _ = told(bare)
+    assert re.search(r"\| ours \| IoU vote \| 71.6 \| [\d.]+ \| 33.2 \| [\d.]+ \| 1 \|", text)
+
+
+def test_seeds_scored_on_different_images_have_no_common_interval():
+    result = scored("K64", {"ours": MANY}, seeds=2)
+    result.resampled[1] = result.resampled[1]._replace(images="other")
+    text, _ = told(result)
+    assert re.search(r"\| 27.8 \| [\d.]+ ± [\d.]+ \| 2 \|", text)
 
 
 def test_a_damaged_score_fails_its_row_in_a_line(reproduce, tmp_path, capsys):

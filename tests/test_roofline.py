@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bench import roofline
 from bench.roofline import Kernel, condensed, written
 from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig
+from nefkern.triton import linear_attention as attention
 from nefkern.triton import rates
 from nefkern.triton.rates import A100, B200, GPUS, H100, H200, RTX_3090, RTX_4090, Gpu, rates_of
 from nefkern.triton.resources import LIMITS, Resources
@@ -74,6 +76,37 @@ def test_no_kernel_is_expected_below_its_floor(amp):
     for kernel in roofline.step(amp):
         for gpu in GPUS:
             assert kernel.expected(gpu) > kernel.least(gpu) > kernel.floor(gpu), kernel.name
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_attention_is_at_most_three_times_its_floor(amp):
+    kernel = roofline.attention(amp)
+    for gpu in GPUS:
+        assert kernel.expected(gpu) <= 3 * kernel.floor(gpu), gpu.name
+
+
+def test_code_is_of_the_architecture_it_is_asked_for():
+    kernel = Kernel("ψ", "x", "stream", shared=1.0, issued=240.0, code={"sm_80": (2.0, 4800.0)})
+    on_it, other = SLOW, dataclasses.replace(SLOW, arch="sm_90")
+    assert kernel.expected(on_it) == pytest.approx(60 / roofline.ISSUE + roofline.LAUNCH)
+    assert kernel.least(on_it) == pytest.approx(60 * roofline.UNROLLED + roofline.SHORT_LAUNCH)
+    assert kernel.expected(other) == pytest.approx(3 / roofline.ISSUE + roofline.LAUNCH)
+
+
+def test_the_attention_that_was_counted_is_the_one_that_ships():
+    """Its tiles by the architecture; counted anew by python -m bench.machine_code."""
+    counted = json.loads(roofline.ATTENTION.read_text())
+    assert set(counted) == set(LIMITS)
+    for arch, by_dtype in counted.items():
+        for dtype, kernels in by_dtype.items():
+            title = f" softmax {dtype} D = {roofline.HEAD_DIM}, multiples of 16"
+            tiles = {
+                kernel.kernel.__name__: kernel.constexprs["BT"]
+                for kernel in attention.shipped()
+                if title in kernel.name and arch in kernel.architectures
+            }
+            assert {name: its["tokens"] for name, its in kernels.items()} == tiles
+            assert not any(its["spilled"] for its in kernels.values())
 
 
 def test_psi_is_counted_as_it_is_built():

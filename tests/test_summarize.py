@@ -132,9 +132,9 @@ def test_help(flag, capsys):
 NAME = "evaluation-set-val-crop320"
 
 
-def resampled(folder, wrong: dict[str, list[int]], size: int = 100, bootstrap: int = 300):
+def resampled(folder, wrong: dict[str, list[int]], size=100, bootstrap=300, backbone="vit"):
     """A run whose methods have so many wrong pixels of 2 * size in each image."""
-    run = scored(folder, 0.5, 0.5)
+    run = scored(folder, 0.5, 0.5, backbone=backbone)
     images = len(next(iter(wrong.values())))
     honesty, methods = Honesty(torch.full((images,), 2 * size), bootstrap, 2), {}
     for name, pixels in wrong.items():
@@ -181,6 +181,23 @@ def test_what_the_runs_say_apart_is_no_difference(tmp_path):
         assert cells(alone, "kmeans - ours", "count vote")[1] == said
     text = summarize.interval_table(summarize.collect_resampled(runs))
     assert cells(text, "kmeans - ours", "count vote")[1] == "not told apart"
+
+
+def test_settings_scored_on_the_same_images_are_told_apart(tmp_path):
+    first = resampled(tmp_path / "0", {"ours": [30, 29, 31, 30, 30, 30]})
+    second = resampled(tmp_path / "1", {"ours": [10] * 6}, backbone="cnn")
+    text = summarize.interval_table(summarize.collect_resampled([first, second]))
+    accuracy, said, *_ = cells(text, "backbone cnn", "backbone vit", "ours", "IoU vote")
+    assert accuracy.startswith("+10.0 [+")
+    assert said == "higher"
+
+
+def test_settings_scored_on_other_images_are_not_compared(tmp_path):
+    first = resampled(tmp_path / "0", {"ours": [10, 20, 30]})
+    second = resampled(tmp_path / "1", {"ours": [10, 20, 30]}, size=90, backbone="cnn")
+    text = summarize.interval_table(summarize.collect_resampled([first, second]))
+    assert text.count("over the images") == 2
+    assert "Differences between evaluations" not in text
 
 
 def test_scores_of_other_images_have_no_common_interval(tmp_path):

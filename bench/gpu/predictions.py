@@ -123,6 +123,7 @@ def _halved(kernel: Kernel) -> Kernel:
         {name: count * share for name, count in kernel.flops.items()},
         kernel.moved * share, kernel.cached * share, kernel.resident,
         round(kernel.launches * share), kernel.shared * share, kernel.issued * share,
+        code={arch: (a * share, b * share) for arch, (a, b) in kernel.code.items()},
     )  # fmt: skip
 
 

@@ -195,6 +195,19 @@ class TrainLoader:
             raise ValueError(f"start_step: expected 0 to {len(self)}, got {start_step}")
         self.epoch, self.start_step = epoch, start_step
 
+    def views_of(self, epoch: int, step: int) -> list[View]:
+        """The views of one batch, read by the caller's own thread.
+
+        Raises:
+            UserError: as in iteration.
+        """
+        begin, self._steps.begin = self._steps.begin, (epoch, step)
+        try:
+            _, indices = next(iter(self._steps))
+        finally:
+            self._steps.begin = begin
+        return [self.views.view(epoch, index) for index in indices]
+
     def __iter__(self) -> Iterator[Tensor]:
         epoch, first, last = self.epoch, self.start_step, len(self)
         if first < last:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from nefkern.data.dataset import ImageDataset
 from nefkern.naming.names import Names
-from nefkern.naming.survey import PATCHES, TILE, Survey, pictures
+from nefkern.naming.survey import PATCHES, SEGMENTS, TILE, Survey, pictures
 from nefkern.segmentation.pictures import palette
 
 _QUALITY = 80
@@ -64,6 +64,7 @@ class AtlasPage:
             "serve": serve,
             "tile": TILE,
             "columns": PATCHES,
+            "segments": SEGMENTS,
         }
         parts = {
             "policy": policy,
@@ -93,6 +94,7 @@ def _facts(found: Survey, dataset: ImageDataset) -> dict[str, Any]:
             "images": cluster.images,
             "margin": round(cluster.margin, 4),
             "rivals": [patch.rival for patch in cluster.doubtful],
+            "segmentRivals": [segment.rival for segment in cluster.doubtful_segments],
             "where": [[index, round(share, 4)] for index, share in cluster.where],
         }
         for cluster, colour in zip(found.clusters, colours, strict=True)

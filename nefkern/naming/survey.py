@@ -1,4 +1,5 @@
-"""What the atlas shows of each cluster: its patches, its size, its place among the others."""
+"""What the atlas shows of each cluster: its patches and segments, its size, its place among the
+others."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import heapq
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,8 +24,11 @@ from nefkern.segmentation.windows import window_starts
 
 log = logging.getLogger(__name__)
 
-#: Patches of either kind, and images, that are shown of a cluster.
-PATCHES, IMAGES = 12, 6
+#: Patches and segments of either kind, and images, that are shown of a cluster.
+PATCHES, SEGMENTS, IMAGES = 12, 6, 6
+
+#: Patches that make a segment: of fewer, the patches themselves are shown.
+LEAST = 4
 
 #: Sides in pixels: of a patch's picture, which spans ``CONTEXT`` patches, and of an image's.
 TILE, CONTEXT, THUMBNAIL = 64, 5, 192
@@ -33,6 +37,8 @@ TILE, CONTEXT, THUMBNAIL = 64, 5, 192
 MAP = 64
 
 _OUTLINE = (255, 255, 0)
+#: What is left of the brightness around a segment.
+_AROUND = 0.3
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,23 @@ class Patch:
     rival: int
 
 
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A connected region of one cluster's patches, side by side, in one window of an image.
+
+    Attributes:
+        image: index in the data set.
+        box: top, left, bottom, right in the image's pixels.
+        mask: bool ``[h, w]``: which patches of the box it has.
+        rival: the cluster that is second in most of them.
+    """
+
+    image: int
+    box: tuple[float, float, float, float]
+    mask: np.ndarray
+    rival: int
+
+
 @dataclass
 class Cluster:
     """What is known of a cluster.
@@ -62,6 +85,9 @@ class Cluster:
         typical: the patches where it leads most, the best first.
         doubtful: those that are nearest to belonging to another cluster, the nearest first.
         where: images in which it has most patches, and its share of them.
+        typical_segments: those of :data:`LEAST` patches or more whose logits lead by most in sum,
+            large and clear, the best first.
+        doubtful_segments: those that lead by least on average, the nearest first.
     """
 
     patches: int = 0
@@ -70,6 +96,8 @@ class Cluster:
     typical: list[Patch] = field(default_factory=list)
     doubtful: list[Patch] = field(default_factory=list)
     where: list[tuple[int, float]] = field(default_factory=list)
+    typical_segments: list[Segment] = field(default_factory=list)
+    doubtful_segments: list[Segment] = field(default_factory=list)
 
 
 @dataclass
@@ -186,6 +214,8 @@ class _Seen:
         self.sums: Tensor | None = None
         self.typical = [_Best(PATCHES) for _ in range(num_clusters)]
         self.doubtful = [_Best(PATCHES) for _ in range(num_clusters)]
+        self.typical_segments = [_Best(SEGMENTS) for _ in range(num_clusters)]
+        self.doubtful_segments = [_Best(SEGMENTS) for _ in range(num_clusters)]
         self.where = [_Best(IMAGES) for _ in range(num_clusters)]
         self.maps: dict[int, np.ndarray] = {}
 
@@ -212,6 +242,7 @@ class _Seen:
         inside = ((row + 0.5) * cells.side[0] < cells.size[0]) & (
             (col + 0.5) * cells.side[1] < cells.size[1]
         )
+        self._add_segments(index, cells, inside.reshape(cells.winner.shape))
         row, col = row[inside], col[inside]
         winner, margin = cells.winner[row, col], cells.margin[row, col]
         features = cells.features[:, row, col].T.double()
@@ -226,6 +257,22 @@ class _Seen:
                 best[winner[at]].offer(float(score[at]), patch)
         return np.bincount(winner, minlength=num_clusters)
 
+    def _add_segments(self, index: int, cells: _Cells, inside: np.ndarray) -> None:
+        """Offer the window's segments to their clusters."""
+        label, count = connected(cells.winner, inside)
+        sizes = np.bincount(label[inside], minlength=count)
+        total = np.bincount(label[inside], cells.margin[inside], count)
+        winner = np.zeros(count, np.int64)
+        winner[label[inside]] = cells.winner[inside]
+        large = np.flatnonzero(sizes >= LEAST)
+        for best, score in (
+            (self.typical_segments, total),
+            (self.doubtful_segments, -total / np.maximum(sizes, 1)),
+        ):
+            for at in large[_leading(winner[large], score[large], self.per_image)]:
+                segment = _segment(index, cells, label == at)
+                best[winner[at]].offer(float(score[at]), segment)
+
     def result(self) -> Survey:
         """All of it, summed up."""
         average = max(self.margins.sum() / self.patches.sum(), 1e-12)
@@ -236,6 +283,8 @@ class _Seen:
                 margin=float(self.margins[k] / max(1, count) / average),
                 typical=self.typical[k].items(),
                 doubtful=self.doubtful[k].items(),
+                typical_segments=self.typical_segments[k].items(),
+                doubtful_segments=self.doubtful_segments[k].items(),
                 where=self.where[k].items(),
             )
             for k, count in enumerate(self.patches.tolist())
@@ -253,6 +302,43 @@ def _leading(winner: np.ndarray, score: np.ndarray, count: int) -> np.ndarray:
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
     return order[rank < count]
+
+
+def connected(winner: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, int]:
+    """The segments of a map: regions of one cluster whose patches share sides.
+
+    Args:
+        winner: ``[h, w]``, the cluster of each patch.
+        inside: bool ``[h, w]``: the others are of no segment.
+
+    Returns:
+        The number of each patch's segment ``[h, w]``, -1 outside, and how many there are.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    number = np.arange(winner.size).reshape(winner.shape)
+    pairs = []
+    for first, second in (np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]):
+        same = (winner[first] == winner[second]) & inside[first] & inside[second]
+        pairs.append([number[first][same], number[second][same]])
+    ends = np.concatenate(pairs, axis=1)
+    graph = coo_array((np.ones(ends.shape[1], bool), tuple(ends)), shape=(winner.size,) * 2)
+    label = connected_components(graph, directed=False)[1].reshape(winner.shape)
+    found, numbered = np.unique(label[inside], return_inverse=True)
+    result = np.full(winner.shape, -1)
+    result[inside] = numbered
+    return result, len(found)
+
+
+def _segment(index: int, cells: _Cells, mask: np.ndarray) -> Segment:
+    """Of a window's patches, those of the mask."""
+    rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    top, left, *_ = _box(cells, rows[0], cols[0])
+    *_, bottom, right = _box(cells, rows[-1], cols[-1])
+    part = mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    rival = int(np.bincount(cells.rival[mask]).argmax())
+    return Segment(index, (top, left, bottom, right), part.copy(), rival)
 
 
 def _box(cells: _Cells, row: int, col: int) -> tuple[float, float, float, float]:
@@ -286,39 +372,81 @@ def _draw(chart: np.ndarray, shape: tuple[int, int], cells: _Cells) -> None:
 def pictures(
     found: Survey, dataset: ImageDataset
 ) -> tuple[dict[int, Image.Image], dict[int, Image.Image]]:
-    """A sheet of patches of each cluster, typical ones above doubtful ones, and a thumbnail of
-    each image that is shown."""
-    wanted: defaultdict[int, list[tuple[int, int, int, Patch]]] = defaultdict(list)
+    """A sheet of each cluster, and a thumbnail of each image that is shown.
+
+    A sheet has a row of typical patches, one of doubtful ones, and one of segments: typical ones in
+    its left half, doubtful ones in its right half.
+    """
+    wanted: defaultdict[int, list[tuple[int, int, int, Patch | Segment]]] = defaultdict(list)
     for number, cluster in enumerate(found.clusters):
-        for row, patches in enumerate((cluster.typical, cluster.doubtful)):
-            for col, patch in enumerate(patches):
-                wanted[patch.image].append((number, row, col, patch))
+        rows: list[tuple[int, int, Sequence[Patch | Segment]]] = [
+            (0, 0, cluster.typical),
+            (1, 0, cluster.doubtful),
+            (2, 0, cluster.typical_segments),
+            (2, SEGMENTS, cluster.doubtful_segments),
+        ]
+        for row, first, shown in rows:
+            for col, part in enumerate(shown, first):
+                wanted[part.image].append((number, row, col, part))
     sheets = {
-        number: Image.new("RGB", (PATCHES * TILE, 2 * TILE), "white")
+        number: Image.new("RGB", (PATCHES * TILE, 3 * TILE), "white")
         for number, cluster in enumerate(found.clusters)
         if cluster.patches
     }
     thumbnails: dict[int, Image.Image] = {}
     for index in sorted({*wanted, *found.maps}):
         picture = Image.fromarray(dataset.image(index).permute(1, 2, 0).numpy())
-        for number, row, col, patch in wanted[index]:
-            sheets[number].paste(_tile(picture, patch.box), (col * TILE, row * TILE))
+        for number, row, col, part in wanted[index]:
+            tile = _tile(picture, part) if isinstance(part, Patch) else _segment_tile(picture, part)
+            sheets[number].paste(tile, (col * TILE, row * TILE))
         if index in found.maps:
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             thumbnails[index] = picture
     return sheets, thumbnails
 
 
-def _tile(picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """A patch with what is around it; its outline is drawn."""
-    from PIL import ImageDraw
-
+def _view(
+    picture: Image.Image, box: tuple[float, float, float, float], context: float
+) -> tuple[Image.Image, list[float]]:
+    """A square about a box, ``context`` times as large where the picture is, as a tile; and where
+    in it the box lies: left, top, right, bottom."""
     top, left, bottom, right = box
-    side = min(CONTEXT * max(bottom - top, right - left), *picture.size)
+    side = min(context * max(bottom - top, right - left), *picture.size)
     x = min(max(0, (left + right - side) / 2), picture.width - side)
     y = min(max(0, (top + bottom - side) / 2), picture.height - side)
     tile = picture.resize((TILE, TILE), box=(x, y, x + side, y + side))
     scale = TILE / side
     corners = [(left - x) * scale, (top - y) * scale, (right - x) * scale, (bottom - y) * scale]
+    return tile, corners
+
+
+def _tile(picture: Image.Image, patch: Patch) -> Image.Image:
+    """A patch with what is around it; its outline is drawn."""
+    from PIL import ImageDraw
+
+    tile, corners = _view(picture, patch.box, CONTEXT)
     ImageDraw.Draw(tile).rectangle([min(max(c, 0), TILE - 1) for c in corners], outline=_OUTLINE)
     return tile
+
+
+def _segment_tile(picture: Image.Image, segment: Segment) -> Image.Image:
+    """A segment; all around it is darkened. Of one that is longer than the picture is wide, the
+    middle."""
+    tile, (left, top, right, bottom) = _view(picture, segment.box, 1.2)
+    middles = np.arange(TILE) + 0.5
+    (rows, inside), (cols, across) = (
+        _cells_at(middles, low, high, count)
+        for low, high, count in zip((top, left), (bottom, right), segment.mask.shape, strict=True)
+    )
+    mask = segment.mask[np.ix_(rows, cols)] & inside[:, None] & across
+    pixels = np.array(tile)
+    pixels[~mask] = pixels[~mask] * _AROUND
+    return Image.fromarray(pixels)
+
+
+def _cells_at(
+    middles: np.ndarray, low: float, high: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of ``count`` cells from ``low`` to ``high`` each place is in, and if it is in any."""
+    at = np.floor((middles - low) * (count / (high - low))).astype(int)
+    return at.clip(0, count - 1), (at >= 0) & (at < count)

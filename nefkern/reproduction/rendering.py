@@ -12,6 +12,8 @@ from nefkern.reproduction.running import Measured
 if TYPE_CHECKING:
     from PIL import Image
 
+    from nefkern.reproduction.comparing import Difference
+
 
 def _lines(measured: list[Measured]) -> Iterator[tuple[Measured, str, Number]]:
     for result in measured:
@@ -23,6 +25,7 @@ def markdown(table: Table, measured: list[Measured], planner: Planner, command_l
     """The table: a line for every row, method and matching, the paper's number | the measured."""
     title = f"**{str(table).capitalize()}: {table.title}**"
     lines = [title] if table.is_of_eigenfunctions else _rows(table, measured, planner, title)
+    lines += _difference_lines(measured)
     if table.is_figure:
         lines[1:1] = ["", f"![{table}]({table.stem}.png)"]
     notes = [f"`{command_line}`", *_notes(table, measured, planner)]
@@ -32,7 +35,7 @@ def markdown(table: Table, measured: list[Measured], planner: Planner, command_l
 
 def _rows(table: Table, measured: list[Measured], planner: Planner, title: str) -> list[str]:
     """Heading and cells."""
-    from nefkern.summarize import COUNTED, spread
+    from nefkern.summarize import COUNTED
 
     crf = planner.scoring.crf
     here = f"after a CRF on {crf}" if crf else "without a CRF"
@@ -43,23 +46,59 @@ def _rows(table: Table, measured: list[Measured], planner: Planner, title: str) 
         "|---" * 8 + "|",
     ]
     for result, method, number in _lines(measured):
-        accuracies = result.scores(method, number.matching, "accuracy")
-        mean_ious = result.scores(method, number.matching, "mean_iou")
         cells = [
             result.row.title,
             method,
             COUNTED[number.matching],
             "" if number.accuracy is None else f"{number.accuracy:.1f}",
-            spread(accuracies) if accuracies else "",
+            _measured(result, method, number, "accuracy"),
             "" if number.mean_iou is None else f"{number.mean_iou:.1f}",
-            spread(mean_ious) if mean_ious else "",
-            str(len(mean_ious)),
+            _measured(result, method, number, "mean_iou"),
+            str(len(result.scores(method, number.matching, "mean_iou"))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for other in _cited(table, measured):
         lines.append(
             f"| {TITLES[other.data]} | {other.method} | cited | | | {other.mean_iou} | | |"
         )
+    return lines
+
+
+def _measured(result: Measured, method: str, number: Number, score: str) -> str:
+    """Mean and spread over the seeds, and the interval of that mean over the images."""
+    from nefkern.evaluation.honesty import SAME
+    from nefkern.reproduction.comparing import estimates
+    from nefkern.segmentation.tables import brackets
+    from nefkern.summarize import spread
+
+    values = result.scores(method, number.matching, score)
+    if not values:
+        return ""
+    told = estimates(result, method, number.matching).get(SAME)
+    between = told.intervals()[score] if told else None
+    return f"{spread(values)} {brackets(between)}" if between else spread(values)
+
+
+def _differences(measured: list[Measured]) -> list[Difference]:
+    from nefkern.reproduction.comparing import Line, differences
+
+    return differences([Line(r, method, n.matching) for r, method, n in _lines(measured)])
+
+
+def _difference_lines(measured: list[Measured]) -> list[str]:
+    """Which lines of the table are told apart; nothing where none have images in common."""
+    from nefkern.evaluation.resampling import SCORES
+    from nefkern.segmentation.tables import difference_cells
+    from nefkern.summarize import COUNTED
+
+    found = _differences(measured)
+    if not found:
+        return []
+    lines = ["", "| difference | matching | accuracy | | mIoU | |", "|---" * 6 + "|"]
+    for told in found:
+        name = f"{told.second.name(told.first)} - {told.first.name(told.second)}"
+        cells = [cell for score in SCORES for cell in difference_cells(told.scores[score])]
+        lines.append(f"| {name} | {COUNTED[told.matching]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -102,6 +141,12 @@ def _notes(table: Table, measured: list[Measured], planner: Planner) -> Iterator
         return
     if options.seeds > 1:
         yield "Measured: mean ± sample standard deviation over the seeds."
+    if any(any(m.resampled) for m in measured):
+        yield (
+            "[95% intervals] over the images. Differences are paired over them, and of scores on "
+            "the half of the images that classes were not matched on, where there are such; they "
+            "are called some (higher, lower) only if their interval excludes 0."
+        )
     yield CRF[planner.scoring.crf] + (f" {BLACK}" if table.protocol == "crop320" else "")
     if _cited(table, measured):
         yield "Cited: numbers of others that the paper has beside its own; not run here."
@@ -109,6 +154,7 @@ def _notes(table: Table, measured: list[Measured], planner: Planner) -> Iterator
 
 def as_dict(table: Table, measured: list[Measured], planner: Planner) -> dict[str, Any]:
     """The table as numbers, every seed's; JSON-ready."""
+    from nefkern.reproduction.comparing import estimates
     from nefkern.training.runs import versions
 
     return {
@@ -127,11 +173,16 @@ def as_dict(table: Table, measured: list[Measured], planner: Planner) -> dict[st
                     name: result.scores(method, number.matching, name)
                     for name in ("accuracy", "mean_iou")
                 },
+                "intervals": {
+                    images: told.as_dict()
+                    for images, told in estimates(result, method, number.matching).items()
+                },
                 "runs": result.runs,
                 "error": result.error,
             }
             for result, method, number in _lines(measured)
         ],
+        "differences": [told.as_dict() for told in _differences(measured)],
         "cited": [other._asdict() for other in _cited(table, measured)],
         "versions": versions(),
     }

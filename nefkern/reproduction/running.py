@@ -7,7 +7,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nefkern import eigenmaps, evaluate, train
 from nefkern.reproduction.paper import Row, Table
@@ -15,16 +15,21 @@ from nefkern.reproduction.planning import Job, Planner
 from nefkern.runtime.errors import UserError, first_line
 from nefkern.training.options import TrainOptions
 
+if TYPE_CHECKING:
+    from nefkern.summarize import Resampled
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Measured:
-    """What came of a row: for each seed an evaluation, if it has one, the run folder and the
-    pictures drawn; or why there are none (more)."""
+    """What came of a row: for each seed an evaluation, if it has one, its scores on resamples of
+    the images, if they were asked for, the run folder and the pictures drawn; or why there are none
+    (more)."""
 
     row: Row
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    resampled: list[Resampled | None] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
     pictures: list[list[Path]] = field(default_factory=list)
     error: str | None = None
@@ -33,10 +38,15 @@ class Measured:
         """One figure of every seed, in percent; after the CRF where there was one."""
         found = []
         for evaluation in self.evaluations:
-            stage = evaluation["methods"][method]["stages"][evaluation["settings"]["crf"] or "none"]
+            stage = evaluation["methods"][method]["stages"][drawn_by(evaluation)]
             if matching in stage["matchings"]:  # Hungarian needs as many clusters as classes
                 found.append(100 * stage["matchings"][matching][name])
         return found
+
+
+def drawn_by(evaluation: dict[str, Any]) -> str:
+    """The stage whose figures count: after the CRF, where there was one."""
+    return evaluation["settings"]["crf"] or "none"
 
 
 def perform(job: Job) -> dict[str, Any]:
@@ -110,6 +120,7 @@ def drawn_pictures(folder: Path) -> list[Path]:
 def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measured:
     """Run a row with every seed, up to the first that fails."""
     from nefkern.evaluation.evaluator import free_name
+    from nefkern.summarize import read_resampled
 
     result = Measured(row)
     for seed in range(planner.options.seeds):
@@ -121,8 +132,10 @@ def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measur
                 result.pictures.append(eigenmaps.eigenmaps(job.draw_options()))
             else:
                 evaluation = perform(job)
-                result.evaluations.append(evaluation)
                 file = free_name(job.folder, evaluation["settings"])
+                resampled = read_resampled(file)
+                result.evaluations.append(evaluation)
+                result.resampled.append(resampled)
                 result.pictures.append(drawn_pictures(file.with_suffix("")))
             result.runs.append(str(job.folder))
         except (UserError, OSError, RuntimeError) as error:

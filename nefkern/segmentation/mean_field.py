@@ -44,8 +44,8 @@ def require_pydensecrf():
         from pydensecrf import densecrf
     except ImportError:
         raise UserError(
-            "CRF post-processing needs pydensecrf: pip install pydensecrf2 (same module, "
-            "builds with current compilers)"
+            "CRF post-processing needs pydensecrf: pip install pydensecrf2 (same module; for "
+            "Python up to 3.12); segment --edges graph needs nothing"
         ) from None
     return densecrf
 

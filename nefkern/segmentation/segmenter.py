@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,7 @@ class Segmenter:
         *,
         cache: Path | None = None,
         flip: bool = False,
+        amp: bool | None = None,
     ) -> Segmenter:
         """Load a run folder, or a run on the model hub.
 
@@ -120,6 +121,7 @@ class Segmenter:
             device: "cpu", "cuda", or "auto".
             cache: keep the backbone's maps in this folder, for images seen again.
             flip: average logits over an image and its mirror image: twice the time.
+            amp: whether the backbone runs in bfloat16; None: as in the run's training.
 
         Raises:
             UserError: no run there, a repository that cannot be had, no checkpoint yet or one of
@@ -127,6 +129,8 @@ class Segmenter:
         """
         folder = Run(run_folder(run))
         options, config = folder.options(), folder.config()
+        if amp is not None:
+            options = replace(options, amp=amp)
         found = folder.load()
         if found is None:
             raise UserError(f"{run}: holds no checkpoint yet")

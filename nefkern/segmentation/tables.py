@@ -151,10 +151,11 @@ def with_interval(result: dict[str, Any], score: str, sign: str = "") -> str:
     """A score in percent with its interval in brackets, where there is one."""
     value, between = result[score], (result.get("interval") or {}).get(score)
     text = _percent(value, sign)
-    return f"{text} {_brackets(between, sign)}" if between else text
+    return f"{text} {brackets(between, sign)}" if between else text
 
 
-def _brackets(between: Sequence[float], sign: str = "") -> str:
+def brackets(between: Sequence[float], sign: str = "") -> str:
+    """An interval in percent."""
     return f"[{', '.join(_percent(value, sign) for value in between)}]"
 
 
@@ -175,7 +176,7 @@ def difference_table(evaluation: dict[str, Any]) -> str:
 def difference_cells(found: dict[str, Any]) -> tuple[str, str]:
     """A difference with its interval, and what may be said of it."""
     value, between = found["difference"], found["interval"]
-    text = f"{_percent(value, '+')} {_brackets(between, '+')}" if between else _percent(value, "+")
+    text = f"{_percent(value, '+')} {brackets(between, '+')}" if between else _percent(value, "+")
     if not found["differs"]:
         return text, "not told apart"
     return text, "higher" if between[0] > 0 else "lower"

@@ -37,6 +37,7 @@ from nefkern.ops import CSRGraph
 from nefkern.reference.csr import row_of_entry
 from nefkern.runtime.errors import UserError, first_line
 from nefkern.spectral.embedding import neighbour_lists
+from nefkern.training.digests import graph_digest
 from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
 from nefkern.training.runs import GRAPH, Run
@@ -371,6 +372,20 @@ def _numbered(indices: list[int]) -> list[tuple[int, int]]:
     return crops
 
 
+def computed_graph(options: TrainOptions, run: Run, parts: Parts) -> DatasetGraph:
+    """The data set's κ, as batches are drawn along it; nothing is written.
+
+    Raises:
+        UserError: options that the data set cannot carry.
+        KeyboardInterrupt: after a signal.
+    """
+    views = options.views if options.augment else 0
+    # The κ of the batches, seen whole: features as they come, of every image.
+    whole = {"standardize": False, "graph_images": len(parts.dataset)}
+    asked = spectral_options(options, run.folder, views=views, **whole)
+    return _GraphTrainer(asked, run, parts).graph()
+
+
 def edges_of(options: TrainOptions, run: Run, parts: Parts) -> DatasetEdges:
     """Compute the data set's κ, or take up what the run has kept of it.
 
@@ -380,11 +395,8 @@ def edges_of(options: TrainOptions, run: Run, parts: Parts) -> DatasetEdges:
     """
     graph = DatasetGraph.load(run) if run.is_begun else None  # else perhaps of other options
     if graph is None:
-        views = options.views if options.augment else 0
-        # The κ of the batches, seen whole: features as they come, of every image.
-        whole = {"standardize": False, "graph_images": len(parts.dataset)}
-        asked = spectral_options(options, run.folder, views=views, **whole)
-        graph = _GraphTrainer(asked, run, parts).graph()
+        graph = computed_graph(options, run, parts)
+        run.append_step({"step": 0, "dataset_kappa": graph_digest(graph.kappa)})
         graph.save(run)
     edges = DatasetEdges(graph.to(parts.device), parts.dataset, options)
     share, times = edges.covered(min(options.batch_size, len(graph.crops)))

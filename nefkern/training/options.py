@@ -67,7 +67,7 @@ SPECTRAL: dict[str, Any] = {"k": "64", "alpha": 0.5, "high": "late", "views": 0}
 NEURAL_ONLY = frozenset((
     "graph_scope", "psi", "blocks", "heads", "head_dim", "mlp_hidden", "feature_map",
     "orthogonal_head", "gumbel", "temperature", "beta", "t", "min_norm", "epochs",
-    "accumulate", "lr", "final_lr", "compile", "checkpoint_seconds",
+    "accumulate", "lr", "final_lr", "compile", "checkpoint_seconds", "record_steps",
     "teacher", "teacher_share", "teacher_loss", "edges", "dataset_k",
 ))  # fmt: skip
 SPECTRAL_ONLY = frozenset(("eigenvectors", "cluster_on", "graph_images", "keep"))
@@ -276,7 +276,11 @@ class TrainOptions:
 
     # eigenvectors
     eigenvectors: int | None = _option(
-        None, "m, leading eigenvectors that K-means sees [2K]", "eigenvectors", metavar="M"
+        None,
+        "m, leading eigenvectors that K-means sees [2K; with few clusters more, 256 or a hundredth "
+        "of the patches]",
+        "eigenvectors",
+        metavar="M",
     )
     cluster_on: str = _option(
         "both",
@@ -388,6 +392,14 @@ class TrainOptions:
     out: str | None = _option(None, "the run folder [runs/<data>-<backbone>]", "run", metavar="DIR")
     resume: bool = _option(False, "go on from the checkpoint in --out, if there is one", "run")
     pictures: int = _option(12, "overlays to draw at the end", "run")
+    record_steps: int | None = _option(
+        None,
+        "steps whose state before is kept, so that others can repeat them (python -m "
+        "nefkern.verify), beside the first step, which needs none; three times ψ's weights each; "
+        "0: nothing is recorded [1 for every 256 steps, from 1 to 8, within 512 MiB]",
+        "run",
+        metavar="N",
+    )
     checkpoint_seconds: float = _option(
         60.0,
         "least time between two checkpoints; there is always one at the end and after an interrupt",
@@ -555,7 +567,7 @@ _LEAST = {
     "crop": 1, "resize": 1, "views": 0, "workers": 0, "num_eigenfunctions": 2, "blocks": 0,
     "heads": 1, "head_dim": 1, "mlp_hidden": 1, "beta": 0, "epochs": 1, "batch_size": 1,
     "accumulate": 1, "eigenvectors": 1, "graph_images": 1, "final_lr": 0, "pictures": 0,
-    "checkpoint_seconds": 0, "seed": 0,
+    "checkpoint_seconds": 0, "seed": 0, "record_steps": 0,
 }  # fmt: skip
 
 #: Beyond these is a slip of the keyboard, and more than any memory or patience holds.
@@ -563,7 +575,7 @@ _MOST = {
     "seed": MAX_SEED, "workers": MAX_WORKERS, "crop": 1 << 16, "resize": 1 << 16, "blocks": 256,
     "heads": 1 << 12, "head_dim": 1 << 14, "mlp_hidden": 1 << 20, "num_eigenfunctions": 1 << 20,
     "batch_size": 1 << 20, "epochs": 1 << 40, "views": 1 << 31, "accumulate": 1 << 31,
-    "eigenvectors": 1 << 20, "pictures": 1 << 20,
+    "eigenvectors": 1 << 20, "pictures": 1 << 20, "record_steps": 1 << 20,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import remove_parts, replace_file
+from nefkern.runtime.files import naming, remove_parts, replace_file
 from nefkern.runtime.locks import NAME as LOCK
 from nefkern.runtime.locks import FolderLock
 from nefkern.runtime.structured import parse_json, parse_yaml, read_text
@@ -36,6 +36,8 @@ CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.
 #: The checkpoint before the last.
 PREVIOUS = "checkpoint-previous.safetensors"
 CLUSTERS, GRAPH = "clusters.safetensors", "graph.safetensors"
+#: What others verify a run by: :mod:`nefkern.training.proof`.
+STEPS, STATES = "steps.jsonl", "steps"
 
 #: The backbone's weights, of runs that brought them along from the model hub.
 BACKBONE = "backbone.safetensors"
@@ -60,7 +62,10 @@ _PARTS = {"backbone": dict, "dataset": dict, "versions": dict, "lengthened": lis
 
 #: Options that do not change what a run computes.
 FREE_OPTIONS = frozenset(
-    ("resume", "out", "pictures", "workers", "checkpoint_seconds", "device", "strict")
+    (
+        *("resume", "out", "pictures", "workers", "checkpoint_seconds", "device", "strict"),
+        "record_steps",
+    )
 )
 
 
@@ -237,8 +242,10 @@ class Run:
         with contextlib.suppress(OSError):  # a file system without links keeps one checkpoint
             part.unlink(missing_ok=True)
             os.link(self.path(CHECKPOINT), part, follow_symlinks=False)
-            part.replace(self.path(PREVIOUS))
-            part.unlink(missing_ok=True)  # it stays where both already are one file
+            try:
+                part.replace(self.path(PREVIOUS))
+            finally:
+                part.unlink(missing_ok=True)  # it stays where both already are one file, too
 
     def _metadata(self, name: str) -> dict[str, str]:
         """Those of a file of tensors; none of one that is not there or not whole."""
@@ -264,6 +271,10 @@ class Run:
             return ""
         step = self._metadata(PREVIOUS)["step"]
         return f"; {PREVIOUS}, of step {step}, is whole: --resume goes on from it"
+
+    def damage(self) -> str:
+        """What is wrong with the last checkpoint; "" of one that is whole."""
+        return self._damage(CHECKPOINT)
 
     def _damage(self, name: str) -> str:
         """What is wrong with a checkpoint, its state included; "" of one that is whole."""
@@ -416,11 +427,41 @@ class Run:
         self._write_metrics([*self.metrics(), row])
 
     def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        replace_file(self.path(METRICS), "".join(f"{json.dumps(row)}\n" for row in rows))
+        replace_file(self.path(METRICS), _as_lines(rows))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The record, a dict a step, up to the first line that is none, as when half written."""
-        path = self.path(METRICS)
+        return self._rows(METRICS)
+
+    # ---- what others verify it by ----
+
+    def begin_steps(self, row: dict[str, Any]) -> None:
+        """Begin the record of steps anew, by its first row."""
+        replace_file(self.path(STEPS), _as_lines([row]))
+
+    def truncate_steps(self, step: int) -> None:
+        """Drop what is recorded of steps after ``step``."""
+        if self.path(STEPS).exists():
+            kept = [row for row in self.steps() if row["step"] <= step]
+            replace_file(self.path(STEPS), _as_lines(kept))
+
+    def append_step(self, row: dict[str, Any]) -> None:
+        """Add a row to the record of steps, if that was begun."""
+        path = self.path(STEPS)
+        if path.exists():
+            with naming(path), open(path, "ab", buffering=0) as file:
+                file.write(_as_lines([row]).encode())
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The record of steps, a dict each, as :meth:`metrics`."""
+        return self._rows(STEPS)
+
+    def state_path(self, step: int) -> Path:
+        """Of the state before a step."""
+        return self.path(STATES) / f"{step:07d}.safetensors"
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.path(name)
         rows = []
         for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
             try:
@@ -431,6 +472,10 @@ class Run:
                 break
             rows.append(row)
         return rows
+
+
+def _as_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def _sha256(content: bytes) -> str:

@@ -27,9 +27,17 @@ from nefkern.spectral.embedding import Embedding, NeighbourLists, adjacency, nei
 from nefkern.spectral.kmeans import KMeans
 from nefkern.spectral.landmarks import landmarks
 from nefkern.spectral.nystrom import degrees
+from nefkern.training.digests import (
+    content_hash,
+    digest,
+    graph_digest,
+    image_hashes,
+    state_hashes,
+)
 from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
+from nefkern.training.proof import first_row
 from nefkern.training.runs import STAGES, Run
 from nefkern.training.spectral_model import ChannelScale, SpectralModel
 
@@ -42,6 +50,9 @@ _BLOCK = 1 << 16  # rows that are scaled at once
 #: Patches that the graph joins wherever nothing else is said. The neighbours of half as many, with
 #: 384 channels, are found in five seconds on two cores; the time grows with the square.
 _PATCHES = 1 << 17
+#: Eigenvectors that K-means sees at least, where there are so many patches for each: with few
+#: clusters, twice as many do not span what tells classes apart (docs/quality.md).
+_LEAST_VECTORS, _PATCHES_PER_VECTOR = 256, 100
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -80,6 +91,7 @@ class SpectralTrainer:
         self.chosen = self._chosen()
         self._check(self._views() * len(self.chosen) * self._cells())
         self.indices: list[int] = []  # of the images, crop by crop, once they are read
+        self.told: dict[str, Any] = {}  # of the stage, to those who verify it
         self.tensors, self.reached = self._open()
 
     @property
@@ -99,10 +111,11 @@ class SpectralTrainer:
             for step, (stage, do) in enumerate(zip(STAGES, work, strict=True), 1):
                 if step <= self.reached:
                     continue
-                started = time.perf_counter()
+                started, self.told = time.perf_counter(), {"threads": torch.get_num_threads()}
                 tensors, facts = do()
                 seconds = round(time.perf_counter() - started, 3)
                 self.run.append_metrics({"step": step, "stage": stage, **facts, "seconds": seconds})
+                self.run.append_step({"step": step, "stage": stage, **self.told})
                 self.run.save_stage(tensors, stage, step)
                 self.tensors, self.reached = tensors, step
                 log.info("%s: %s", stage, ", ".join(f"{k} {v}" for k, v in facts.items()))
@@ -116,11 +129,13 @@ class SpectralTrainer:
         if found is None:
             self.run.write_config(self.options, **self.parts.facts(self.options))
             self.run.truncate_metrics(0)
+            self.run.begin_steps(first_row(self.options, self.backbone.identity))
             return {}, 0
         tensors, metadata = found
         self.parts.check_same(self.run.config())
         reached = int(metadata["step"])
         self.run.truncate_metrics(reached)
+        self.run.truncate_steps(reached)
         log.info("resumed %s after stage %d, %s", self.run.folder, reached, metadata["stage"])
         return tensors, reached
 
@@ -167,9 +182,9 @@ class SpectralTrainer:
         config = self.options.graph()
         return config.pixel_graphs if config.alpha > 0 else ()
 
-    @property
-    def _eigenvectors(self) -> int:
-        return self.options.eigenvectors or 2 * self.options.num_eigenfunctions
+    def _eigenvectors(self, patches: int) -> int:
+        least = min(_LEAST_VECTORS, patches // _PATCHES_PER_VECTOR)
+        return self.options.eigenvectors or max(2 * self.options.num_eigenfunctions, least)
 
     @property
     def _scaled(self) -> bool:
@@ -208,15 +223,16 @@ class SpectralTrainer:
         """About what the largest stage takes: rows, lists, graph, and blocks of eigenvectors."""
         rows = channels * (8 if self._scaled else 4)
         graph = (8 + 12) * k
-        return patches * (rows + graph + 4 * 5 * (self._eigenvectors * 4 // 3 + 16))
+        return patches * (rows + graph + 4 * 5 * (self._eigenvectors(patches) * 4 // 3 + 16))
 
     # ---- the stages ----
 
     def _features(self) -> tuple[Tensors, Facts]:
         """Rows and pixel neighbours of the patches of all images."""
-        rows, near, images = [], [], 0
+        rows, near, hashes, images = [], [], [], 0
         for batch in self._batches():
             self._heed()
+            hashes += image_hashes(batch)
             found = self.parts.features(batch.to(self.parts.device))
             part = (found.concat if self._every else found.high).flatten(0, 1).float()
             part = part if self._scaled else unit_rows(part)
@@ -235,6 +251,7 @@ class SpectralTrainer:
                 [unit_rows(scale(part)).to(self._dtype()) for part in joined.split(_BLOCK)]
             )
         tensors |= {"rows": joined} | ({"pixel": torch.cat(near)} if near else {})
+        self.told |= {"indices": self.indices, "images": hashes, "rows": digest(joined)}
         self._check(len(joined))  # unreadable images are missing
         return tensors, {"images": images, "patches": len(joined), "channels": joined.shape[1]}
 
@@ -274,7 +291,8 @@ class SpectralTrainer:
         searched = time.perf_counter()
         self._heed()
         graph = self._kappa(lists)
-        count = min(self._eigenvectors, graph.num_nodes)
+        self.told["kappa"] = graph_digest(graph)
+        count = min(self._eigenvectors(len(rows)), graph.num_nodes)
         with tqdm(desc="eigenpairs", unit="round") as bar:
             pairs = leading_eigenpairs(
                 graph, count, tol=_TOL, seed=self.options.seed, on_round=self._shown(bar)
@@ -289,6 +307,7 @@ class SpectralTrainer:
             alpha=self.options.alpha if self._pairs else 0.0,
         )
         found = self._extendable(found)
+        self.told["vectors"] = digest(found.vectors)
         model = self._model(found)
         return model.state(), {
             "neighbours": k,
@@ -353,11 +372,14 @@ class SpectralTrainer:
                 self._heed()
 
             kmeans.fit(model.cluster_rows(model.embedding.vectors), on_iteration=show)
+        labels = kmeans.predict(model.cluster_rows(model.embedding.vectors))
+        self.told |= {"labels": content_hash(labels), "centers": digest(kmeans.centers)}
         patches = len(model.embedding.vectors)
         kept = self.options.kept(patches)
         model.kmeans = kmeans
         model = model.calibrated()
         model.embedding = landmarks(model.embedding, kept, self.options.seed)
+        self.told["checkpoint"] = state_hashes(model.state())
         return model.state(), {
             "clusters": kmeans.num_clusters,
             "iterations": kmeans.iterations,

@@ -23,6 +23,7 @@ from nefkern.spectral.eigenfunction import (
 )
 from nefkern.spectral.objective import objective, scaled_beta
 from nefkern.training.options import TrainOptions
+from nefkern.training.proof import Watch
 from nefkern.training.record import KnownRecord, Record, check_finite, figures_of
 from nefkern.training.teacher import Teacher
 
@@ -47,6 +48,7 @@ class TrainingStep:
         logits: ψ as it is called, compiled if so asked.
         optimizer: Adam on ψ.
         teacher: what ψ learns from in the first steps, if it is to; None until it is there.
+        watch: what is told of each graph, while a step is recorded; else None.
         shared: whether all processes build one graph over the whole batch.
         unread: whether the device is left to work without being asked.
     """
@@ -68,6 +70,7 @@ class TrainingStep:
         self.beta = scaled_beta(options.num_eigenfunctions, options.beta)
         self.temperatures = options.temperatures()
         self.teacher: Teacher | None = None
+        self.watch: Watch | None = None
         #: The reference, on whatever device, takes κ of its exact size only.
         self.padded = self.unread and backends.compiled("cuda")
         if self.unread:
@@ -192,6 +195,9 @@ class TrainingStep:
             maps = self.features(images)
             logits = self._logits(maps)
             loss, cosine = self.teacher.loss(logits, maps, images)
+            if self.watch is not None:
+                targets = self.teacher.targets(maps, images)
+                self.watch.graph(maps.concat, logits, targets=targets)
             (loss / len(batches)).backward()
             rows.append(torch.stack([loss.detach(), cosine]))
             live.append(live_clusters(logits.detach()))
@@ -212,9 +218,12 @@ class TrainingStep:
             maps = self.features(images)
             logits = self._logits(maps)
             outputs = self.psi.quantize(logits, temperature).flatten(0, 1)
+        graph = self._kappa(images, maps) if graph is None else graph
+        if self.watch is not None:
+            self.watch.graph(maps.concat, logits, kappa=graph)
         parts = objective(
             outputs,
-            self._kappa(images, maps) if graph is None else graph,
+            graph,
             beta=self.beta,
             t=self.options.t,
             minimum=self.options.min_norm,

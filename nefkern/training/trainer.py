@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nefkern.data import TrainLoader, train_loader
+from nefkern.data import ImageDataset, TrainLoader, train_loader
 from nefkern.images.graph import resolve_neighbours
 from nefkern.ops import CSRGraph
 from nefkern.runtime import distributed
@@ -37,6 +37,7 @@ from nefkern.training.edges import DatasetEdges, edges_of
 from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
+from nefkern.training.proof import Recorder, first_row
 from nefkern.training.record import Underway
 from nefkern.training.runs import METRICS, Run
 from nefkern.training.step import TrainingStep
@@ -56,6 +57,10 @@ class Position:
     step: int = 0
     total: int = 0  # optimiser steps so far
     batch_size: int = 0
+
+    def where(self) -> dict[str, int]:
+        """Which batch comes next, as the record of steps says it."""
+        return {"epoch": self.epoch, "at": self.step, "batch_size": self.batch_size}
 
 
 class Trainer:
@@ -86,6 +91,7 @@ class Trainer:
         self.device, self.dataset = self.parts.device, self.parts.dataset
         self.backbone = self.parts.backbone
         self.step = TrainingStep(options, self.backbone, self.parts.features)
+        self.recorder = Recorder(self.run, options, self.step)
         self.edges: DatasetEdges | None = None
         self.position = Position(batch_size=self._batch_size())
         self._check_rows()
@@ -146,6 +152,7 @@ class Trainer:
         if found is None:
             self.run.write_config(self.options, **self.parts.facts(self.options))
             self.run.truncate_metrics(0)
+            self.run.begin_steps(first_row(self.options, self.backbone.identity))
             return None
         weights, metadata = found
         config = self.run.config()
@@ -153,6 +160,7 @@ class Trainer:
         state = self.run.load_state(metadata)
         total = state["position"]["total"]
         self.run.truncate_metrics(total)
+        self.run.truncate_steps(total)
         log.info("resumed %s after step %d", self.run.folder, total)
         self._lengthen(config["options"]["epochs"], Position(**state["position"]))
         return weights, state
@@ -340,20 +348,13 @@ class Trainer:
     def _batches(self) -> TrainLoader:
         """One loader for all epochs: it keeps its processes, and reports a bad image once."""
         if self.loader is None:
-            pinned = self.device.type == "cuda"
-            if self.edges is not None:
-                size = self.position.batch_size
-                self.loader = self.edges.loader(size, self.workers, pin_memory=pinned)
-                return self.loader
-            self.loader = train_loader(
+            self.loader = loader_of(
+                self.options,
                 self.dataset,
-                self.options.transform(),
-                batch_size=self.position.batch_size,
-                workers=self.workers,
-                seed=self.options.seed,
-                views=self.options.num_views,
-                pin_memory=pinned,
-                shard=(distributed.rank(), distributed.ranks()),
+                self.edges,
+                self.position.batch_size,
+                self.workers,
+                pin_memory=self.device.type == "cuda",
             )
         return self.loader
 
@@ -379,6 +380,8 @@ class Trainer:
         accumulate = self.options.accumulate
         loader.set_epoch(self.position.epoch, start_step=self.position.step * accumulate)
         steps = len(loader) // accumulate
+        left = (self.options.epochs - self.position.epoch) * steps - self.position.step
+        self.recorder.plan(self.position.total + left)
         with tqdm(
             total=steps,
             initial=self.position.step,
@@ -391,7 +394,9 @@ class Trainer:
             for images in agreed(self._images(loader)):
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
                 loaded = time.perf_counter()
-                record = self.step(images, progress, self.position.total + 1, self._graph())
+                number, where = self.position.total + 1, self.position.where()
+                with self.recorder.around(images, number, where):
+                    record = self.step(images, progress, number, self._graph())
                 now = time.perf_counter()
                 count = len(images) * distributed.ranks()
                 times = {
@@ -409,6 +414,30 @@ class Trainer:
                     yield row
         self.position.epoch += 1
         self.position.step = 0
+
+
+def loader_of(
+    options: TrainOptions,
+    dataset: ImageDataset,
+    edges: DatasetEdges | None,
+    batch_size: int,
+    workers: int = 0,
+    *,
+    pin_memory: bool = False,
+) -> TrainLoader:
+    """The batches of a training: along the data set's edges, if it has them."""
+    if edges is not None:
+        return edges.loader(batch_size, workers, pin_memory=pin_memory)
+    return train_loader(
+        dataset,
+        options.transform(),
+        batch_size=batch_size,
+        workers=workers,
+        seed=options.seed,
+        views=options.num_views,
+        pin_memory=pin_memory,
+        shard=(distributed.rank(), distributed.ranks()),
+    )
 
 
 #: What the bar shows of a step's record, where it has it.

@@ -28,6 +28,7 @@ class Shipped:
         product: whether it multiplies matrices and must use tensor cores.
         multiples: integer arguments taken to be multiples of 16, as sizes and strides mostly are:
             Triton compiles such a call anew, with wider loads.
+        architectures: those that it is launched on; none: all.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Shipped:
     num_stages: int = 3
     product: bool = False
     multiples: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
 
     def for_multiples(self, *names: str) -> Shipped:
         """The same kernel where these arguments are multiples of 16."""

@@ -8,16 +8,19 @@ import triton.language as tl
 from nefkern.triton.linear_attention_pieces import (
     dot,
     exp,
-    factor_of,
     head_of,
+    input_tile_of,
     key_features,
     matrix_of,
     means_of,
+    powers_of,
     put,
     rounded,
     shares_of,
     tile_of,
     times,
+    turned,
+    up,
     valid,
 )
 
@@ -41,7 +44,7 @@ def sum_keys(
         t = first + tl.arange(0, BT)
         there = valid(mask, head, heads, t, count, HAS_MASK)
         keys = tile_of(k, t, there, k_token, i, d, float("-inf")).to(tl.float32)
-        values = factor_of(tile_of(v, t, there, v_token, j, e, 0.0), PRECISION)
+        values, unit = input_tile_of(tile_of(v, t, there, v_token, j, e, 0.0), v, PRECISION)
         if SOFTMAX:
             largest = tl.maximum(shift, tl.max(keys, 0))
             finite = tl.where(largest == float("-inf"), 0.0, largest)
@@ -50,9 +53,20 @@ def sum_keys(
             total, state, shift = total * keep, state * keep, largest
         else:
             phi = key_features(keys, shift, SOFTMAX)
-        phi = tl.trans(rounded(phi, v, PRECISION))
-        state = dot(phi, values, state, PRECISION)
-        total = dot(phi, tl.full([BT, 16], 1.0, values.dtype), total, PRECISION)
+        if PRECISION == "split":
+            if SOFTMAX:
+                phi, own = phi * up(PRECISION), 1.0 / up(PRECISION)
+            else:
+                power, own = powers_of(tl.max(phi, 0))
+                phi, own = phi * power[None, :], own[:, None]
+            phi = turned(rounded(phi, v, PRECISION))
+            state += dot(phi, values, tl.zeros([BD, BE], tl.float32), PRECISION) * own * unit
+            ones = tl.full([BT, 16], 1.0, tl.float16)
+            total += tl.dot(phi[0], ones, tl.dot(phi[1], ones)) * own
+        else:
+            phi = turned(rounded(phi, v, PRECISION))
+            state = dot(phi, values, state, PRECISION)
+            total = tl.dot(phi[0], tl.full([BT, 16], 1.0, values[0].dtype), total)
     at = (head.to(tl.int64) * tl.num_programs(1) + part) * d
     tl.store(totals + at + i, tl.sum(total, 1) / 16, mask=i < d)
     tl.store(shifts + at + i, shift, mask=i < d)
@@ -109,10 +123,11 @@ def answer_queries(
     own = head.to(tl.int64) * d
     z = tl.load(stats + 2 * own + d + i, mask=i < d, other=0.0)
     means, unit = means_of(state + own * e, i, d, j, e, z, q, SOFTMAX, PRECISION)
+    unit = unit / up(PRECISION)
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, count), BT):
         t = first + tl.arange(0, BT)
         there = t < count
         x = tile_of(q, t, there, q_token, i, d, 0.0).to(tl.float32)
-        phi, _ = shares_of(x, i, d, z, eps, SOFTMAX)
+        phi, _ = shares_of(x, i, d, z, eps, SOFTMAX, PRECISION)
         result = times(rounded(phi, q, PRECISION), means, BT, BE, PRECISION)
         put(out, t, there, out_token, j, e, result * unit)

@@ -11,8 +11,11 @@ exp(q − max q) ("softmax"):
 
 Products run on tensor cores, with sums in float32, by the promise of the dtype:
 
-- float32: three TF32 products for one ("tf32x3", about 21 bits). A single one would err by 2^-11 a
-  factor: 4,000 times float32's rounding.
+- float32: a factor is a sum of two float16 terms, and a product is three, all but that of the small
+  terms ("split"). They have the 22 bits of two TF32 terms, half their size and twice their rate. A
+  single product would err by 2^-11 a factor: 4,000 times float32's rounding. float16's narrow range
+  is met by powers of two, one a token where each has a result of its own, else one a matrix or
+  channel: a factor errs by 2^-22 of itself or 2^-39 of the largest beside it.
 - float16 and bfloat16: one product in that dtype ("half"). Inputs are exact; what is computed (φ̃,
   ψ, S̃, dS̃) is rounded to it as PyTorch rounds it. float16's S̃ and dS̃ are brought to numbers near 1
   by a power of two first, so that none is too small for it.
@@ -60,41 +63,102 @@ def near_bfloat16(x):
 
 
 @triton.jit
-def factor_of(x, PRECISION: tl.constexpr):
-    """An input's tile as a factor of products."""
-    if PRECISION == "bf16":
-        x = x.to(tl.float32)
-    return x
+def rounded(x, like, PRECISION: tl.constexpr):
+    """A factor of products with ``like``: the two terms of "split", or one twice."""
+    if PRECISION == "split":
+        high = x.to(tl.float16)
+        low = (x - high.to(tl.float32)).to(tl.float16)
+    else:
+        high = x.to(like.dtype.element_ty) if PRECISION == "half" else near_bfloat16(x)
+        low = high
+    return high, low
 
 
 @triton.jit
-def rounded(x, like, PRECISION: tl.constexpr):
-    """What was computed, as a factor of products with ``like``."""
-    if PRECISION == "half":
-        x = x.to(like.dtype.element_ty)
-    elif PRECISION == "bf16":
-        x = near_bfloat16(x)
-    return x
+def up(PRECISION: tl.constexpr):
+    """The power of two that numbers of at most 1 are multiplied by to be factors."""
+    return 16384.0 if PRECISION == "split" else 1.0
+
+
+@triton.jit
+def turned(factor):
+    """Transposed."""
+    return tl.trans(factor[0]), tl.trans(factor[1])
+
+
+@triton.jit
+def power_of(exponent):
+    """2^(exponent - 127), for exponents from 1 to 254."""
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def powers_of(largest):
+    """The power of two that brings numbers of at most ``largest`` below 2^15, and its reciprocal.
+
+    Two float16 then hold each to 2^-22 of itself, or to 2^-39 of the largest. (The reciprocal is at
+    least 2^-112, and so a normal number over :func:`up` too.)
+    """
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 29), 254)
+    return power_of(268 - exponent), power_of(exponent - 14)
 
 
 @triton.jit
 def scaled(x, like, PRECISION: tl.constexpr):
     """A matrix as a factor of products with ``like``, and the power of two that it lacks."""
     unit = 1.0
-    if PRECISION == "half" and like.dtype.element_ty == tl.float16:
+    if PRECISION == "split":
+        power, unit = powers_of(tl.max(tl.max(tl.abs(x), 1), 0))
+        x *= power
+    elif PRECISION == "half" and like.dtype.element_ty == tl.float16:
         largest = tl.max(tl.max(tl.abs(x), 1), 0)
         exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        unit = (exponent << 23).to(tl.float32, bitcast=True)
-        x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        unit = power_of(exponent)
+        x *= power_of(254 - exponent)
     return rounded(x, like, PRECISION), unit
 
 
 @triton.jit
+def tokens_of(x, like, PRECISION: tl.constexpr):
+    """A tile as a factor, and the power of two that each token lacks: [tokens, 1]."""
+    lack = 1.0
+    if PRECISION == "split":
+        power, lack = powers_of(tl.max(tl.abs(x), 1)[:, None])
+        x *= power
+    return rounded(x, like, PRECISION), lack
+
+
+@triton.jit
+def input_tokens_of(x, like, PRECISION: tl.constexpr):
+    """The same of an input, which half precisions hold as it is."""
+    if PRECISION == "split":
+        factor, lack = tokens_of(x, like, PRECISION)
+    else:
+        x = x.to(tl.float32) if PRECISION == "bf16" else x
+        factor, lack = (x, x), 1.0
+    return factor, lack
+
+
+@triton.jit
+def input_tile_of(x, like, PRECISION: tl.constexpr):
+    """The same with one power of two for all of it."""
+    if PRECISION == "split":
+        factor, lack = scaled(x, like, PRECISION)
+    else:
+        x = x.to(tl.float32) if PRECISION == "bf16" else x
+        factor, lack = (x, x), 1.0
+    return factor, lack
+
+
+@triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    if PRECISION == "half":
-        return tl.dot(a, b, total)
-    return tl.dot(a, b, total, input_precision="tf32x3")
+    """Of factors of two terms all but the product of the small ones, smallest first."""
+    if PRECISION == "split":
+        total = tl.dot(a[1], b[0], total)
+        total = tl.dot(a[0], b[1], total)
+    return tl.dot(a[0], b[0], total)
 
 
 @triton.jit
@@ -106,8 +170,10 @@ def times(x, matrix, tokens: tl.constexpr, width: tl.constexpr, PRECISION: tl.co
     """
     if tokens < width:
         zeros = tl.zeros([width, tokens], tl.float32)
-        return tl.trans(dot(tl.trans(matrix), tl.trans(x), zeros, PRECISION))
-    return dot(x, matrix, tl.zeros([tokens, width], tl.float32), PRECISION)
+        product = tl.trans(dot(turned(matrix), turned(x), zeros, PRECISION))
+    else:
+        product = dot(x, matrix, tl.zeros([tokens, width], tl.float32), PRECISION)
+    return product
 
 
 @triton.jit
@@ -164,8 +230,8 @@ def means_of(state, i, d, j, e, z, like, SOFTMAX: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
-    """φ̃ of a tile of queries, and the reciprocal of each one's divisor."""
+def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr):
+    """φ̃ of a tile of queries, and the reciprocal of each one's divisor; both times ``up``."""
     if SOFTMAX:
         x = tl.where((i < d)[None, :], x, float("-inf"))
         weights = exp(x - tl.max(x, 1)[:, None])
@@ -173,7 +239,7 @@ def shares_of(x, i, d, z, eps, SOFTMAX: tl.constexpr):
     else:
         weights = elu1(x) * z[None, :]
         divisor = tl.sum(weights, 1) + eps
-    reciprocal = tl.where(divisor == 0, 0.0, 1 / divisor)
+    reciprocal = tl.where(divisor == 0, 0.0, up(PRECISION) / divisor)
     return weights * reciprocal[:, None], reciprocal
 
 

@@ -130,7 +130,11 @@ def _options(kernel) -> dict[str, int]:
 
 def examine(kernel, arch: str) -> Resources:
     """Compile a Shipped and read what it needs."""
-    compiled = compile_for(kernel, arch)
+    return read(kernel, arch, compile_for(kernel, arch))
+
+
+def read(kernel, arch: str, compiled) -> Resources:
+    """What a Shipped that was compiled needs."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -169,8 +173,12 @@ def examine_all(architectures: Sequence[str], only: str = "") -> list[Resources]
 
     if interpreting():
         raise UserError("TRITON_INTERPRET is set: expected it unset, to compile the kernels")
-    wanted = [place for place, kernel in enumerate(shipped()) if only in kernel.name]
-    jobs = [(place, arch) for place in wanted for arch in architectures]
+    jobs = [
+        (place, arch)
+        for place, kernel in enumerate(shipped())
+        for arch in architectures
+        if only in kernel.name and arch in (kernel.architectures or architectures)
+    ]
     with ProcessPoolExecutor() as pool:
         return list(pool.map(_examine, jobs))
 

@@ -292,13 +292,21 @@ def test_a_failing_build_leaves_its_first_error_in_the_package(build_extension, 
 
 
 def test_a_failing_build_leaves_no_earlier_module(build_extension, tmp_path):
-    module = tmp_path / "lib" / "nefkern" / "_C.cpython-311-x86_64-linux-gnu.so"
+    module = tmp_path / "lib" / "nefkern" / "_C.abi3.so"
     module.parent.mkdir(parents=True)
     module.touch()
     build_extension()
     assert module.exists()
     build_extension(CMAKE_FAILS="1")
     assert not module.exists()
+
+
+def test_a_build_leaves_no_module_that_would_be_found_before_it(build_extension, tmp_path):
+    earlier = tmp_path / "lib" / "nefkern" / "_C.cpython-311-x86_64-linux-gnu.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    build_extension()
+    assert not earlier.exists()
 
 
 @pytest.mark.parametrize("lost", ["cmake", "ninja"])
@@ -352,8 +360,8 @@ def test_without_the_extension_by_choice_that_is_the_reason(tmp_path, recorded):
         ("/usr/bin/ld: a.o: undefined reference to `f'\n", "ld: a.o: undefined reference to `f'"),
         ("/usr/bin/ld: cannot find -ltorch\nx: error: ld\n", "ld: cannot find -ltorch"),
         (
-            "/p/python: No module named pybind11\nCMake Error at CMakeLists.txt:9 (execute):\n",
-            "python: No module named pybind11",
+            "/p/python: No module named somewhere\nCMake Error at CMakeLists.txt:9 (execute):\n",
+            "python: No module named somewhere",
         ),
         (
             "--\nCMake Error at a.cmake:3 (message):\n  nefkern: no nvcc\n  found\n\n\n-- rest\n",

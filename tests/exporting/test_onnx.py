@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -101,6 +102,22 @@ def test_of_one_size(run_of, pictures, tmp_path, capsys):
     other = read_image(pictures / "tall.jpg").numpy()[None]
     with pytest.raises(Exception, match="invalid dimensions"):
         found.run(["clusters"], {"image": other})
+
+
+def test_a_run_in_bfloat16_is_compared_in_float32_too(run_of, pictures, tmp_path, capsys):
+    """What the file computes is the run in float32; in bfloat16 that differs."""
+    run = tmp_path / "run"
+    shutil.copytree(run_of("spectral"), run)
+    config = run / "config.yaml"
+    assert "amp: false" in config.read_text()
+    config.write_text(config.read_text().replace("amp: false", "amp: true"))
+    images = [str(pictures / name) for name in SIZES]
+    assert export.main([str(run), "--check", *images]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    half, exact = ([float(line.split()[i].rstrip("%")) for line in lines] for i in (1, 9))
+    assert all("that of the run in float32" in line for line in lines)
+    assert min(exact) >= 99.9
+    assert min(half) < 100, "bfloat16 rounds otherwise, or it was not used"
 
 
 @pytest.mark.long

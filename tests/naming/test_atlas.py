@@ -432,6 +432,13 @@ def test_keys_search_sort_and_zoom(tab, server):
         arg=used,
     )
     assert tab.locator(f"#c{used} .like button").count() > 0
+    cluster, rivals = next(
+        (k, c["segmentRivals"]) for k, c in enumerate(data["clusters"]) if c["segmentRivals"]
+    )
+    tab.fill("#search", str(cluster))
+    where = {"x": 64 * (data["segments"] + 0.5), "y": 64 * 2.5}
+    tab.locator(f"#c{cluster} .sheet canvas").click(position=where)
+    assert tab.locator(".card.selected").get_attribute("id") == f"c{rivals[0]}"
     if folder := os.environ.get("NEFKERN_SCREENSHOTS"):
         tab.fill("#search", "")
         tab.screenshot(path=f"{folder}/atlas.png")

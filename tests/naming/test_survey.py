@@ -8,7 +8,18 @@ import torch
 from PIL import Image
 
 from nefkern.data import open_dataset
-from nefkern.naming.survey import PATCHES, TILE, _leading, pictures, survey
+from nefkern.naming.survey import (
+    LEAST,
+    PATCHES,
+    SEGMENTS,
+    TILE,
+    Segment,
+    _leading,
+    _segment_tile,
+    connected,
+    pictures,
+    survey,
+)
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 
@@ -56,6 +67,50 @@ def test_patches_lie_in_their_cluster(surveyed):
     assert right > 5 * wrong
 
 
+def test_segments_are_those_that_the_patches_of_a_map_make():
+    winner = np.array([[1, 1, 2, 1], [2, 1, 2, 1], [2, 2, 1, 0]])
+    inside = np.ones((3, 4), bool)
+    inside[:, 3] = False
+    label, count = connected(winner, inside)
+    assert count == 4
+    assert label.tolist() == [[0, 0, 1, -1], [2, 0, 1, -1], [2, 2, 3, -1]], "corners do not join"
+
+
+def test_segments_lie_in_their_cluster_and_the_largest_of_an_image_is_typical(surveyed):
+    segmenter, dataset, found = surveyed
+    maps = {index: segmenter(dataset.image(index)) for index in range(3)}
+    right, wrong, met = 0, 0, 0
+    for number, cluster in enumerate(found.clusters):
+        for segment in [*cluster.typical_segments, *cluster.doubtful_segments]:
+            met += 1
+            assert segment.mask.sum() >= LEAST
+            sides = (segment.mask[0], segment.mask[-1], segment.mask[:, 0], segment.mask[:, -1])
+            assert all(side.any() for side in sides), "the box is no larger than it must be"
+            assert segment.rival != number
+            top, left, bottom, right_side = segment.box
+            (rows, cols), (height, width) = segment.mask.shape, maps[segment.image].shape
+            for row, col in np.argwhere(segment.mask).tolist():
+                y = min(int(top + (row + 0.5) * (bottom - top) / rows), height - 1)
+                x = min(int(left + (col + 0.5) * (right_side - left) / cols), width - 1)
+                hit = maps[segment.image][y, x] == number
+                right, wrong = right + int(hit), wrong + int(not hit)
+        assert len(cluster.typical_segments) == len(cluster.doubtful_segments) <= SEGMENTS
+    assert met
+    assert right > 5 * wrong
+
+
+def test_all_but_the_segment_is_dark(photograph):
+    bright = Image.new("RGB", (100, 80), (200, 200, 200))
+    mask = np.array([[True, False], [True, True]])
+    tile = np.array(_segment_tile(bright, Segment(0, (20, 30, 60, 70), mask, 1)))[..., 0]
+    assert set(np.unique(tile)) == {60, 200}
+    # The box is 40 pixels of the 48 shown; a patch of it, a quarter.
+    assert abs((tile == 200).mean() - 3 / 4 * (40 / 48) ** 2) < 0.02
+    middle = TILE // 2
+    lit = [tile[y, x] == 200 for y in (middle - 9, middle + 9) for x in (middle - 9, middle + 9)]
+    assert lit == [True, False, True, True]
+
+
 def test_maps_show_the_clusters(surveyed):
     segmenter, dataset, found = surveyed
     for index, chart in found.maps.items():
@@ -79,7 +134,7 @@ def test_sheets_and_thumbnails(surveyed):
     assert set(sheets) == {k for k, cluster in enumerate(found.clusters) if cluster.patches}
     assert set(thumbnails) == set(found.maps)
     for number, sheet in sheets.items():
-        assert sheet.size == (PATCHES * TILE, 2 * TILE)
+        assert sheet.size == (PATCHES * TILE, 3 * TILE)
         tile = np.array(sheet)[:TILE, :TILE]
         assert found.clusters[number].typical
         assert (tile == [255, 255, 0]).all(-1).any(), "the patch is outlined"

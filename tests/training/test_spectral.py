@@ -280,6 +280,23 @@ def test_unreadable_images_are_skipped(spectral, photos, caplog):
     assert "3.png" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "patches", "count"),
+    [
+        ({}, 160, 2 * K),
+        ({}, 6400, 64),
+        ({}, 64000, 256),
+        ({"num_eigenfunctions": 200}, 64000, 400),
+        ({"eigenvectors": 7}, 64000, 7),
+    ],
+)
+def test_few_clusters_have_eigenvectors_enough(spectral, changes, patches, count):
+    options = spectral(**changes)
+    trainer = SpectralTrainer.__new__(SpectralTrainer)
+    trainer.options = options
+    assert trainer._eigenvectors(patches) == count
+
+
 def test_eigenvectors_without_an_extension_are_left_out(spectral, caplog):
     run = Run(computed(spectral(alpha=1.0, eigenvectors=120)))
     row = run.metrics()[1]

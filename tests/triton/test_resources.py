@@ -43,6 +43,12 @@ def test_shared_memory_fits(found):
     assert [r for r in found if r.shared > LIMITS[r.arch].shared_a_block] == []
 
 
+def test_what_is_made_for_sm_80_fits_sm_86_too(found):
+    """Which has less shared memory and is compiled for alike."""
+    limit = LIMITS["sm_86"].shared_a_block
+    assert [r for r in found if r.arch == "sm_80" and r.shared > limit] == []
+
+
 def test_products_run_on_tensor_cores(found):
     assert [r for r in found if r.product and not r.instruction] == []
 

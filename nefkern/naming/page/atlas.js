@@ -136,12 +136,14 @@ async function fill(number) {
   const entry = cards[number], cluster = data.clusters[number];
   if (entry.filled || !cluster.patches) return;
   entry.filled = true;
-  const sheet = element("canvas", { width: data.columns * data.tile, height: 2 * data.tile });
+  const sheet = element("canvas", { width: data.columns * data.tile, height: 3 * data.tile });
   sheet.addEventListener("click", (event) => {
     const x = Math.floor(event.offsetX / tile), y = Math.floor(event.offsetY / tile);
-    if (y === 1 && x < cluster.rivals.length) {
+    const rival = y === 1 ? cluster.rivals[x]
+      : y === 2 ? cluster.segmentRivals[x - data.segments] : undefined;
+    if (rival !== undefined) {
       event.stopPropagation();
-      select(cluster.rivals[x]);
+      select(rival);
     }
   });
   const near = element("div", { className: "like facts", textContent: "near it: " });
