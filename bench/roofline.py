@@ -330,6 +330,45 @@ def merged(part: str, list_size: int, lists: int, fill: str) -> Iterator[Kernel]
                      **counted_whole(case, kernel, edges))  # fmt: skip
 
 
+#: Nodes of the counted case (tests/emulator/costs.py).
+HUB_NODES = 2400
+#: Rounds of loads, one after the other, of a block that merges a row: two passes over its names,
+#: four a thread at a time, and one over its entries; and seconds of one, from the L2 cache.
+MERGE_THREADS, LOADS_AT_ONCE, LATENCY = 256, 4, 0.7e-6
+
+
+def hub() -> str:
+    """What the dearest row of κ costs, one that half of all nodes name, beside all of them."""
+    names = N // 2
+    case = counts()["kappa of a hub of half the nodes"]["merge_rows"]
+    clocks = case["longest_block"] * names / (HUB_NODES // 2)
+    waits = names / MERGE_THREADS * (2 / LOADS_AT_ONCE + 1) * LATENCY
+    whole = [k for k in merged("kappa", NEIGHBOURS + 15, 2, "fill_both_merged")
+             if k.name == "rows merged"]  # fmt: skip
+    return (
+        f"A hub that half of the {N:,} nodes name: on an H100 its block takes "
+        f"{clocks / H100.clock * 1e6:.0f} µs by the counts of the first-level cache and some "
+        f"{waits * 1e6:.0f} µs by the latency of its loads; it is begun first, and all rows "
+        f"take {span(whole, H100)} ms."
+    )
+
+
+def weights_gradient() -> Iterator[Kernel]:
+    """csrc/cuda/normalized_adjacency_backward.cu; no step has need of it."""
+    edges = float(N * NEIGHBOURS)
+    # Bytes: index and weight, a listed place, a joined one, an entry's column and gradient.
+    lists, listed, joined, entry = 8, 8, 16, 8
+    for kernel, title, moved, launches in (
+        ("list_places", "listed", edges * (lists + 4) + 3.0 * listed * ENTRIES, 2),
+        ("join_places", "joined", (entry + listed + joined) * float(ENTRIES), 1),
+        ("find_scales", "scales", joined * float(ENTRIES), 1),
+        ("find_pulls", "pulls", (joined + 4.0) * ENTRIES, 1),
+        ("write_gradients", "written", edges * (lists + 8) + (listed + joined) * float(ENTRIES), 1),
+    ):
+        yield Kernel("gradient of κ's weights", title, "gather", moved=moved, launches=launches,
+                     **counted_whole("gradient of kappa's weights", kernel, edges))  # fmt: skip
+
+
 def added() -> Iterator[Kernel]:
     """csrc/cuda/add.cu: both graphs read to count, and again to fill."""
     both = float(ENTRIES + N * 2 * 15)
@@ -358,13 +397,28 @@ def spmm_kernels() -> Iterator[Kernel]:
         )
 
 
+#: κ of a whole data set (train --method spectral), and the block of vectors that it multiplies;
+#: entries as counted of 64,000 nodes with 64 neighbours.
+DATA_SET, DATA_SET_ENTRIES, VECTORS = 131_072, 90 * 131_072, 160
+
+
+def data_set_product() -> Kernel:
+    """csrc/cuda/spmm.cu, of more nodes than a bitmap has bits: rows of x are gathered."""
+    x = 4.0 * DATA_SET * VECTORS
+    return Kernel(
+        "spmm", "spmm, float32, a data set's 131,072 nodes, 160 columns", "gather",
+        {"float32": 2.0 * DATA_SET_ENTRIES * VECTORS}, 8.0 * DATA_SET_ENTRIES + 2 * x,
+        4.0 * DATA_SET_ENTRIES * VECTORS, x, 2,
+    )  # fmt: skip
+
+
 def cuda_kernels() -> list[Kernel]:
     """Those of csrc/cuda, in the order of the graph's assembly and of the objective."""
     return [
         *knn_fused(), *knn_baseline(), *knn_pixels(),
         *merged("kappa", NEIGHBOURS + 15, 2, "fill_both_merged"),
         *merged("normalized_adjacency", NEIGHBOURS, 1, "fill_merged"),
-        *added(), *spmm_kernels(),
+        *weights_gradient(), *added(), *spmm_kernels(), data_set_product(),
     ]  # fmt: skip
 
 
@@ -382,14 +436,16 @@ def sparse(dtype: str, bytes_: int) -> Kernel:
 
 
 #: Operations of the formula (reference/normalized_adjacency.py), a kernel each.
-BACKWARD_LAUNCHES = 76
+BACKWARD_LAUNCHES = 78
 
 
 def gradient_kernels() -> Iterator[Kernel]:
-    """Of κ's values by Triton, and of the lists' weights by PyTorch; no step has need of them."""
+    """Of κ's values by Triton, and of the lists' weights by PyTorch where csrc/cuda is not built;
+    no step has need of them."""
     for name, case, kernel, times, launches, kind in (
         ("sddmm, float32", "sddmm of photographs (Triton)", "sddmm", float(ENTRIES), 1, "gather"),
-        ("gradient of κ's weights", "gradient of kappa's weights (PyTorch)", "kappa_backward",
+        ("gradient of κ's weights, PyTorch's", "gradient of kappa's weights (PyTorch)",
+         "kappa_backward",
          float(N * NEIGHBOURS), BACKWARD_LAUNCHES, "stream"),
     ):  # fmt: skip
         cost = counts()[case][kernel]
@@ -631,7 +687,7 @@ def estimates() -> str:
             "### Rates", rates_table(),
             "### Triton's kernels and the rest of a step: least–expected ms",
             kernel_table([*step(False), *mixed]),
-            "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(),
+            "### The kernels of csrc/cuda: least–expected ms", cuda_table(), cuda_graph(), hub(),
             "### Products of a million rows, k = 10: least–expected ms", million_table(),
             "### A training step, with Triton's kernels", step_table(), yardstick(),
         ]

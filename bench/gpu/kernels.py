@@ -43,6 +43,10 @@ RECORDED = {
     "kappa": ("kappa", {"n": 14400, "k": 256, "near": 15}),
     "kappa_padded": ("kappa", {"n": 14400, "k": 256, "near": 15, "padded": 1}),
     "normalized_adjacency mean": ("normalized_adjacency", {"n": 14400, "k": 256}),
+    "weights_gradient": (
+        "normalized_adjacency_backward",
+        {"n": 14400, "k": 256, "nnz": 5_200_000},
+    ),
     "add": ("add", {"n": 14400, "nnz": 4_550_000}),
     "spmm": ("spmm", {"n": 14400, "nnz": 5_200_000, "columns": 256}),
 }

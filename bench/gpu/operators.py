@@ -20,7 +20,7 @@ from bench.gpu.plan import Settings
 from bench.gpu.worker import Skipped
 from bench.harness import DEVICE
 from nefkern import backends, ops
-from nefkern.ops import CSRGraph
+from nefkern.ops import CSRGraph, registry
 from nefkern.ops.kappa import kappa_padded as padded
 from nefkern.spectral.objective import scaled_beta
 
@@ -123,7 +123,7 @@ def check_of(operator: str, dtype: str, sizes: Sizes) -> Check:
         "knn": knn, "normalized_adjacency": normalized_adjacency, "add": add, "kappa": kappa,
         "kappa_padded": kappa_padded, "feature_kappa": feature_kappa, "spmm": spmm, "sddmm": sddmm,
         "quadratic_form": quadratic_form, "neuralef_loss": neuralef_loss,
-        "linear_attention": linear_attention,
+        "linear_attention": linear_attention, "weights_gradient": weights_gradient,
     }[name]  # fmt: skip
     arguments = (getattr(torch, dtype), sizes)
     return make(variant, *arguments) if variant else make(*arguments)
@@ -253,6 +253,29 @@ def feature_kappa(dtype: torch.dtype, sizes: Sizes) -> Check:
             "entries": error(graph.to_dense(), exact.detach()),
             "gradient": error(found["gradient"], gradient),
         }
+
+    return Check(call, compare)
+
+
+def weights_gradient(dtype: torch.dtype, sizes: Sizes) -> Check:
+    """From the gradient of κ's values to that of the lists' weights, the backward pass alone."""
+    indices, values, near = inputs.lists(sizes)
+    graph, weight = inputs.graph(sizes), inputs.weights(sizes.rows, sizes.rows)
+    rows = torch.arange(sizes.rows, device=DEVICE).repeat_interleave(graph.row_offsets.diff())
+    grad = weight[rows, graph.columns.long()].float()
+
+    def call() -> Results:
+        found = registry.call(
+            "normalized_adjacency_backward", grad, indices, values, graph.row_offsets,
+            graph.columns, "mean", 0.0,
+        )  # fmt: skip
+        return {"gradient": found}
+
+    def compare(found: Results) -> dict[str, float]:
+        leaf = values.double().requires_grad_()
+        exact = oracles.kappa(indices, leaf, near, ALPHA)
+        (gradient,) = torch.autograd.grad((exact * weight).sum(), leaf)
+        return errors(found, {"gradient": gradient})
 
     return Check(call, compare)
 

@@ -71,6 +71,7 @@ OPERATORS: dict[str, Sequence[str]] = {
     "kappa": ("float32",),
     "kappa_padded": ("float32",),
     "feature_kappa": FLOATS,
+    "weights_gradient": ("float32",),
     "spmm": FLOATS,
     "sddmm": FLOATS,
     "quadratic_form": FLOATS,
@@ -90,7 +91,7 @@ TIMED = (
     *(("knn segments", "float32"), ("linear_attention softmax", "float32"), ("spmm", "bfloat16")),
     *(("linear_attention elu", "bfloat16"), ("normalized_adjacency mean", "float32")),
     *(("add", "float32"), ("sddmm", "float32"), ("quadratic_form", "float32")),
-    ("kappa_padded", "float32"),
+    *(("kappa_padded", "float32"), ("weights_gradient", "float32")),
 )
 OPPONENTS = (
     *("bench_knn.test_cosine", "bench_spmm.test_spmm", "bench_kappa.test_kappa"),
@@ -105,9 +106,10 @@ OPPONENTS = (
 REHEARSED_OPPONENTS = ("bench_spmm.test_spmm", "bench_kappa.test_kappa")
 
 
-#: "psi": κ, ψ, objective and Adam on given features; "whole": with a backbone.
-TRAINING = ("psi float32", "psi amp", "whole float32", "whole amp")
-REHEARSED_TRAINING = ("psi amp", "whole amp")
+#: "psi": κ, ψ, objective and Adam on given features; "whole": with a backbone; "captured": that as
+#: one CUDA graph.
+TRAINING = ("whole amp", "captured amp", "psi amp", "whole float32", "psi float32")
+REHEARSED_TRAINING = ("whole amp", "captured amp", "psi amp")
 REHEARSED_TIMES = 5  # of TIMED
 #: By rank, of what ncu looks at: the least sure prediction first.
 COUNTED = ("1", "2", "3", "4")

@@ -35,6 +35,11 @@ CUDA_SYMBOLS = {
     ("normalized_adjacency", "names written"): "write_names",
     ("normalized_adjacency", "rows merged"): "merge_rows",
     ("normalized_adjacency", "filled"): "fill_merged|Scan|note_nnz|clear_last",
+    ("gradient of κ's weights", "listed"): "list_places",
+    ("gradient of κ's weights", "joined"): "join_places",
+    ("gradient of κ's weights", "scales"): "find_scales",
+    ("gradient of κ's weights", "pulls"): "find_pulls",
+    ("gradient of κ's weights", "written"): "write_gradients",
     ("add", "counted"): "count_union|Scan|note_nnz|clear_last",
     ("add", "filled"): "fill_union",
     ("spmm", "spmm, float32, scattered clusters"): "spmm_rows|spmm_shared_rows|join_pieces",
@@ -85,6 +90,7 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
         "kappa_padded/float32": _part("kappa"),
         "normalized_adjacency mean/float32": _part("normalized_adjacency"),
         "add/float32": _part("add"),
+        "weights_gradient/float32": _part("gradient of κ's weights"),
     }
     triton = {
         "spmm/float32": [mixed],
@@ -93,6 +99,9 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
         "knn cosine/float32": [k for k in roofline.graph_kernels() if k.name.startswith("knn:")],
         "normalized_adjacency mean/float32": _graph("normalized_adjacency"),
         "add/float32": _graph("add"),
+        "weights_gradient/float32": [
+            k for k in roofline.gradient_kernels() if k.name.startswith("gradient")
+        ],
         **{f"linear_attention {m}/{dtype}": attention for m in ("elu", "softmax")},
     }
     return (cuda if backend == "cuda" else triton).get(key, [])

@@ -18,7 +18,7 @@ from bench.gpu.worker import Skipped
 BUILD = process.ROOT / "build" / "gpu_check_example"
 LIMIT, BUILD_LIMIT = 60.0, 80.0
 #: The operators that csrc/cuda has, at sizes of seconds under a checker.
-OPERATORS = ("knn cosine", "knn segments", "kappa", "add", "spmm")
+OPERATORS = ("knn cosine", "knn segments", "kappa", "weights_gradient", "add", "spmm")
 
 
 def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench import device_time, roofline
 from bench.gpu import predictions
 from bench.gpu.plan import Settings
+from bench.gpu.worker import Skipped
 from bench.harness import DEVICE, wall
 from bench.profile_step import group_of
+
+if TYPE_CHECKING:
+    from nefkern.training.step import TrainingStep
 
 STEPS = {"paper": 30, "small": 3}
 WARM, PROFILED = 3, 3
 
 
 def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
-    """ "psi" (κ, ψ, objective, Adam on given features) or "whole" (with a backbone), and how."""
+    """ "psi" (κ, ψ, objective, Adam on given features), "whole" (with a backbone) or "captured"
+    (that as one CUDA graph), and how."""
     part, how = case.split()
-    step = {"psi": psi_step, "whole": whole_step}[part](settings, how == "amp")
+    steps = {"psi": psi_step, "whole": whole_step, "captured": captured_step}
+    step = steps[part](settings, how == "amp")
     for _ in range(WARM):
         step()
     yield {"step": wall(step, STEPS[settings.size])}  # what training takes
@@ -29,9 +35,7 @@ def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
     yield summary(trace)
     if settings.size == "paper":
         gpu = predictions.rates()
-        kernels = [
-            k for k in roofline.step(how == "amp") if part == "whole" or k.part != "backbone"
-        ]
+        kernels = [k for k in roofline.step(how == "amp") if part != "psi" or k.part != "backbone"]
         yield {"predicted": predictions.expected(kernels, gpu), "rates of": gpu.name}
 
 
@@ -61,7 +65,31 @@ def psi_step(settings: Settings, amp: bool) -> Callable[[], object]:
 
 
 def whole_step(settings: Settings, amp: bool) -> Callable[[], object]:
-    """The trainer's step at the paper's size, with a backbone of random weights."""
+    """The trainer's step."""
+    step, images = trainers_step(settings, amp)
+    numbers = iter(range(1, 1_000_000))
+    return lambda: step(images, 0.5, next(numbers))
+
+
+def captured_step(settings: Settings, amp: bool) -> Callable[[], object]:
+    """The same as one CUDA graph; AssertionError where a replay does not train."""
+    if settings.rehearsal:
+        raise Skipped("a processor has no CUDA graphs; tests/training/test_captured.py rehearses")
+    from bench.gpu.captured import CapturedStep
+
+    step, images = trainers_step(settings, amp)
+    captured = CapturedStep(step, images)
+    before = [weight.detach().clone() for weight in step.psi.parameters()]
+    rows = captured(images)
+    if not bool(rows.isfinite().all()):
+        raise AssertionError(f"figures of a replay that are not finite: {rows[:, :6].tolist()}")
+    if all(torch.equal(a, b) for a, b in zip(before, step.psi.parameters(), strict=True)):
+        raise AssertionError("a replay left every weight of ψ as it was")
+    return lambda: captured(images)
+
+
+def trainers_step(settings: Settings, amp: bool) -> tuple[TrainingStep, torch.Tensor]:
+    """At the paper's size, with a backbone of random weights; and images."""
     from nefkern.images.features import FeatureCache, load_backbone
     from nefkern.training.options import TrainOptions
     from nefkern.training.step import TrainingStep
@@ -77,5 +105,4 @@ def whole_step(settings: Settings, amp: bool) -> Callable[[], object]:
     shape = (options.batch_size, 3, options.crop, options.crop)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     images = images.pin_memory() if torch.cuda.is_available() else images  # as the loader does
-    numbers = iter(range(1, 1_000_000))
-    return lambda: step(images, 0.5, next(numbers))
+    return step, images

@@ -63,7 +63,8 @@ bool is_merged(const KappaArgs& args) {
 }
 
 MergedRows allocate_merged(const KappaArgs& args) {
-  return place_merged(args.workspace, args.num_nodes, args.features.size + args.pixels.size, 2);
+  return place_merged(args.workspace, args.num_nodes, args.features.size + args.pixels.size,
+                      args.long_names, 2);
 }
 
 SortedEdges allocate(const KappaArgs& args) {

@@ -16,6 +16,7 @@ struct KappaArgs {
   NeighbourLists pixels;    // without weights, symmetrised by or
   float alpha;
   int64_t merged_nodes = kMergedNodes;
+  int64_t long_names = kLongNames;
 
   void* workspace;       // of kappa_bytes(), kept from the first step to the second
   int sorted_half;       // of more nodes: which of its buffers the second step reads

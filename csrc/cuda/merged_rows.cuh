@@ -3,6 +3,9 @@
 // marking the neighbours in a bitmap. A neighbour's place in the row is the number of those marked
 // before.
 //
+// A hub's row takes one block long; the first blocks look for hubs, so that such a row is begun
+// before all others and is not what the device waits for at the end.
+//
 // In which order a node learns its names is up to chance, and whatever comes of them is a maximum
 // or a bit: the result is always the same, and equal to its transpose bit for bit.
 #pragma once
@@ -26,17 +29,21 @@ struct MergedEntries {
 };
 
 struct MergedRows {
-  int64_t num_nodes;  // N, at most kMaxBitmapNodes
-  int64_t list_size;  // neighbours that a node lists, in both graphs together
-  int64_t* bounds;    // [N + 1], where the names of each node begin
-  int32_t* name_of;   // [N, list_size], which of a node's names an edge is; -1: none
-  Name* names;        // [N, list_size]
+  int64_t num_nodes;   // N, at most kMaxBitmapNodes
+  int64_t list_size;   // neighbours that a node lists, in both graphs together
+  int64_t* bounds;     // [N + 1], where the names of each node begin
+  int32_t* name_of;    // [N, list_size], which of a node's names an edge is; -1: none
+  Name* names;         // [N, list_size]
+  int64_t long_names;  // names from which on a node is a hub, 1 at least
   MergedEntries entries;
   Scales scales;
   Scratch scratch;
 
   __host__ __device__ __forceinline__ int64_t begin_of(int64_t row) const {
     return row * list_size + bounds[row];
+  }
+  __device__ __forceinline__ bool is_hub(int64_t row) const {
+    return bounds[row + 1] - bounds[row] >= long_names;
   }
 };
 
@@ -167,15 +174,14 @@ __device__ __forceinline__ Degrees merge_into(const MergedEntries& own, const Me
   return degrees;
 }
 
-// A block a row: its entries, their number where its offset will be, and its scales. The bitmap and
-// a row's entries, if they fit, are in dynamic shared memory.
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_rows(MergedRows rows, NeighbourLists features, NeighbourLists pixels, bool take_union,
-               int words, int64_t* row_offsets) {
+// One row: its entries, their number where its offset will be, and its scales. The bitmap and a
+// row's entries, if they fit, are in dynamic shared memory.
+__device__ __forceinline__ void merge_row(const MergedRows& rows, const NeighbourLists& features,
+                                          const NeighbourLists& pixels, bool take_union, int words,
+                                          int64_t row, int64_t* row_offsets) {
   uint32_t* shared = dynamic_shared<uint32_t>();
   const MergedEntries staged{shared, shared + kMergedInShared, shared + 2 * kMergedInShared};
   const Bitmap bitmap = bitmap_at(shared + 3 * kMergedInShared, words);
-  const int64_t row = blockIdx.x;
   clear<kMergeThreads>(bitmap);
   __syncthreads();
   for_each_edge(rows, features, pixels, row,
@@ -203,6 +209,27 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (rows.scales.pixels) rows.scales.pixels[row] = inverse_root(degrees.pixels);
 }
 
+// Of all names, in pieces of long_names: the hub whose names begin in a piece, or -1. There is one
+// at most, and it has the piece's last name. By a warp together.
+__device__ __forceinline__ int64_t hub_of(const MergedRows& rows, int64_t piece) {
+  const int64_t begin = piece * rows.long_names, total = rows.bounds[rows.num_nodes];
+  if (begin >= total) return -1;
+  const int64_t last = min(begin + rows.long_names, total) - 1;
+  const int64_t row = range_of(rows.num_nodes, last, [&](int64_t i) { return rows.bounds[i]; });
+  return rows.bounds[row] >= begin && rows.is_hub(row) ? row : -1;
+}
+
+// A block a row. Before them a block a piece of the names: it merges the hub's row, if there is
+// one.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_rows(MergedRows rows, NeighbourLists features, NeighbourLists pixels, bool take_union,
+               int words, int64_t pieces, int64_t* row_offsets) {
+  const int64_t own = static_cast<int64_t>(blockIdx.x) - pieces;
+  const int64_t row = own < 0 ? hub_of(rows, blockIdx.x) : own;
+  if (row < 0 || (own >= 0 && rows.is_hub(own))) return;
+  merge_row(rows, features, pixels, take_union, words, row, row_offsets);
+}
+
 // f(row, place among the row's entries, where it is among the merged ones) for every entry: a lane
 // a place that there is room for, so that long rows are many warps'.
 template <class F>
@@ -224,13 +251,15 @@ __device__ __forceinline__ void for_each_merged(const MergedRows& rows, const in
 // ---- the host's side ----
 
 // Lays out the workspace for nodes that list `list_size` neighbours, in one graph or two together.
-inline MergedRows place_merged(void* workspace, int64_t num_nodes, int64_t list_size, int graphs) {
+inline MergedRows place_merged(void* workspace, int64_t num_nodes, int64_t list_size,
+                               int64_t long_names, int graphs) {
   MergedRows rows{};
   size_t for_scan = 0;
   rows.scratch.error = offsets_bytes(num_nodes, &for_scan);
   if (rows.scratch.error != cudaSuccess) return rows;
   rows.num_nodes = num_nodes;
   rows.list_size = list_size;
+  rows.long_names = long_names;
   const int64_t edges = num_nodes * list_size;
   Workspace space(workspace);
   rows.bounds = space.take<int64_t>(num_nodes + 1);
@@ -261,9 +290,10 @@ inline void merge(Launches& launch, const MergedRows& rows, const NeighbourLists
   launch(write_names, blocks(features), kThreads, 0, rows, features, 0, 0);
   launch(write_names, blocks(pixels), kThreads, 0, rows, pixels, first_pixel, 1);
   const int words = words_of(rows.num_nodes);
-  launch(merge_rows, rows.num_nodes, kMergeThreads,
+  const int64_t pieces = tiles(rows.num_nodes * rows.list_size, rows.long_names);
+  launch(merge_rows, pieces + rows.num_nodes, kMergeThreads,
          3 * kMergedInShared * sizeof(uint32_t) + bitmap_bytes(words), rows, features, pixels,
-         take_union, words, row_offsets);
+         take_union, words, pieces, row_offsets);
 }
 
 // Blocks of for_each_merged().

@@ -8,6 +8,9 @@ namespace nefkern::cuda {
 // Up to so many nodes a graph's rows are merged by bitmaps in shared memory; of more nodes all
 // edges are sorted. An assembly's merged_nodes may be less, to try the other way.
 constexpr int64_t kMergedNodes = 1 << 16;
+// A node that so many lists name is a hub, whose row is begun before all others. An assembly's
+// long_names may be less, to try that.
+constexpr int64_t kLongNames = 4096;
 
 struct NeighbourLists {
   const void* indices;   // [N, size] int32 or int64: -1 (padding) to N - 1

@@ -51,7 +51,7 @@ bool is_merged(const AdjacencyArgs& args) {
 }
 
 MergedRows allocate_merged(const AdjacencyArgs& args) {
-  return place_merged(args.workspace, args.num_nodes, args.lists.size, 1);
+  return place_merged(args.workspace, args.num_nodes, args.lists.size, args.long_names, 1);
 }
 
 SortedEdges allocate(const AdjacencyArgs& args) {

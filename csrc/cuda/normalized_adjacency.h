@@ -14,6 +14,7 @@ struct AdjacencyArgs {
   NeighbourLists lists;
   bool take_union;  // A = max(A, A^T) instead of (A + A^T) / 2
   int64_t merged_nodes = kMergedNodes;
+  int64_t long_names = kLongNames;
 
   void* workspace;       // of adjacency_bytes(), kept from the first step to the second
   int sorted_half;       // of more nodes: which of its buffers the second step reads

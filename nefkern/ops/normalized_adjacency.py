@@ -191,20 +191,20 @@ registry.define(
 )
 
 
-@registry.kernel("normalized_adjacency_backward", "cuda")
 @registry.kernel("normalized_adjacency_backward", "triton")
 @registry.kernel("normalized_adjacency_backward", "reference")
 def _reference_backward(*args):
-    """On a GPU as well: neither has a kernel of its own."""
+    """Triton has no kernel of its own."""
     return reference.normalized_adjacency_backward(*args)
 
 
-def _cpu_backward_accepts(grad, indices, weights, *_) -> bool:
+def _native_backward_accepts(grad, indices, weights, *_) -> bool:
     return torch.float64 not in (grad.dtype, weights.dtype)
 
 
-@registry.kernel("normalized_adjacency_backward", "cpu", accepts=_cpu_backward_accepts)
-def _cpu_backward(grad, indices, weights, row_offsets, columns, symmetrize, clamp_min):
+@registry.kernel("normalized_adjacency_backward", "cpu", accepts=_native_backward_accepts)
+@registry.kernel("normalized_adjacency_backward", "cuda", accepts=_native_backward_accepts)
+def _native_backward(grad, indices, weights, row_offsets, columns, symmetrize, clamp_min):
     found, valid = torch.ops.nefkern_native.normalized_adjacency_backward(
         grad.float(), indices, weights.float(), row_offsets, columns, symmetrize == "union",
         clamp_min,

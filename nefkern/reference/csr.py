@@ -29,6 +29,17 @@ def merge_entries(
     return place // max(num_nodes, 1), place % max(num_nodes, 1), merged
 
 
+def sums_of(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """[``size``]: the sums of the values that each index names; the same bits every time.
+
+    On a GPU too, where ``index_add`` adds in an order that chance decides and ``index_put`` sorts
+    first. Differentiable as often as wanted."""
+    zeros = values.new_zeros(size)
+    if values.device.type == "cuda":
+        return zeros.index_put((index,), values, accumulate=True)
+    return zeros.index_add(0, index, values)
+
+
 def compress(rows: Tensor, num_nodes: int) -> Tensor:
     """Row offsets (int64 [num_nodes + 1]) of entries whose ``rows`` ascend."""
     return torch.searchsorted(rows, torch.arange(num_nodes + 1, device=rows.device))

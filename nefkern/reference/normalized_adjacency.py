@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nefkern.reference.csr import compress, merge_entries, mirrored_places, place_of
+from nefkern.reference.csr import (
+    compress,
+    merge_entries,
+    mirrored_places,
+    place_of,
+    sums_of,
+)
 
 _SMALLEST = 2.0**-1074  # of float64's positive numbers
 
@@ -53,7 +59,7 @@ def _inverse_root_of_sums(a: Tensor, rows: Tensor, num_nodes: int) -> Tensor:
     """d^(-1/2) [N] of the row sums d, which need not be representable: sums of shares of the
     largest entry of a row. Rows without entries have nothing to scale; theirs is infinite."""
     largest = a.new_zeros(num_nodes).scatter_reduce_(0, rows, a, "amax")
-    shares = a.new_zeros(num_nodes).scatter_reduce_(0, rows, a / largest[rows], "sum")
+    shares = sums_of(a / largest[rows], rows, num_nodes)
     return largest.rsqrt() * shares.rsqrt()
 
 
@@ -108,7 +114,7 @@ def normalized_adjacency_backward(
     share = _shares(w.detach(), kept, there, back, spare + 1, symmetrize)
 
     def node_sums(edges: Tensor) -> Tensor:
-        return edges.new_zeros(n).index_add(0, rows, edges).index_add(0, ends, edges)
+        return edges.view(n, k).sum(1) + sums_of(edges, ends, n)
 
     padded = torch.cat([grad.double(), grad.new_zeros(1, dtype=torch.float64)])
     h = (padded[there] + padded[back]) / 2
@@ -135,9 +141,9 @@ def _shares(
     if union:
         largest = largest.scatter_reduce(0, back, w, "amax")
     wins = (kept & (w == largest[there])).to(w.dtype)
-    winners = w.new_zeros(places).index_add(0, there, wins)
+    winners = sums_of(wins, there, places)
     if union:
-        return wins / winners.index_add(0, back, wins)[there].clamp_min(1)
+        return wins / (winners + sums_of(wins, back, places))[there].clamp_min(1)
     return wins / winners[there].clamp_min(1) / 2
 
 

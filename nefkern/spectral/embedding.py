@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nefkern.ops import CSRGraph, add, checks, knn, normalized_adjacency
-from nefkern.reference.csr import row_of_entry
+from nefkern.reference.csr import row_of_entry, sums_of
 from nefkern.runtime.states import FLOATS, INTEGERS, check_state
 from nefkern.spectral.eigenpairs import EigenPairs, leading_eigenpairs
 from nefkern.spectral.neighbours import knn_blocks
@@ -327,7 +327,7 @@ def embed_adjacency(graph: CSRGraph, count: int, *, tol: float = 1e-3, seed: int
         raise ValueError("graph: expected similarities of at least 0, got negative ones")
     rows, columns = row_of_entry(graph.row_offsets, graph.nnz), graph.columns.long()
     values = graph.values.double().masked_fill(rows == columns, 0)
-    degree = values.new_zeros(graph.num_nodes).index_add_(0, rows, values)
+    degree = sums_of(values, rows, graph.num_nodes)
     scale = _inverse_root(degree)
     values = (values * (scale[rows] * scale[columns])).float()
     pairs = leading_eigenpairs(dataclasses.replace(graph, values=values), count, tol=tol, seed=seed)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nefkern.ops import CSRGraph, checks, spmm
 from nefkern.ops.csr import check_graph
+from nefkern.reference.csr import sums_of
 
 #: Of :func:`extend`, as a share of the term with P.
 TOLERANCE = 1e-6
@@ -55,7 +56,7 @@ def degrees(
     if len(indices) != num_nodes:
         raise ValueError(f"indices: expected {num_nodes} rows, the nodes, got {len(indices)}")
     weights = weights.double()
-    incoming = weights.new_zeros(num_nodes).index_add_(0, safe.flatten(), weights.flatten())
+    incoming = sums_of(weights.flatten(), safe.flatten(), num_nodes)
     return (incoming + weights.sum(1)) / 2
 
 

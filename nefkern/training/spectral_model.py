@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nefkern.images.features import Features
 from nefkern.images.graph import pixel_graph
+from nefkern.reference.csr import sums_of
 from nefkern.reference.knn import unit_rows
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.states import BOOL, FLOATS, INTEGERS, check_state
@@ -172,7 +173,11 @@ class SpectralModel:
         scores = self.kmeans.logits(self.cluster_rows(self.embedding.vectors[some]))
         told, at = near.indices.clamp(min=0).long().unique(return_inverse=True)
         clusters = self.kmeans.predict(self.cluster_rows(self.embedding.vectors[told]))[at]
-        votes = torch.zeros_like(scores).scatter_add_(1, clusters, weights.to(scores.dtype))
+        rows = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
+        votes = sums_of(
+            weights.to(scores.dtype).flatten(), (rows + clusters).flatten(), scores.numel()
+        )
+        votes = votes.view_as(scores)
         return replace(self, temperature=fitted_temperature(scores, votes))
 
     def size(self) -> Tensor:

@@ -8,6 +8,7 @@
 #include "cuda/kappa.h"
 #include "cuda/knn.h"
 #include "cuda/normalized_adjacency.h"
+#include "cuda/normalized_adjacency_backward.h"
 #include "cuda/spmm.h"
 #include "recording_runtime.h"
 
@@ -113,6 +114,21 @@ NeighbourLists lists(int64_t size, bool weighted) {
   return {device<int32_t>(), number("wide") != 0, size, weighted ? device<float>() : nullptr, 0};
 }
 
+cudaError_t run_adjacency_backward() {
+  AdjacencyBackwardArgs args{.num_nodes = number("n"),
+                             .nnz = number("nnz"),
+                             .lists = lists(number("k"), true),
+                             .take_union = false,
+                             .row_offsets = device<int64_t>(),
+                             .columns = device<int32_t>(),
+                             .gradient = device<float>(),
+                             .workspace = nullptr,
+                             .weights_gradient = device<float>()};
+  std::printf("workspace %zu\n", adjacency_backward_bytes(args));
+  args.workspace = device<char>();
+  return adjacency_backward(args, kStream);
+}
+
 cudaError_t count_sum(AddArgs& args, int64_t* nnz, cudaStream_t stream) {
   return add_count(args, nnz, stream);
 }
@@ -120,6 +136,7 @@ cudaError_t count_sum(AddArgs& args, int64_t* nnz, cudaStream_t stream) {
 cudaError_t call(const std::string& op) {
   if (op == "knn") return run_knn();
   if (op == "spmm") return run_spmm();
+  if (op == "normalized_adjacency_backward") return run_adjacency_backward();
   if (op == "normalized_adjacency") {
     AdjacencyArgs args{};
     args.lists = lists(number("k"), true);

@@ -26,6 +26,7 @@ constexpr size_t kSector = 32, kLine = 128, kBanks = 32, kWord = 4;
 
 struct Counts {
   uint64_t launches = 0, blocks = 0;
+  uint64_t longest_block = 0, finished = 0;  // clocks of shared memory and first-level cache
   uint64_t shared_wavefronts = 0, shared_instructions = 0;
   uint64_t global_instructions = 0;
   uint64_t lines = 0;              // of the first-level cache, by every instruction
@@ -35,6 +36,8 @@ struct Counts {
   uint64_t sectors_touched = 0;  // by every launch
   uint64_t shuffles = 0, meetings = 0, barriers = 0, mma = 0;
   std::map<uintptr_t, uint64_t> code;  // basic block: executions by a warp
+
+  uint64_t first_level() const { return shared_wavefronts + shuffles + lines; }
 };
 
 enum class Kind : uint8_t { kRead, kWrite, kAtomic, kCopy };  // kCopy: a read past the first level
@@ -171,6 +174,7 @@ void write_all() {
     const std::pair<const char*, uint64_t> numbers[] = {
         {"launches", one.launches},
         {"blocks", one.blocks},
+        {"longest_block", one.longest_block},
         {"shared_wavefronts", one.shared_wavefronts},
         {"shared_instructions", one.shared_instructions},
         {"global_instructions", one.global_instructions},
@@ -226,6 +230,9 @@ void nefkern_count_kernel(const void* kernel, uint64_t blocks) {
 void nefkern_count_block_end() {
   for (unsigned warp = 0; warp < warps.size(); ++warp) finish_interval(warp);
   seen_by_block.clear();
+  if (!counts) return;
+  counts->longest_block = std::max(counts->longest_block, counts->first_level() - counts->finished);
+  counts->finished = counts->first_level();
 }
 void nefkern_count_meeting(const char* name, unsigned warp, bool whole, unsigned parts) {
   if (!counts) return;

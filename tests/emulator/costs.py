@@ -55,6 +55,8 @@ class Cost:
     sectors_written: float
     mma: float
     issued: float
+    #: Clocks of :attr:`first_level` that the dearest of all blocks takes; not of one row.
+    longest_block: float = 0.0
 
     @property
     def shared(self) -> float:
@@ -176,9 +178,8 @@ def block_weights(executable: Path) -> dict[int, int]:
 
 def cost_of(counts: Mapping[str, int], rows: int) -> Cost:
     names = {"sectors_once": "sectors_read_once"}
-    return Cost(**{
-        field: counts[names.get(field, field)] / rows for field in Cost.__dataclass_fields__
-    })  # fmt: skip
+    by_row = {field: counts[names.get(field, field)] / rows for field in Cost.__dataclass_fields__}
+    return Cost(**by_row | {"longest_block": counts["longest_block"]})
 
 
 # ---- the cases ----
@@ -242,7 +243,9 @@ def sparse(
     return Case("spmm", dtype, lambda: len(parts()[1]), make)
 
 
-def assembled(lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1 << 16) -> Case:
+def assembled(
+    lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1 << 16, long_names: int = 4096
+) -> Case:
     """The lists of both graphs to kappa, or those of features to their graph; per listed
     neighbour."""
     made = functools.cache(lists)
@@ -250,7 +253,7 @@ def assembled(lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1
     def make():
         found = made()
         numbers = {"n": len(found.indices), "k": found.indices.shape[1], "clamp_min": 0,
-                   "merged_nodes": merged_nodes}  # fmt: skip
+                   "merged_nodes": merged_nodes, "long_names": long_names}  # fmt: skip
         inputs = {"indices": found.indices, "weights": found.weights}
         if not pixels:
             return inputs, numbers | {"take_union": 0}
@@ -263,6 +266,22 @@ def assembled(lists: Callable[[], Lists], *, pixels: bool, merged_nodes: int = 1
         return made().indices.size + pixels * made().pixels.size
 
     return Case("kappa" if pixels else "normalized_adjacency", "int32", listed, make)
+
+
+def differentiated(lists: Callable[[], Lists]) -> Case:
+    """From the gradient of kappa's values to that of the lists' weights; per listed neighbour."""
+    made = functools.cache(lists)
+
+    def make():
+        found = made()
+        offsets, columns, values = graphs.adjacency(found)
+        inputs = {"indices": found.indices, "weights": found.weights, "row_offsets": offsets,
+                  "columns": columns, "gradient": values}  # fmt: skip
+        numbers = {"n": len(found.indices), "k": found.indices.shape[1], "nnz": len(columns),
+                   "clamp_min": 0, "take_union": 0}  # fmt: skip
+        return inputs, numbers
+
+    return Case("normalized_adjacency_backward", "int32", lambda: made().indices.size, make)
 
 
 def summed(lists: Callable[[], Lists]) -> Case:
@@ -287,6 +306,9 @@ def _both_graphs(lists: Lists) -> tuple:
         graphs.adjacency(Lists(lists.indices, lists.weights, none)),
         graphs.adjacency(Lists(lists.pixels, lists.weights, none)),
     )
+
+
+HUB_NODES = 2400
 
 
 def photographs() -> Lists:
@@ -320,6 +342,12 @@ CASES: dict[str, Case | Other] = {
     "kappa of photographs": assembled(photographs, pixels=True),
     "kappa of photographs, sorted": assembled(photographs, pixels=True, merged_nodes=0),
     "kappa of a hub": assembled(lambda: graphs.with_hub(photographs()), pixels=True),
+    # Beyond what is merged in shared memory, and begun before the others.
+    "kappa of a hub of half the nodes": assembled(
+        lambda: graphs.half_a_hub(HUB_NODES), pixels=True, long_names=HUB_NODES // 2
+    ),
+    "gradient of kappa's weights": differentiated(photographs),
+    "gradient of kappa's weights, a hub": differentiated(lambda: graphs.with_hub(photographs())),
     # Per entry of both graphs.
     "add of photographs": summed(photographs),
 }

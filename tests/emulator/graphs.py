@@ -68,6 +68,17 @@ def with_hub(lists: Lists, hub: int = 0) -> Lists:
     return Lists(indices, lists.weights, lists.pixels)
 
 
+def half_a_hub(nodes: int, seed: int = 0) -> Lists:
+    """Every node lists one other, and every second one node 0 besides; short lists, so that there
+    can be many."""
+    random = np.random.default_rng(seed)
+    own = np.arange(nodes)
+    indices = (own[:, None] + random.integers(1, nodes, (nodes, 2))) % nodes
+    indices[1::2, 1] = 0
+    weights = random.random((nodes, 2), dtype=np.float32)
+    return Lists(indices.astype(np.int32), weights, ((own[:, None] + 1) % nodes).astype(np.int32))
+
+
 def _cosine(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     scores = unit @ unit.T

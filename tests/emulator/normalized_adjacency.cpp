@@ -14,6 +14,7 @@ void run(Case& one) {
   AdjacencyArgs args{};
   args.num_nodes = one.number("n");
   args.merged_nodes = one.number("merged_nodes");
+  args.long_names = one.number("long_names");
   args.lists = {.indices = one.input<Index>("indices"),
                 .wide_indices = sizeof(Index) == 8,
                 .size = one.number("k"),

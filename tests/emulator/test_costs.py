@@ -54,6 +54,7 @@ def short() -> graphs.Lists:
 
 
 KAPPA = costs.assembled(short, pixels=True)
+GRADIENT = costs.differentiated(short)
 BOUNDS = {
     # Before: 11,238 wavefronts, and more than 27,000 instructions.
     "pixels": (costs.neighbours(8, 900, 5, 10), "direct_rows",
@@ -79,23 +80,32 @@ BOUNDS = {
                       {"first_level": 8.5, "sectors_read": 5, "issued": 145}),
     "spmm gathered": (costs.sparse(lambda: graphs.scattered(400, 60), 64, rows=64), "spmm_rows",
                       {"first_level": 4.2, "sectors_read": 9.5, "issued": 47}),
-    # A listed neighbour; rows are short, so that what a row costs weighs.
+    # A listed neighbour; rows are short, so that what a row costs weighs, as the look for hubs.
     "kappa, counted": (KAPPA, "count_names",
                        {"sectors_read": 0.25, "sectors_written": 1.25, "issued": 1.4}),
     "kappa, named": (KAPPA, "write_names",
                      {"sectors_read": 0.85, "sectors_written": 2, "issued": 1.9}),
     "kappa, merged": (KAPPA, "merge_rows",
-                      {"first_level": 10, "sectors_read": 2, "issued": 85}),
+                      {"first_level": 10, "sectors_read": 2.3, "issued": 85}),
     "kappa, filled": (KAPPA, "fill_both_merged",
                       {"first_level": 1.1, "sectors_read": 1.7, "issued": 5.5}),
     "normalized_adjacency, merged": (costs.assembled(short, pixels=False), "merge_rows",
-                                     {"first_level": 13, "sectors_read": 2.3, "issued": 115}),
+                                     {"first_level": 13, "sectors_read": 2.7, "issued": 115}),
     # Of more nodes than a bitmap has bits; the sort itself comes on top.
     "kappa, sorted": (costs.assembled(short, pixels=True, merged_nodes=0), "fill_both",
                       {"first_level": 2.5, "sectors_read": 5.5, "issued": 13}),
     # An entry of both graphs.
     "add, counted": (costs.summed(short), "count_union", {"sectors_read": 0.95, "issued": 5.1}),
     "add, filled": (costs.summed(short), "fill_union", {"sectors_read": 1.3, "issued": 7.1}),
+    # A listed neighbour. PyTorch's formula, below, reads and writes 35 sectors for it.
+    "gradient, listed": (GRADIENT, "list_places",
+                         {"sectors_read": 2.7, "sectors_written": 2.3, "issued": 9.5}),
+    "gradient, joined": (GRADIENT, "join_places",
+                         {"sectors_read": 14.5, "sectors_written": 0.7, "issued": 9.5}),
+    "gradient, scales": (GRADIENT, "find_scales", {"sectors_read": 1.2, "issued": 26}),
+    "gradient, pulls": (GRADIENT, "find_pulls", {"sectors_read": 2, "issued": 26}),
+    "gradient, written": (GRADIENT, "write_gradients",
+                          {"sectors_read": 2.9, "sectors_written": 0.15, "issued": 2.9}),
     "sddmm": (costs.CASES["sddmm of photographs (Triton)"], "sddmm",
               {"sectors_read": 36, "sectors_written": 0.2}),
     "gradient of kappa's weights": (costs.CASES["gradient of kappa's weights (PyTorch)"],
@@ -124,6 +134,17 @@ def test_the_model_has_as_many_operations_as_there_are():
     from bench import roofline
 
     assert other_costs.run()["kappa_backward"]["launches"] == roofline.BACKWARD_LAUNCHES
+
+
+def test_the_row_of_a_hub_is_the_dearest_and_linear_in_its_names():
+    """A clock of the first-level cache for a name, but for what every row costs."""
+    few, many = (
+        costs.assembled(
+            lambda n=n: graphs.half_a_hub(n), pixels=True, long_names=n // 2
+        ).run()["merge_rows"].longest_block
+        for n in (300, 600)
+    )  # fmt: skip
+    assert 150 < many - few < 150 * 12
 
 
 def test_made_up_photographs_share_what_real_ones_do():

@@ -20,11 +20,17 @@ OUTPUTS = {
 
 #: Of the assembly: up to so many nodes rows are merged, of more all edges are sorted.
 MERGED, SORTED = 1 << 16, 0
+#: And a node that so many others name is a hub, whose row has another block: most, here.
+HUBS = 3
 
 
-@pytest.fixture(params=[MERGED, SORTED], ids=["merged", "sorted"], autouse=True)
+@pytest.fixture(
+    params=[(MERGED, 4096), (MERGED, HUBS), (SORTED, 4096)], ids=["merged", "hubs", "sorted"],
+    autouse=True,
+)  # fmt: skip
 def way(request, monkeypatch):
-    monkeypatch.setattr(emulated, "usual", {"merged_nodes": request.param})
+    merged, long = request.param
+    monkeypatch.setattr(emulated, "usual", {"merged_nodes": merged, "long_names": long})
 
 
 def emulate(folder, indices, weights, symmetrize="mean", clamp_min=0.0):

@@ -10,7 +10,8 @@ from nefkern.ops import CSRGraph
 from tests.emulator import emulated
 from tests.emulator.emulated import Planted
 from tests.emulator.test_knn import TUNING
-from tests.emulator.test_spmm import neighbourhoods
+from tests.emulator.test_normalized_adjacency_backward import structure
+from tests.emulator.test_spmm import neighbourhoods, rows_of
 from tests.ops.graph_common import random_graph, random_lists
 
 pytestmark = pytest.mark.long
@@ -36,7 +37,7 @@ def kappa(folder, **options):
         inputs={"indices": indices.numpy(), "weights": weights.numpy(),
                 "pixel_indices": indices[:, :2].numpy()},
         outputs={"values": np.float32}, n=40, k=5, near=2, alpha=0.3, clamp_min=0, padded=0,
-        merged_nodes=1 << 16, **options,
+        merged_nodes=1 << 16, **{"long_names": 4096, **options},
     )  # fmt: skip
 
 
@@ -50,6 +51,19 @@ def add(folder, **options):
     return emulated.run(
         "add", "add", folder, inputs={**graph_inputs(a, "_a"), **graph_inputs(b, "_b")},
         outputs={"values": np.float32}, n=9, nnz_a=a.nnz, nnz_b=b.nnz, alpha=1.0, **options,
+    )  # fmt: skip
+
+
+def weights_gradient(folder, **options):
+    indices, weights = random_lists(40, 5)
+    offsets, columns = structure(indices, weights)
+    return emulated.run(
+        "normalized_adjacency_backward", "int32", folder,
+        inputs={"indices": indices.numpy(), "weights": weights.numpy(),
+                "row_offsets": offsets.numpy(), "columns": columns.numpy(),
+                "gradient": np.ones(len(columns), dtype=np.float32)},
+        outputs={"found": np.float32}, n=40, k=5, nnz=len(columns), take_union=0, clamp_min=0,
+        **options,
     )  # fmt: skip
 
 
@@ -82,6 +96,22 @@ DEFECTS = {
         "races",
         "race: .* in shared memory",
     ),
+    "spmm: pieces of long rows read before all are found": (
+        lambda folder, **options: spmm(folder, rows_of([2050, 0, 2100], 3), **options),
+        Planted(
+            "spmm_long.cuh",
+            "if (!__syncthreads_or(own[0].row >= 0 || own[1].row >= 0)) return;",
+            "",
+        ),
+        "races",
+        "race: .* in shared memory",
+    ),
+    "spmm: a long row's last piece as long as the others": (
+        lambda folder, **options: spmm(folder, rows_of([2050, 0, 2100], 3), **options),
+        Planted("spmm_long.cuh", "min(begin + kPiece, row.end)", "begin + kPiece"),
+        "checked",
+        "heap-buffer-overflow",
+    ),
     "kappa: neighbours counted before all are marked": (
         kappa,
         Planted(
@@ -100,6 +130,22 @@ DEFECTS = {
         "checked",
         "heap-buffer-overflow|SEGV on unknown address",
     ),
+    "gradient of the weights: the largest is compared with before all are there": (
+        weights_gradient,
+        Planted(
+            "normalized_adjacency_backward.cu",
+            "__syncwarp();  // all of the row's weights are there",
+            "",
+        ),
+        "races",
+        "race: .* in global memory",
+    ),
+    "gradient of the weights: a place too many": (
+        weights_gradient,
+        Planted("normalized_adjacency_backward.cu", "place <= last;", "place <= last + 1;"),
+        "checked",
+        "heap-buffer-overflow",
+    ),
     "add: a column too many": (
         add,
         Planted("add.cu", "bool mine = entry < row.size", "bool mine = entry <= row.size"),
@@ -111,6 +157,28 @@ DEFECTS = {
         Planted("knn_fused.cuh", "__syncthreads();  // this stage has arrived for all", "//"),
         "races",
         "race: .* in shared memory",
+    ),
+    "re-rank: candidates' rows used before all lanes' copies arrived": (
+        knn,
+        Planted("knn_rerank.cuh", "__syncwarp();  // this stage has arrived for all lanes", "//"),
+        "races",
+        "race: .* in shared memory",
+    ),
+    "re-rank: candidates joined where scores are still read": (
+        knn,
+        Planted("knn_rerank.cuh", "__syncthreads();  // the scores are done with", "//"),
+        "races",
+        "race: .* in shared memory",
+    ),
+    "re-rank: a candidate too many": (
+        knn,
+        Planted(
+            "knn_rerank.cuh",
+            "at < listed ? piece_of(memory.row(at))",
+            "at <= listed ? piece_of(memory.row(at))",
+        ),
+        "checked",
+        "heap-buffer-overflow|SEGV on unknown address",
     ),
 }
 

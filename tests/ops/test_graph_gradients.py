@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nefkern import backend, backends, ops, reference
 from nefkern.ops import feature_kappa, neighbour_similarities, registry
+from nefkern.reference.csr import sums_of
 from tests.ops.graph_common import backends_of, moved, on_threads, random_graph, random_lists
 
 N = 8
@@ -127,6 +131,43 @@ def test_of_the_weights_of_kappa():
 
     assert gradcheck(function, (weighted(),))
     assert gradgradcheck(function, (weighted(),), fast_mode=True)
+
+
+@pytest.mark.parametrize("symmetrize", ["mean", "union"])
+def test_no_sum_of_the_weights_gradient_is_left_to_chance(symmetrize):
+    """PyTorch's formula on a GPU, which need not exist: no atomic additions, whose order changes
+    from run to run."""
+    by_chance = re.compile("index_add|scatter_add|scatter_reduce|put_|bincount|histc")
+    found = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            reduce = args[4:5] if function is torch.ops.aten.scatter_reduce.two else ()
+            found.append(" ".join([str(function), *reduce]))
+            return function(*args, **(kwargs or {}))
+
+    graph = reference.normalized_adjacency(LISTS, None, num_nodes=N, symmetrize=symmetrize)
+    with FakeTensorMode(), Names():
+        places = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in graph]
+        lists = torch.empty(N, 4, dtype=torch.int32, device="cuda")
+        reference.normalized_adjacency_backward(
+            places[2].float(), lists, lists.double(), *places[:2], symmetrize, 0.0
+        )
+        sums_of(lists.flatten().double(), lists.flatten().long(), N)
+    risky = {name for name in found if by_chance.search(name)}
+    assert "aten.index_put.default" in found
+    assert risky <= {"aten.scatter_reduce.two amax", "aten.index_put.default"}
+
+
+@pytest.mark.parametrize("size", [5, 9])
+def test_sums_by_index(size):
+    index, values = torch.tensor([4, 0, 4, 4]), torch.tensor([1.0, 2, 3, 4]).double()
+    values.requires_grad_()
+    found = sums_of(values, index, size)
+    assert found.tolist() == [2, 0, 0, 0, 8] + [0] * (size - 5)
+    by_sorting = values.new_zeros(size).index_put((index,), values, accumulate=True)
+    assert torch.equal(found, by_sorting)  # what a GPU does
+    assert gradgradcheck(lambda v: sums_of(v.square(), index, size), (values,))
 
 
 def test_competing_weights():
