@@ -408,6 +408,7 @@ class Work:
             self.names, self.folder, formats, arguments.min_area
         )
         self._settings = self._settings_of(arguments, run)
+        self._digests: dict[Path, str] = {}  # of files that are in work
         self.done = self.failed = 0
 
     @staticmethod
@@ -452,9 +453,7 @@ class Work:
         Args:
             fail: hears of those that cannot be.
         """
-        pictures = (
-            Picture(file, name, partial(read, self.segmenter, file)) for file, name in named
-        )
+        pictures = (Picture(file, name, partial(self._read, file)) for file, name in named)
         with closing(self._segmented(pictures, fail)) as results:
             for segmented in results:
                 self.bar.write(f"{segmented.file}: {self._write(segmented)}")
@@ -462,6 +461,12 @@ class Work:
                 self.done += 1
         if self.output:
             self.output.finish()
+
+    def _read(self, file: Path) -> Tensor:
+        """The pixels of a file, which may be another one by the time they are segmented: what it is
+        made of is looked at before."""
+        self._digests[file] = self._digest(file)
+        return read(self.segmenter, file)
 
     def _segmented(
         self, pictures: Iterable[Picture], fail: Callable[[Path, UserError], None]
@@ -474,7 +479,7 @@ class Work:
     def _write(self, segmented: Segmented) -> str:
         from nefkern.segmentation.segmenter import occurring
 
-        made_of = self._digest(segmented.file)
+        made_of = self._digests.pop(segmented.file)
         if self.output:
             text = {_MADE_OF: made_of}
             return f"{len(self.output.write(*segmented, text=text))} classes"

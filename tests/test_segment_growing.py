@@ -97,7 +97,7 @@ def test_resume_with_nothing_left(run, inbox, tmp_path):
 
 
 def test_a_file_that_leaves_while_it_is_segmented_is_written(run, inbox, tmp_path, monkeypatch):
-    """As files of a watched folder do; what was made of it is not taken for done."""
+    """As files of a watched folder do; what was made of it is done, should it come back."""
     read = segment.read
 
     def read_and_move(segmenter, file):
@@ -114,7 +114,27 @@ def test_a_file_that_leaves_while_it_is_segmented_is_written(run, inbox, tmp_pat
         file.rename(file.with_suffix(".png"))
     before = written(out)
     assert main([str(run), str(inbox), "--out", str(out), "--resume"]) == 0
-    assert all(written(out)[name] != before[name] for name in before)
+    assert written(out) == before
+
+
+def test_a_file_that_changes_while_it_is_segmented_is_not_done(
+    run, inbox, tmp_path, monkeypatch, photograph
+):
+    read = segment.read
+
+    def read_and_change(segmenter, file):
+        pixels = read(segmenter, file)
+        if file.name == "2.png":
+            photograph(70, 50, 9).save(file)
+        return pixels
+
+    monkeypatch.setattr(segment, "read", read_and_change)
+    command = [str(run), str(inbox), "--out", str(tmp_path / "out"), "--resume"]
+    assert main(command) == 0
+    monkeypatch.undo()
+    assert Image.open(tmp_path / "out" / "2.clusters.png").size != (70, 50)
+    assert main(command) == 0
+    assert Image.open(tmp_path / "out" / "2.clusters.png").size == (70, 50)
 
 
 # ---- --watch ----

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nefkern import train as train_command
 from nefkern.data import Sample, eval_transform, open_dataset
 from nefkern.evaluation.report import write_report
 from nefkern.evaluation.spectrum_page import shown_rows
@@ -126,6 +127,23 @@ def test_kappa_is_the_trainers(tiny, images, monkeypatch, graph_features):
     segmenter = Segmenter(trainer.backbone, trainer.psi, trainer.options)
     found = segmenter.kappa(images, segmenter.maps(images))
     torch.testing.assert_close(found.to_dense(), graphs[0].to_dense())
+
+
+@pytest.mark.parametrize("graph_features", ["high", "all"])
+def test_kappa_of_a_spectral_run_is_of_its_scaled_channels(tiny, images, graph_features):
+    options = tiny(method="spectral", k="8", num_eigenfunctions=4, graph_features=graph_features)
+    segmenter = Segmenter.load(train_command.train(options))
+    maps = segmenter.maps(images)
+    near_by = maps.graph if graph_features == "high" else maps.concat
+    rows = near_by.flatten(2).transpose(1, 2).flatten(0, 1)
+    scale = segmenter.head.model.scale
+    assert scale is not None
+    seen, grid = segmenter.backbone.seen(images), tuple(maps.graph.shape[2:])
+    expected = kappa(scale(rows), seen, grid, options.graph()).to_dense()
+    found = segmenter.kappa(images, maps)
+    torch.testing.assert_close(found.to_dense(), expected)
+    unscaled = kappa(rows, seen, grid, options.graph()).to_dense()
+    assert (unscaled - expected).abs().max() > 1e-3
 
 
 def test_files_table_and_report(run, capsys):

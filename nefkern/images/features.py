@@ -688,6 +688,8 @@ class FeatureCache:
     def _path(self, image: Tensor) -> Path:
         """Of an image's entry, in whichever folder."""
         how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
+        if not self.tf32:  # entries without this may have been made in TF32
+            how += ("float32",)
         sha = hashlib.sha256(repr(how).encode())
         sha.update(image.cpu().contiguous().numpy().tobytes())
         name = sha.hexdigest()[:40]

@@ -37,6 +37,7 @@ class ImageCounts:
     ) -> None:
         self.num_clusters, self.num_classes = num_clusters, num_classes
         self.images = list(images)
+        self._cells: Cells | None = None  # of the images so far, once they were asked for
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,9 +47,15 @@ class ImageCounts:
         flat = table.flatten().cpu()
         cells = flat.nonzero().flatten()
         self.images.append((cells.int(), flat[cells]))
+        self._cells = None
 
     def cells(self) -> Cells:
         """All images together."""
+        if self._cells is None:
+            self._cells = self._joined()
+        return self._cells
+
+    def _joined(self) -> Cells:
         sizes = torch.tensor([len(cells) for cells, _ in self.images], dtype=torch.int64)
         image = torch.arange(len(self.images)).repeat_interleave(sizes)
         none = torch.zeros(0, dtype=torch.int64)
@@ -68,12 +75,12 @@ class ImageCounts:
 
     def merged(self, groups: Tensor, count: int) -> ImageCounts:
         """The same of groups of clusters: ``groups`` is int64 ``[K]``, 0 to ``count`` − 1."""
-        c, found = self.num_classes, ImageCounts(count, self.num_classes)
+        c, images = self.num_classes, []
         for flat, pixels in self.images:
             cells, at = (groups[flat // c] * c + flat % c).unique(return_inverse=True)
             total = torch.zeros(len(cells), dtype=torch.int64).index_add_(0, at, pixels)
-            found.images.append((cells.int(), total))
-        return found
+            images.append((cells.int(), total))
+        return ImageCounts(count, c, images)
 
     def annotated(self) -> Tensor:
         """Annotated pixels of each image, int64 ``[I]``."""

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.data.constants import LONGEST
 from nefkern.data.images import read_image, upright_pixels
-from nefkern.images.features import Backbone, FeatureCache, load_backbone
+from nefkern.images.features import Backbone, FeatureCache, Features, load_backbone
 from nefkern.images.graph import image_kappa, kappa, resolve_neighbours, standardized
 from nefkern.ops import CSRGraph
 from nefkern.runtime.commandline import EDGES
@@ -240,12 +240,13 @@ class Segmenter:
 
     def _near_by(self, maps: Maps, per_image: bool) -> Tensor:
         """The rows that feature neighbours are near by in, ``[B·h·w, ·]``; see training."""
-        if self.options.graph_features == "high":
-            return maps.graph.movedim(1, -1).flatten(0, 2)
-        rows = maps.concat.movedim(1, -1)
+        height, width = maps.graph.shape[2:]
+        high, concat = (m.flatten(2).transpose(1, 2) for m in (maps.graph, maps.concat))
         if isinstance(self.head, SpectralHead):
-            return self.head.model.scale(rows.flatten(0, 2))
-        return torch.cat([standardized(r) for r in rows]) if per_image else standardized(rows)
+            return self.head.model.rows(Features(high, concat, (height, width)))
+        if self.options.graph_features == "high":
+            return high.flatten(0, 1)
+        return torch.cat([standardized(r) for r in concat]) if per_image else standardized(concat)
 
     @torch.no_grad()
     def project(self, concat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -395,8 +396,15 @@ class Segmenter:
         shown = occurring(clusters).to(clusters.device)
         logits = sliding_windows(replay.select(shown), pixels, window, stride, batch_size=1)
         whole = pixels if pixels.dtype == torch.uint8 else (255 * pixels).round().byte()
-        patch = self.patch / scale
+        patch = self._patch_side(pixels, window, scale)
         return Job(name, whole, self.probabilities(logits), shown, context, patch)
+
+    def _patch_side(self, pixels: Tensor, window: int, scale: float) -> float:
+        """Side of a patch in pixels of an image whose windows reach the network enlarged by
+        ``scale``, and the backbone perhaps resized once more; of the mean area."""
+        height, width = (max(1, round(min(side, window) * scale)) for side in pixels.shape[1:])
+        extent, grid = self.backbone.extent((height, width)), self.backbone.grid((height, width))
+        return math.sqrt(math.prod(extent) / math.prod(grid)) / scale
 
     def check_size(self, pixels: Tensor, name: object = "image") -> None:
         """Raise a UserError that names the image if it is smaller than a patch."""

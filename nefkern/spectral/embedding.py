@@ -8,6 +8,7 @@ by Nyström's extension (:mod:`nefkern.spectral.nystrom`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -128,6 +129,11 @@ class Embedding:
             checks.dtype("rows", self.rows, ROW_DTYPES)
         if (self.widths is not None) != (self.affinity == "gaussian"):
             raise ValueError(f"widths: expected with affinity 'gaussian', got {self.affinity!r}")
+
+    @functools.cached_property
+    def size(self) -> Tensor:
+        """Root mean square of the values of V, a number on its device."""
+        return self.vectors.square().mean().sqrt().clamp_min(1e-30)
 
     def coordinates(self) -> Tensor:
         """D^(-1/2) V, ``[N, m]``: eigenvectors of the random walk D^(-1) A, constant on a component

@@ -23,6 +23,7 @@ as the objective takes it, is p R̂ over the estimate of p times the squared nor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from nefkern.data.loader import generator_of
 from nefkern.ops import CSRGraph
 from nefkern.reference.csr import row_of_entry
 from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime.states import FLOATS, INTEGERS, check_state
 from nefkern.spectral.embedding import neighbour_lists
 from nefkern.training.digests import graph_digest
 from nefkern.training.options import TrainOptions
@@ -165,6 +167,15 @@ def _drawn(weights: Tensor, count: int, generator: Generator) -> Tensor:
     return (noise.log() / weights.double().clamp_min(1e-280)).topk(count).indices
 
 
+#: Of the file that :meth:`DatasetGraph.save` writes.
+_STATE = {
+    "row_offsets": (INTEGERS, "N"),
+    "columns": (INTEGERS, "E"),
+    "values": (FLOATS, "E"),
+    "crops": (INTEGERS, "n 2"),
+}
+
+
 @dataclass
 class DatasetGraph:
     """The data set's κ, and which crops its nodes are patches of.
@@ -238,9 +249,13 @@ class DatasetGraph:
         if found is None:
             return None
         try:
-            crops = found.pop("crops")
-            nodes = len(found["row_offsets"]) - 1
-            return cls(CSRGraph(**found, num_nodes=nodes, symmetric=True), crops)
+            check_state(found, _STATE)
+            crops, nodes = found["crops"], len(found["row_offsets"]) - 1
+            if not len(crops) or nodes % len(crops):
+                raise ValueError(f"crops: expected a divisor of {nodes} nodes, got {len(crops)}")
+            offsets, columns, values = (found[n] for n in ("row_offsets", "columns", "values"))
+            graph = CSRGraph(offsets, columns, values, nodes).validate()
+            return cls(dataclasses.replace(graph, symmetric=True), crops)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{run.path(GRAPH)}: not a graph ({first_line(error)}); remove it, and --resume "
@@ -295,7 +310,8 @@ class DatasetEdges:
         of a batch of images drawn one by one."""
         sampler, weights = self._sampler(batch_size), self.dataset_graph.weights
         images = len(weights)
-        seen = (sampler.inclusion(torch.arange(images)) * weights).sum() / weights.sum()
+        seen = (sampler.inclusion(torch.arange(images)) * weights).sum()
+        seen = seen / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)  # perhaps no edge
         size = min(batch_size, images)
         alone = size * (size - 1) / max(1, images * (images - 1))
         return float(seen), float(seen) / max(alone, 1e-12)

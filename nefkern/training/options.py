@@ -506,7 +506,9 @@ class TrainOptions:
 
     def run_folder(self) -> Path:
         """Where the run goes."""
-        name = Path(self.data_root).name if self.data == "folder" and self.data_root else self.data
+        name = self.data
+        if self.data == "folder" and self.data_root:
+            name = os.path.basename(os.path.abspath(self.data_root)) or name  # of "." too
         return Path(self.out or f"runs/{name}-{self.backbone.replace('/', '_')}")
 
     def check(self) -> None:

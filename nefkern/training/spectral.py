@@ -284,10 +284,10 @@ class SpectralTrainer:
 
     def _eigenpairs(self) -> tuple[Tensors, Facts]:
         """Leading eigenpairs of κ over all patches."""
-        rows, device = self.tensors["rows"], self.parts.device
+        rows = self.tensors["rows"].to(self.parts.device)
         k, started = self._neighbours(len(rows)), time.perf_counter()
         log.info("the %d nearest of %d patches", k, len(rows))
-        lists = neighbour_lists(rows.to(device), k, "cosine")
+        lists = neighbour_lists(rows, k, "cosine")
         searched = time.perf_counter()
         self._heed()
         graph = self._kappa(lists)
@@ -302,7 +302,7 @@ class SpectralTrainer:
             pairs.vectors.contiguous(),
             pairs.residuals,
             degrees(lists.indices, lists.similarities, len(rows)),
-            rows=rows.to(device),
+            rows=rows,
             k=k,
             alpha=self.options.alpha if self._pairs else 0.0,
         )

@@ -182,7 +182,7 @@ class SpectralModel:
 
     def size(self) -> Tensor:
         """Root mean square of the eigenvectors' values."""
-        return self.embedding.vectors.square().mean().sqrt().clamp_min(1e-30)
+        return self.embedding.size
 
     @torch.no_grad()
     def functions(self, features: Features, images: Tensor) -> Tensor:

@@ -529,8 +529,8 @@ def test_cache_computes_a_broken_entry_again(backbone, images, tmp_path):
 
 
 def test_cache_key_changes_with_pixels_weights_and_options(backbone, images, tmp_path):
-    def path(backbone=backbone, image=images[0], amp=False):
-        return FeatureCache(tmp_path, backbone, amp=amp)._path(image)
+    def path(backbone=backbone, image=images[0], amp=False, tf32=True):
+        return FeatureCache(tmp_path, backbone, amp=amp, tf32=tf32)._path(image)
 
     other = images[0].clone()
     other[0, 0, 0] ^= 1
@@ -548,6 +548,7 @@ def test_cache_key_changes_with_pixels_weights_and_options(backbone, images, tmp
         path(image=images[0].reshape(3, 100, 70)),
         path(image=images[0].float()),
         path(amp=True),
+        path(tf32=False),
         path(backbone=load_backbone("test_vit", "random", high="keys")),
         path(backbone=load_backbone("test_vit", "random", high="keys:4")),
         path(backbone=load_backbone("test_vit", "random", high="block:5")),

@@ -21,6 +21,15 @@ def test_totals_are_those_of_the_tables():
     assert counts.annotated().tolist() == [5, 0, 5]
 
 
+def test_an_image_more_counts_in_what_was_asked_for_before():
+    counts = counted()
+    before = counts.cells()
+    assert counts.cells() is before, "joined once"
+    counts.add(TABLES[2])
+    assert torch.equal(counts.total(), TABLES.sum(0) + TABLES[2])
+    assert counts.annotated().tolist() == [5, 0, 5, 5]
+
+
 def test_only_cells_that_are_not_0_are_kept():
     assert [len(cells) for cells, _ in counted().images] == [2, 0, 2]
     image, cluster, label, pixels = counted().cells()

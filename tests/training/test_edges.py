@@ -299,6 +299,38 @@ def test_a_damaged_graph(joined, content):
         DatasetGraph.load(Run(options.out))
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("crops", lambda crops: crops[:0]),
+        ("crops", lambda crops: crops[:-1]),
+        ("crops", lambda crops: crops.flatten()),
+        ("columns", lambda columns: columns + 1000),
+        ("values", lambda values: values * torch.nan),
+        ("row_offsets", lambda offsets: offsets.flip(0)),
+    ],
+)
+def test_a_graph_that_is_none(joined, name, changed):
+    """Whole, with a checksum of its own, but of content that no graph has."""
+    options = joined(epochs=1)
+    start(options)._look_at_the_data_set()
+    run = Run(options.out)
+    tensors = run.load_tensors(GRAPH)
+    assert DatasetGraph.load(run).kappa.symmetric
+    run.save_tensors(GRAPH, {**tensors, name: changed(tensors[name])})
+    with pytest.raises(UserError, match=f"{GRAPH}: not a graph .*{name}.*--resume makes it anew"):
+        DatasetGraph.load(run)
+
+
+def test_images_that_nothing_joins(joined):
+    """All neighbours of every patch lie in its own image: a batch sees none of nothing."""
+    trainer = start(joined(epochs=1))
+    trainer._look_at_the_data_set()
+    graph = trainer.edges.dataset_graph
+    graph.__dict__["weights"] = torch.zeros_like(graph.weights)
+    assert trainer.edges.covered(4) == (0, 0)
+
+
 def test_gradients_of_several_graphs_are_refused(joined):
     with pytest.raises(UserError, match="--accumulate 2: expected 1 with --edges dataset"):
         joined(accumulate=2)

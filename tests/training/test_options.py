@@ -280,3 +280,11 @@ def test_run_folder_names():
     assert str(TrainOptions(backbone="hf/model").run_folder()) == "runs/samples-hf_model"
     named = TrainOptions(data="folder", data_root="/a/voc/", backbone="b")
     assert str(named.run_folder()) == "runs/voc-b"
+
+
+@pytest.mark.parametrize("root", [".", "inside/.."])
+def test_the_run_of_the_current_folder_has_its_name(root, tmp_path, monkeypatch):
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    options = TrainOptions(data="folder", data_root=root, backbone="b")
+    assert str(options.run_folder()) == "runs/birds-b"

@@ -25,6 +25,7 @@ from nefkern.runtime import files
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.upsample import upsample_at
+from nefkern.segmentation.windows import Replay
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import CHECKPOINT, CONFIG, METRICS, Run
 from nefkern.training.step import TrainingStep
@@ -723,6 +724,10 @@ def test_segmenter_of_resized_images_and_blocks_side_by_side(tiny, images):
     whole = upsample_at(maps.logits[0], maps.padded, torch.arange(70), torch.arange(100))
     assert torch.equal(segmenter.logits(images[0], window=100).argmax(0), whole.argmax(0))
     assert segmenter(images[0][:, :, :70]).shape == (70, 70)
+    # What draws edges hears of cells in the image's own pixels: 80 of the network's are 70.
+    predict, *cut = segmenter.at_training_scale(images[0])
+    job = segmenter.refinable(Replay(predict), *cut, segmenter.training_scale(images[0]), name="")
+    assert job.patch == pytest.approx(16 * 70 / 80, rel=0.01)
 
 
 def test_segmenter_takes_every_form_of_an_image(tiny, photos, tmp_path):
