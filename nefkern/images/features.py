@@ -26,7 +26,7 @@ from nefkern.images.layers import Layer, parse_high, parse_input_size
 from nefkern.images.probe import PYRAMID_STRIDE, Input, feature_info, is_isotropic, probe
 from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError, first_line
-from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.files import make_folder, remove_parts, replace_file
 from nefkern.runtime.hub import go_offline_without_network
 from nefkern.runtime.precision import float32_products
 
@@ -617,6 +617,10 @@ def _prepared(model: nn.Module, *, half: bool, channels_last: bool) -> nn.Module
     return twin
 
 
+#: Seconds after which nobody writes at part of an entry any more.
+_ABANDONED = 86400.0
+
+
 class FeatureCache:
     """Feature maps on disk, keyed by content: pixels, weights, and the options that made them.
 
@@ -649,6 +653,8 @@ class FeatureCache:
         self._extract: Callable[[Tensor], Features] | None = None
         self._folders = [f for f in dict.fromkeys((folder, also)) if f is not None]
         self.hits = self.misses = 0
+        if folder is not None:  # others may be writing there
+            remove_parts(folder, "*/.*.part", older=_ABANDONED)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,16 @@ def replace_file(path: Path, content: bytes | str) -> None:
             part.unlink()
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of :func:`replace_file` in ``folder``."""
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
+def remove_parts(folder: Path, pattern: str = ".*.part", *, older: float = 0.0) -> None:
+    """Remove what killed processes left of :func:`replace_file` in ``folder``.
+
+    Args:
+        pattern: of their paths below it; what a link there leads to outside stays.
+        older: seconds that a part must have lain there: where living processes write as well.
+    """
+    inside = folder.resolve()
+    for part in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # its process has just moved it, or it isn't ours
+            old = not older or time.time() - part.stat().st_mtime > older
+            if old and part.parent.resolve().is_relative_to(inside):
+                part.unlink()

@@ -39,6 +39,9 @@ CLUSTERS, GRAPH = "clusters.safetensors", "graph.safetensors"
 #: What others verify a run by: :mod:`nefkern.training.proof`.
 STEPS, STATES = "steps.jsonl", "steps"
 
+#: The folder of a run's own feature cache.
+FEATURES = "features"
+
 #: The backbone's weights, of runs that brought them along from the model hub.
 BACKBONE = "backbone.safetensors"
 
@@ -130,7 +133,7 @@ class Run:
             run._fall_back()
             if run.path(CHECKPOINT).exists():
                 run._check_same(options, longer)
-        remove_parts(run.folder)
+        remove_parts(run.folder, "**/.*.part")
         return run
 
     def path(self, name: str) -> Path:
@@ -387,7 +390,7 @@ class Run:
             return Path(options.feature_cache)
         if options.method == "spectral":
             return None  # sees each crop once, and keeps what it needs of it
-        return self.path("features") if options.num_views else None
+        return self.path(FEATURES) if options.num_views else None
 
     def load_state(self, metadata: dict[str, str]) -> dict[str, Any]:
         """The optimiser's state that belongs to a checkpoint of these metadata.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from pathlib import Path
 
 import pytest
 
-from nefkern.runtime.files import replace_file
+from nefkern.runtime.files import remove_parts, replace_file
 
 
 def test_the_old_file_or_the_new(tmp_path, monkeypatch):
@@ -38,3 +40,23 @@ def test_a_disk_that_can_only_be_read_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Read-only") as error:
         replace_file(tmp_path / "a.txt", "content")
     assert error.value.filename == str(tmp_path / "a.txt")
+
+
+def test_parts_of_killed_processes_go(tmp_path):
+    def part(path: str, age: float = 0.0) -> Path:
+        path = tmp_path / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    old, new = part("run/ab/.entry.0.part", 7200), part("run/ab/.entry.1.part")
+    above, elsewhere = part("run/.state.2.part"), part("elsewhere/.other.3.part")
+    whole = part("run/ab/entry")
+    (tmp_path / "run/link").symlink_to(tmp_path / "elsewhere")
+    remove_parts(tmp_path / "run", "*/.*.part", older=3600)
+    assert [p.exists() for p in (old, new, above, elsewhere, whole)] == [False, *[True] * 4]
+    remove_parts(tmp_path / "run", "*/.*.part")
+    assert [p.exists() for p in (new, above, elsewhere, whole)] == [False, *[True] * 3]
+    remove_parts(tmp_path / "run")
+    assert not above.exists()

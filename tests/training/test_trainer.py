@@ -27,7 +27,7 @@ from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.upsample import upsample_at
 from nefkern.segmentation.windows import Replay
 from nefkern.training.options import TrainOptions
-from nefkern.training.runs import CHECKPOINT, CONFIG, METRICS, Run
+from nefkern.training.runs import CHECKPOINT, CONFIG, FEATURES, METRICS, Run
 from nefkern.training.step import TrainingStep
 from nefkern.training.trainer import Trainer
 from tests.training.outcomes import assert_same, outcome
@@ -481,6 +481,19 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     assert len(set(steps)) > 3, "killed at different moments"
     files.remove_parts(tmp_path)
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_resume_removes_the_parts_that_a_kill_left(tiny):
+    options = tiny(epochs=1)
+    run = Run.create(options)
+    run.write_config(options)
+    parts = [run.folder / ".metrics.0.part", run.path(FEATURES) / "ab" / ".entry.0.part"]
+    for part in parts:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(b"half")
+    del run  # and its lock
+    Run.create(tiny(epochs=1, resume=True))
+    assert not any(part.exists() for part in parts)
 
 
 @pytest.mark.parametrize("failing", range(4))
