@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,10 +20,35 @@ def float32_products(device: torch.device | str, *, tf32: bool) -> Iterator[None
         yield
         return
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    # By the new name where the old one may refuse to be read, set by the old one, which sets both.
-    before = products.fp32_precision == "tf32", convolutions.allow_tf32
+    # Read by the new names, where the old ones refuse once a caller has used the new; set by the
+    # old ones, which set both.
+    switches = products, convolutions.conv, convolutions.rnn
+    before = [switch.fp32_precision for switch in switches]
     products.allow_tf32 = convolutions.allow_tf32 = tf32
     try:
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
+        products.allow_tf32, convolutions.allow_tf32 = (kind == "tf32" for kind in before[:2])
+        _put_back(switches, before)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Have matrix products of float32 done in float32 on every device, whatever is switched on."""
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        by_old_name = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it refuses once a caller has used the new names
+        by_old_name = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(by_old_name)
+        _put_back(switches, before)
+
+
+def _put_back(switches: tuple[Any, ...], before: list[str]) -> None:
+    for switch, kind in zip(switches, before, strict=True):
+        switch.fp32_precision = kind

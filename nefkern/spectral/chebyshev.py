@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nefkern.ops import CSRGraph, spmm
+from nefkern.runtime.precision import exact_products
 
 log = logging.getLogger(__name__)
 
@@ -278,10 +279,5 @@ def _random(graph: CSRGraph, width: int, dtype: torch.dtype, generator: torch.Ge
 @contextlib.contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
     """Matrix products in the precision of their operands, whatever the caller has switched on."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with exact_products(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
