@@ -1,8 +1,11 @@
-"""Which device a command runs on, and how many cores it has."""
+"""Which device a command runs on, and how many cores and how much memory it has."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -37,6 +40,45 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: not usable on this machine ({first_line(error)})"
         ) from None
     return device
+
+
+def memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may use: the machine's, or less where its control group has a limit,
+    as those of containers and batch jobs do.
+
+    Args:
+        root: where the system's files are.
+    """
+    return min([_machine_memory(), *_memory_limits(root)])
+
+
+def _machine_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 1 << 62
+
+
+def _memory_limits(root: Path) -> Iterator[int]:
+    """Those of this process's control group and of all groups that hold it, version 2 and 1.
+
+    A container sees its own group as the root, whatever the path that the kernel tells."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "":
+            mount, name = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = PurePosixPath(path.lstrip("/"))
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                yield int((root / mount / folder / name).read_text())
 
 
 def cores() -> int:

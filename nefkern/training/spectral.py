@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from nefkern.images.graph import pixel_neighbours, resolve_neighbours
 from nefkern.ops import CSRGraph
 from nefkern.reference.knn import unit_rows
 from nefkern.runtime import distributed
+from nefkern.runtime.devices import memory
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.progress import image_bar
 from nefkern.spectral.eigenpairs import leading_eigenpairs
@@ -212,11 +212,11 @@ class SpectralTrainer:
                     f"--{flag} {number}: expected at most {patches}, the patches of all images"
                 )
         channels = self.backbone.concat_dim if self._every else self.backbone.dim
-        need, has = self._bytes(patches, channels, k), _memory()
+        need, has = self._bytes(patches, channels, k), memory()
         if need > has:
             raise UserError(
-                f"{self.flag}: a graph of {patches} patches needs about {need >> 30} GiB, this "
-                f"machine has {has >> 30}; lower --crop, {self.k_flag} or -K, or {self.way_out}"
+                f"{self.flag}: a graph of {patches} patches needs about {need >> 30} GiB, of "
+                f"which there are {has >> 30}; lower --crop, {self.k_flag} or -K, or {self.way_out}"
             )
 
     def _bytes(self, patches: int, channels: int, k: int) -> int:
@@ -402,11 +402,3 @@ class SpectralTrainer:
             scale=ChannelScale(**scale) if scale else None,
             every=self._every,
         )
-
-
-def _memory() -> int:
-    """Bytes of this machine."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return 1 << 62

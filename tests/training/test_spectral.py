@@ -322,7 +322,7 @@ def test_what_the_data_set_cannot_carry(spectral, changes, message):
 
 
 def test_more_than_memory_is_refused(spectral, monkeypatch):
-    monkeypatch.setattr("nefkern.training.spectral._memory", lambda: 1 << 10)
+    monkeypatch.setattr("nefkern.training.spectral.memory", lambda: 1 << 10)
     with pytest.raises(UserError, match=r"needs about .* GiB.*--method neural"):
         computed(spectral())
 
