@@ -30,7 +30,9 @@ class Interrupts:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Within this block the first signal is noted only; a second one ends the work at once."""
+        """Within this block the first signal is noted only; a second one ends the work at once.
+
+        A signal that a program which embeds Python handles by itself is left to it."""
         owner, first = os.getpid(), 0.0
 
         def note(number: int, frame: Any) -> None:
@@ -49,8 +51,12 @@ class Interrupts:
 
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is None:  # not Python's, but of the program that runs it: stays as it is,
+                continue  # for it could not be put back
             with contextlib.suppress(ValueError):  # not in the main thread
-                before[number] = signal.signal(number, note)
+                signal.signal(number, note)
+                before[number] = handler
         try:
             yield
         finally:

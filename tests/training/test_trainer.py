@@ -26,6 +26,7 @@ from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.upsample import upsample_at
 from nefkern.segmentation.windows import Replay
+from nefkern.training.interrupts import Interrupts
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import CHECKPOINT, CONFIG, FEATURES, METRICS, Run
 from nefkern.training.step import TrainingStep
@@ -283,6 +284,19 @@ def test_handlers_are_put_back(tiny):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     start(tiny(epochs=1)).train()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    """``signal.signal`` gives None for it, and takes no None back."""
+    before = signal.getsignal(signal.SIGTERM)
+    real = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGTERM else real(n))
+    interrupts = Interrupts()
+    with interrupts.noted():
+        assert real(signal.SIGTERM) is before
+        signal.raise_signal(signal.SIGINT)
+    assert interrupts.received
+    assert real(signal.SIGTERM) is before
 
 
 # ---- the run folder
