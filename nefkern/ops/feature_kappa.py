@@ -32,8 +32,8 @@ def feature_kappa(
 
     Differentiable in ``features``, as often as wanted, with the neighbours held fixed (a similarity
     moves continuously, the set of neighbours jumps): then the graph's values carry the gradient,
-    and the similarities are computed by :func:`neighbour_similarities` in place of ``knn``. Memory
-    is O(N (k + C)) in every direction.
+    and the similarities are computed by :func:`neighbour_similarities` in place of ``knn``; so they
+    are within ``torch.func``'s transforms. Memory is O(N (k + C)) in every direction.
 
     Args:
         features: F [N, C], float16, bfloat16, float32 or float64.
@@ -55,7 +55,9 @@ def feature_kappa(
         raise ValueError(f"symmetrize: expected 'mean' with pixel_indices, got {symmetrize!r}")
     checks.tensor("features", features)
     weights, indices = knn(features.detach(), k, segments=segments)
-    if features.requires_grad and torch.is_grad_enabled():
+    # Within torch.vmap a tensor does not tell whether something outside asks for its gradient, and
+    # a tangent that was dropped here would be missed by nobody.
+    if registry.transformed() or (features.requires_grad and torch.is_grad_enabled()):
         weights = _similarities(features, indices)
     options: dict[str, Any] = {"num_nodes": features.shape[0], "clamp_min": clamp_min}
     if pixel_indices is None:
@@ -66,8 +68,9 @@ def feature_kappa(
 def neighbour_similarities(features: Tensor, indices: Tensor) -> Tensor:
     """The cosine similarity of every row with the rows it lists, differentiable in ``features``.
 
-    <x_i, x_j> / (|x_i| |x_j|), 0 where x_i or x_j is zero (and its gradient too). Entries may be of
-    any size. The rows' neighbours are never gathered into an [N, k, C] tensor, forward or backward.
+    <x_i, x_j> / (|x_i| |x_j|), 0 where x_i or x_j is zero (and its gradient too), NaN where one is
+    not finite. Entries may be of any size. The rows' neighbours are never gathered into an
+    [N, k, C] tensor, forward or backward.
 
     Args:
         features: [N, C], float16, bfloat16, float32 or float64.
@@ -87,7 +90,8 @@ def neighbour_similarities(features: Tensor, indices: Tensor) -> Tensor:
     n = features.shape[0]
     checks.shape("indices", indices, n, "k")
     checks.device("indices", indices, features, "features")
-    if not torch.compiler.is_compiling():  # it reads the content; sddmm refuses it too
+    # It reads the content, which tracing and torch.vmap do not let it; sddmm refuses it too.
+    if not (torch.compiler.is_compiling() or registry.transformed()):
         check_indices(indices, n)
     return _similarities(features, indices)
 
@@ -102,14 +106,15 @@ def _similarities(features: Tensor, indices: Tensor) -> Tensor:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """[N, C]: rows of length 1 in float32 or float64, rows of zeros left as they are.
+    """[N, C]: rows of length 1 in float32 or float64, rows of zeros left as they are, and NaN in
+    the place of rows that are not finite.
 
     Divided by their largest entry first, so that no square overflows or vanishes."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if x.shape[1] == 0:
         return x
     largest = x.detach().abs().amax(1, keepdim=True)
-    nonzero = largest > 0
+    nonzero = largest != 0
     x = torch.where(nonzero, x / torch.where(nonzero, largest, 1.0), 0.0)
     length = torch.where(nonzero, x.square().sum(1, keepdim=True), 1.0).sqrt()
     return x / length

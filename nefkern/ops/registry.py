@@ -136,6 +136,8 @@ def _one_by_one(name: str, size: int, dims: tuple, args: tuple) -> tuple[Any, An
     def slices(arg, dim):
         return [arg] * size if dim is None else arg.unbind(dim)
 
+    if size == 0:
+        raise NotImplementedError(f"{name}: torch.vmap over no slices is not implemented")
     calls = zip(*map(slices, args, dims), strict=True)
     results = [call(name, *one) for one in calls]
     if isinstance(results[0], Tensor):
@@ -156,10 +158,14 @@ def call(name: str, *args: Any) -> Any:
     - ``torch.compile``: a number that may change from call to call goes into the graph as a tensor.
       To a ``float`` argument PyTorch would hand the number of today, and compile anew for the next.
     """
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed and name in _functions:
+    if transformed() and name in _functions:
         return _functions[name].apply(*args)
     return _operator(name, args)
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func``, or forward mode, is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _operator(name: str, args: tuple) -> Any:

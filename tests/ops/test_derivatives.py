@@ -177,6 +177,12 @@ def test_vmap(case):
     torch.testing.assert_close(found, torch.stack(each))
 
 
+def test_vmap_over_nothing_is_refused():
+    graph = ops.normalized_adjacency(torch.tensor([[1], [0]]), num_nodes=2)
+    with pytest.raises(NotImplementedError, match=r"^spmm: torch\.vmap over no slices"):
+        torch.vmap(lambda x: ops.spmm(graph, x))(torch.zeros(0, 2, 3))
+
+
 def test_func_grad_passes_by_what_is_not_differentiable():
     x = numbers(9, 3).detach()
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -523,6 +523,45 @@ def test_compiled_and_by_torch_func():
     compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
     (found,) = torch.autograd.grad(compiled(leaf), leaf)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*input value tensor is non-contiguous")  # of torch.vmap's own
+def test_gradients_come_through_vmap_and_tangents_are_refused():
+    """Neither is dropped where a tensor does not tell that it is asked for."""
+    features = torch.rand(2, 9, 4, dtype=torch.float64)  # all neighbours count: sizes are equal
+
+    def value(features):
+        return feature_kappa(features, 8).values.square().sum()
+
+    def values(features):
+        return torch.vmap(value)(features).sum()
+
+    wanted = torch.stack([torch.func.grad(value)(one) for one in features])
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(torch.func.grad(values)(features), wanted)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(value))(features), wanted)
+    leaf = features.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(values(leaf), leaf)[0], wanted)
+    one = features[0]
+    with pytest.raises(NotImplementedError, match="sddmm: forward-mode"):
+        torch.func.jvp(value, (one,), (one,))
+    with pytest.raises(NotImplementedError, match="sddmm: forward-mode"), forward_ad.dual_level():
+        value(forward_ad.make_dual(one, one))
+
+
+def test_similarities_of_listed_rows_that_are_not_finite():
+    for bad in (torch.nan, torch.inf):
+        features = torch.tensor([[1.0, 2.0], [1.0, bad], [0.0, 0.0]])
+        found = neighbour_similarities(features, torch.tensor([[0, 1], [0, 2], [0, -1]]))
+        assert found.isnan().tolist() == [[False, True], [True, True], [False, False]]
+
+
+def test_similarities_of_lists_by_vmap():
+    features = torch.randn(6, 3)
+    indices = torch.randint(-1, 6, (4, 6, 2))
+    found = torch.vmap(neighbour_similarities, (None, 0))(features, indices)
+    each = [neighbour_similarities(features, one) for one in indices]
+    torch.testing.assert_close(found, torch.stack(each))
 
 
 def test_bad_arguments():
