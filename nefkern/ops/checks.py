@@ -62,10 +62,17 @@ def integer(name: str, value: Any, least: int) -> int:
     if number is None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
+        raise ValueError(f"{name}: expected at least {least}, got {_shown(number)}")
     if isinstance(number, int) and number > _MAX_INT:
-        raise ValueError(f"{name}: expected less than 2^63, got {str(number)[:40]}")
+        raise ValueError(f"{name}: expected less than 2^63, got {_shown(number)}")
     return number
+
+
+def _shown(number: Any) -> str:
+    """Python writes no integer of more than 4,300 digits."""
+    if isinstance(number, int) and number.bit_length() > 128:
+        return f"an integer of {number.bit_length()} bits"
+    return str(number)
 
 
 def flag(name: str, value: object) -> bool:
@@ -95,7 +102,10 @@ def finite_number(name: str, value: Any, least: float = -math.inf) -> float:
     if not isinstance(value, (float, torch.SymFloat)):
         if isinstance(value, bool) or not _is_real(value):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer, or a fraction, beyond the largest float
+            number = math.inf if value > 0 else -math.inf
     if not (-math.inf < number < math.inf and number >= least):
         wanted = (
             "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"

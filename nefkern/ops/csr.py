@@ -54,6 +54,7 @@ class CSRGraph:
             checks.tensor(name, getattr(self, name))
         # The dataclass is frozen for everybody else.
         object.__setattr__(self, "num_nodes", checks.integer("num_nodes", self.num_nodes, 0))
+        object.__setattr__(self, "symmetric", checks.flag("symmetric", self.symmetric))
         if self.row_offsets.dtype != torch.int64:
             raise TypeError(f"row_offsets: expected int64, got {self.row_offsets.dtype}")
         if self.columns.dtype != torch.int32:

@@ -79,3 +79,17 @@ def test_what_is_no_float(name):
     for bad in (np.float32("nan"), float("inf"), -np.float64("inf")):
         with pytest.raises(ValueError, match=f"^{argument}: expected a finite number"):
             call(bad)
+    for bad in (10**400, fractions.Fraction(-(10**400), 3)):
+        with pytest.raises(ValueError, match=f"^{argument}: expected a finite number.*got -?inf"):
+            call(bad)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_too_long_to_be_written_are_named(name):
+    argument = name.split()[1]
+    with pytest.raises(
+        ValueError, match=f"^{argument}: expected less than 2.63, got an integer of"
+    ):
+        INTEGERS[name](10**5000)
+    with pytest.raises(ValueError, match=f"^{argument}: expected at least ., got an integer of"):
+        INTEGERS[name](-(10**5000))

@@ -98,6 +98,9 @@ def test_construction_checks_shapes_and_dtypes():
         CSRGraph(good.row_offsets, good.columns, good.values.half(), 2)
     with pytest.raises(ValueError, match=r"row_offsets: expected shape \[4\]"):
         CSRGraph(good.row_offsets, good.columns, good.values, 3)
+    with pytest.raises(TypeError, match="symmetric: expected True or False, got str"):
+        CSRGraph(*good.tensors(), 2, "no")
+    assert CSRGraph(*good.tensors(), 2, np.True_).symmetric is True
     with pytest.raises(ValueError, match=r"matrix: expected shape \[N, N\]"):
         CSRGraph.from_torch(torch.zeros(2, 3))
     with pytest.raises(TypeError, match="matrix: expected a scipy sparse matrix"):
