@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nefkern.ops import CSRGraph
+from nefkern.ops import CSRGraph, checks
 from nefkern.ops.csr import check_graph
 from nefkern.spectral.chebyshev import leading_by_filter
 
@@ -87,11 +87,11 @@ def leading_eigenpairs(
         graph's values are or ``tol`` is below 1e-5, else float32.
 
     Raises:
-        TypeError: ``graph`` is no CSRGraph.
+        TypeError: ``graph`` is no CSRGraph, or another argument no number of its kind.
         ValueError: a graph not marked symmetric or with values that are not finite; m or another
             argument out of range.
     """
-    _check(graph, count, tol, max_rounds)
+    count, max_rounds = _checked(graph, count, tol, max_rounds)
     n = graph.num_nodes
     wide = graph.dtype == torch.float64 or tol < _FLOAT32_TOL
     dtype = torch.float64 if wide else torch.float32
@@ -109,18 +109,19 @@ def leading_eigenpairs(
     return pairs._replace(vectors=_signed(pairs.vectors).to(graph.device, dtype))
 
 
-def _check(graph: CSRGraph, count: int, tol: float, max_rounds: int) -> None:
+def _checked(graph: CSRGraph, count: int, tol: float, max_rounds: int) -> tuple[int, int]:
     check_graph("graph", graph)
     if not graph.symmetric:
         raise ValueError("graph: expected a symmetric one, got symmetric=False")
-    if not 1 <= count <= graph.num_nodes:
+    count = checks.integer("count", count, 1)
+    if count > graph.num_nodes:
         raise ValueError(f"count: expected 1 to {graph.num_nodes}, the graph's nodes, got {count}")
     if not 0 <= tol < 1:
         raise ValueError(f"tol: expected a number from 0 to below 1, got {tol}")
-    if max_rounds < 1:
-        raise ValueError(f"max_rounds: expected at least 1, got {max_rounds}")
+    max_rounds = checks.integer("max_rounds", max_rounds, 1)
     if not bool(graph.values.isfinite().all()):
         raise ValueError("graph: expected finite values, got NaN or inf")
+    return count, max_rounds
 
 
 def _exact(graph: CSRGraph, count: int, *, dense: bool, seed: int) -> EigenPairs:
@@ -204,9 +205,13 @@ def span_fit(psi: Tensor, graph: CSRGraph, vectors: Tensor) -> SpanFit:
         psi: ``[N, K]``, any scale.
         graph: κ over the same N rows.
         vectors: V, orthonormal ``[N, m]``, see :func:`leading_eigenpairs`.
+
+    Raises:
+        ValueError: ``psi`` holds a value that isn't finite.
     """
     from scipy.linalg import subspace_angles
 
+    checks.finite("psi", psi)  # a column of NaN would count as a dead one
     psi, vectors = (matrix.detach().cpu().double() for matrix in (psi, vectors))
     norms = psi.norm(dim=0)
     u = psi[:, norms > 0] / norms[norms > 0]

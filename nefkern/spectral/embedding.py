@@ -127,6 +127,8 @@ class Embedding:
         if self.rows is not None:
             checks.shape("rows", self.rows, n, "C")
             checks.dtype("rows", self.rows, ROW_DTYPES)
+        if self.widths is not None:
+            checks.shape("widths", self.widths, n)
         if (self.widths is not None) != (self.affinity == "gaussian"):
             raise ValueError(f"widths: expected with affinity 'gaussian', got {self.affinity!r}")
 
@@ -278,7 +280,7 @@ def embed(
     Args:
         rows: ``[N, C]``, floating point, finite, on any device.
         count: m, from 1 to N.
-        k: neighbours of a row, itself excluded.
+        k: neighbours of a row, itself excluded; all others where there are fewer.
         affinity: see :func:`neighbour_lists`.
         second: P, a normalised symmetric graph over the same rows; None: no such term.
         alpha: its weight.
@@ -298,7 +300,8 @@ def embed(
             f"got {rows.abs().max().item():g}"
         )
     found = embed_lists(lists, count, second=second, alpha=alpha, tol=tol, seed=seed)
-    return dataclasses.replace(found, rows=kept, widths=lists.widths, k=int(k), affinity=affinity)
+    k = min(int(k), max(1, len(rows) - 1))  # as many as the lists hold
+    return dataclasses.replace(found, rows=kept, widths=lists.widths, k=k, affinity=affinity)
 
 
 @torch.no_grad()
@@ -365,9 +368,11 @@ def _similarities(
     elif affinity == "connectivity":
         found = torch.ones_like(values)
     else:
-        square = widths[:, None] * other_widths[indices.long().clamp_min(0)]
+        # d²/(σ_i σ_j) as a product of ratios: squares of small or large distances leave the range.
+        other = other_widths[indices.long().clamp_min(0)]
+        exponent = (values / widths[:, None]) * (values / other)
         # Where a width is 0 only duplicates are near: 1 for them, 0 for all others.
-        found = torch.where(values > 0, (-values.square() / square).exp(), 1)
+        found = torch.where(values > 0, (-exponent).exp(), 1)
     return found.masked_fill_(missing, 0).float()
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from nefkern.ops import checks
 from nefkern.spectral.embedding import Embedding
 
 #: Neighbours among the landmarks at least: fewer are noisy, and more reach too far.
@@ -36,12 +37,11 @@ def landmarks(embedding: Embedding, count: int, seed: int = 0) -> Embedding:
         seed: of the choice.
 
     Raises:
-        ValueError: no rows were kept, or a count below 1.
+        TypeError, ValueError: no rows were kept; a count that is no int, or below 1.
     """
     if embedding.rows is None:
         raise ValueError("embedding: expected one with rows, got rows=None")
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
+    count = checks.integer("count", count, 1)
     total = len(embedding.rows)
     if count >= total:
         return embedding

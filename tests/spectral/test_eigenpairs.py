@@ -184,6 +184,20 @@ def test_precision_does_not_follow_what_the_caller_switched_on():
     assert torch.equal(found.vectors, expected.vectors)
 
 
+def test_precision_may_have_been_switched_by_the_new_names():
+    """Once they are used, PyTorch refuses to be asked by the old ones."""
+    graph = with_spectrum(torch.linspace(1, -1, N))
+    expected = leading_eigenpairs(graph, 5, tol=1e-4)
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
+    try:
+        found = leading_eigenpairs(graph, 5, tol=1e-4)
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = "none"
+    assert torch.equal(found.vectors, expected.vectors)
+
+
 def test_cholesky_gives_way_to_reflections_where_columns_depend():
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(200, 3, generator=generator)
@@ -250,9 +264,14 @@ def test_an_empty_graph_has_a_basis(n, stored):
 
 def test_wrong_arguments_are_named():
     graph = clustered_graph(n=30)
-    for count in (0, 31):
-        with pytest.raises(ValueError, match=f"count: expected 1 to 30.*got {count}"):
-            leading_eigenpairs(graph, count)
+    with pytest.raises(ValueError, match="count: expected 1 to 30, the graph's nodes, got 31"):
+        leading_eigenpairs(graph, 31)
+    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+        leading_eigenpairs(graph, 0)
+    with pytest.raises(TypeError, match="count: expected an int, got float"):
+        leading_eigenpairs(graph, 2.5)
+    with pytest.raises(TypeError, match="max_rounds: expected an int, got float"):
+        leading_eigenpairs(graph, 2, max_rounds=2.5)
     for tol in (-1e-3, 1.0, math.nan):
         with pytest.raises(ValueError, match="tol: expected a number from 0 to below 1"):
             leading_eigenpairs(graph, 2, tol=tol)
@@ -311,6 +330,14 @@ def test_dead_and_duplicate_columns_add_no_dimension():
     fit = span_fit(psi, graph, vectors)
     assert (fit.rank, len(fit.ritz), len(fit.rayleigh), len(fit.angles)) == (3, 3, 4, 3)
     assert_close(fit.inside, torch.tensor([1, 1, 1, 0, 0]).double(), atol=1e-5, rtol=0)
+
+
+def test_columns_that_are_not_finite_are_no_dead_ones():
+    graph = clustered_graph(n=30)
+    psi = torch.rand(30, 2)
+    psi[3, 1] = math.nan
+    with pytest.raises(ValueError, match="psi: expected finite values, got NaN or inf in row 3"):
+        span_fit(psi, graph, leading_eigenpairs(graph, 2).vectors)
 
 
 def test_ritz_values_interlace():

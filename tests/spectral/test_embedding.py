@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from nefkern.spectral.embedding import (
     embed_lists,
     neighbour_lists,
 )
+from nefkern.spectral.landmarks import landmarks
 
 ALPHA = 0.3
 
@@ -112,6 +114,18 @@ def test_duplicates_rows_without_edges_and_too_many_neighbours_are_finite():
     assert not found.extend(torch.zeros(2, 12)).any()
 
 
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_affinity_depends_on_the_unit_of_the_rows(affinity, dtype):
+    rows = points(40).to(dtype)
+    exponents = (-90, 90) if dtype == torch.float32 else (-800, 800)
+    expected = neighbour_lists(rows, 5, affinity)
+    for exponent in exponents:
+        found = neighbour_lists(torch.ldexp(rows, torch.tensor(exponent)), 5, affinity)
+        assert torch.equal(found.indices, expected.indices)
+        assert_close(found.similarities, expected.similarities)
+
+
 # ---- new rows ----
 
 
@@ -172,7 +186,23 @@ def test_what_is_stored_extends_as_before(affinity, keep):
     assert torch.equal(again.leading(2).extend(new), found.extend(new)[:, :2])
 
 
+def test_more_neighbours_than_rows_are_as_many_as_there_are():
+    """Stored and read again, and extended from some of the rows, as if so many were asked for."""
+    rows, new = points(20), points(5, seed=4)
+    found, all_others = (embed(rows, 3, k=k) for k in (50, 19))
+    again = Embedding.from_state(load(save(found.state())))
+    assert again.k == 19
+    assert torch.equal(again.extend(new), all_others.extend(new))
+    some = landmarks(found, 10)
+    assert torch.equal(some.degrees, landmarks(all_others, 10).degrees)
+    assert torch.equal(some.extend(new), landmarks(all_others, 10).extend(new))
+    one = embed(torch.ones(1, 3), 1, k=2, affinity="connectivity")
+    assert Embedding.from_state(one.state()).k == 1
+
+
 def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"widths: expected shape \[30\], got \[3\]"):
+        dataclasses.replace(embed(points(30), 2, k=4, affinity="gaussian"), widths=torch.ones(3))
     rows = points(30)
     found = embed(rows, 2, k=4)
     with pytest.raises(ValueError, match="affinity: expected 'cosine' or 'connectivity'"):

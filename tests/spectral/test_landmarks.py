@@ -46,6 +46,8 @@ def test_the_seed_decides_and_all_are_all(embedding):
 def test_mistakes_are_named(embedding):
     with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
         landmarks(embedding, 0)
+    with pytest.raises(TypeError, match="count: expected an int, got float"):
+        landmarks(embedding, 2.5)
     bare = dataclasses.replace(embedding, rows=None)
     with pytest.raises(ValueError, match="expected one with rows"):
         landmarks(bare, 5)
