@@ -290,8 +290,13 @@ class KMeans:
         return _squares(covariance) / trace if trace > 0 else 0.0
 
     def partial_fit(self, rows: Tensor) -> KMeans:
-        """Move the centres by rows not seen before, float ``[n, C]`` (any n, in mini-batches)."""
-        rows = rows.detach().to(self.centers)
+        """Move the centres by rows not seen before, float ``[n, C]`` (any n, in mini-batches).
+
+        Raises:
+            RuntimeError: before :meth:`fit`.
+            ValueError: not a matrix of C columns, or a value that isn't finite.
+        """
+        rows = self._beside_centers(rows.detach())
         with Blocks(rows.device) as blocks:
             self._check(rows, 0, blocks)
             for batch in rows.split(_MINIBATCH):
@@ -309,24 +314,40 @@ class KMeans:
         up-sampling of these scores therefore assigns every pixel to the centre nearest to its
         up-sampled *feature*.
         """
-        flat = rows.to(self.centers).flatten(0, -2)
-        blocks = [self.scores(block) for block in flat.split(_MINIBATCH)]
-        return torch.cat(blocks).unflatten(0, rows.shape[:-1])
+        blocks = [self.scores(block) for block in self._in_batches(rows)]
+        return torch.cat(blocks).view(*rows.shape[:-1], len(self.centers))
 
     def predict(self, rows: Tensor) -> Tensor:
         """The nearest centre of every row ``[..., C]``, int64 ``[...]``; ties to the lower."""
-        flat = rows.to(self.centers).flatten(0, -2)
-        found = [self.scores(b).argmax(1) for b in flat.split(_MINIBATCH)]
+        found = [self.scores(batch).argmax(1) for batch in self._in_batches(rows)]
         return torch.cat(found).view(rows.shape[:-1])
+
+    def _in_batches(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows ``[..., C]`` as float32 ``[·, C]`` beside the centres."""
+        rows = self._beside_centers(rows)
+        return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).split(_MINIBATCH)
+
+    def _beside_centers(self, rows: Tensor) -> Tensor:
+        self._check_fitted()
+        channels = self.centers.shape[1]
+        if rows.ndim == 0 or rows.shape[-1] != channels:
+            raise ValueError(f"rows: expected shape [..., {channels}], got {list(rows.shape)}")
+        return rows.to(self.centers)
+
+    def _check_fitted(self) -> None:
+        if self.centers is None:
+            raise RuntimeError("KMeans: has no centres yet; expected fit() or load() before this")
 
     def to(self, device: torch.device | str) -> KMeans:
         """Move to a device, in place."""
+        self._check_fitted()
         self.centers, self.counts = self.centers.to(device), self.counts.to(device)
         self._origin = self._origin.to(device)
         return self
 
     def state(self) -> dict[str, Tensor]:
         """What prediction needs, as tensors that :meth:`load` takes back."""
+        self._check_fitted()
         variance = torch.tensor(self.variance, dtype=torch.float64)
         return {
             "centers": self.centers,

@@ -135,6 +135,34 @@ def test_wrong_rows_are_named(rows, message):
         KMeans(4).fit(rows)
 
 
+def test_rows_of_other_columns_are_named():
+    kmeans = KMeans(2).fit(torch.randn(9, 3))
+    for call in (kmeans.partial_fit, kmeans.predict, kmeans.logits):
+        with pytest.raises(ValueError, match=r"rows: expected shape \[\.\.\., 3\], got \[5, 2\]"):
+            call(torch.zeros(5, 2))
+
+
+def test_before_a_fit_there_is_nothing_to_predict_with():
+    kmeans, rows = KMeans(2), torch.zeros(5, 2)
+    calls = (
+        lambda: kmeans.partial_fit(rows), lambda: kmeans.predict(rows),
+        lambda: kmeans.logits(rows), lambda: kmeans.to("cpu"), kmeans.state,
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(RuntimeError, match="KMeans: has no centres yet; expected fit"):
+            call()
+
+
+def test_one_row_and_none():
+    kmeans = KMeans(2).fit(torch.tensor([[0.0, 0.0], [4.0, 4.0]]))
+    one = kmeans.predict(torch.tensor([4.0, 3.0]))
+    assert one.shape == ()
+    assert torch.equal(kmeans.centers[one], torch.tensor([4.0, 4.0]))
+    assert kmeans.logits(torch.zeros(2)).shape == (2,)
+    assert kmeans.predict(torch.zeros(3, 0, 2)).shape == (3, 0)
+    assert kmeans.logits(torch.zeros(3, 0, 2)).shape == (3, 0, 2)
+
+
 def test_no_clusters_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         KMeans(0)
