@@ -71,6 +71,7 @@ class NeuralEstimator(GraphEstimator):
             targets = self.graph_embedding_.coordinates()
             del self.graph_embedding_  # the network takes its place
         else:
+            vars(self).pop("residuals_", None)  # of an earlier fit
             rows = self._rows_alone(X, count)
         seed = seed_of(self.random_state)
         devices = [rows.device] if rows.device.type == "cuda" else []

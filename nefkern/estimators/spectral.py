@@ -63,7 +63,10 @@ class GraphEstimator(BaseEstimator):
     def _tolerance(self) -> float:
         if self.eigen_tol == "auto":
             return EIGEN_TOL
-        return checks.finite_number("eigen_tol", self.eigen_tol, 0)
+        tol = checks.finite_number("eigen_tol", self.eigen_tol, 0)
+        if tol >= 1:
+            raise ValueError(f"eigen_tol: expected 'auto' or a number from 0 to below 1, got {tol}")
+        return tol
 
     def _of_rows(self, X, count: int, options: dict) -> Embedding:
         array = valid_rows(self, X, fitting=True)
@@ -141,7 +144,8 @@ class GraphEstimator(BaseEstimator):
             raise ValueError(
                 f"Negative values in data passed to {name} with affinity={self.affinity!r}"
             )
-        self._dtype = matrix.dtype
+        if fitting:
+            self._dtype = matrix.dtype
         return matrix
 
     def _coordinates(self, X) -> Tensor:

@@ -145,6 +145,17 @@ def test_new_rows_by_what_they_are_to_the_old_ones(affinity):
     assert (found.predict(sparse.csr_array(between)) == found.predict(between)).all()
 
 
+def test_new_rows_change_nothing_of_the_estimator():
+    """Not the dtype of its results either, which is that of the fit."""
+    rows = blobs(60)[0]
+    affinities = np.exp(-np.linalg.norm(rows[:, None] - rows[None], axis=2))
+    for affinity, given in (("precomputed", affinities), ("nearest_neighbors", rows)):
+        found = SpectralEmbedding(2, affinity=affinity, n_neighbors=50, random_state=0).fit(given)
+        before = dict(vars(found))
+        assert found.transform(given[:5].astype(np.float32)).dtype == given.dtype
+        assert vars(found) == before
+
+
 # ---- kinds of input ----
 
 
@@ -254,6 +265,7 @@ def test_a_matrix_that_is_not_an_affinity():
         ({"n_init": 0}, "n_init: expected at least 1, got 0"),
         ({"assign_labels": "discretize"}, "assign_labels: expected 'unit_kmeans' or 'kmeans'"),
         ({"eigen_tol": -1}, "eigen_tol: expected a finite number of at least 0"),
+        ({"eigen_tol": 1.5}, "eigen_tol: expected 'auto' or a number from 0 to below 1, got 1.5"),
     ],
 )
 def test_parameters_out_of_range_are_named(options, message):
