@@ -40,7 +40,13 @@ def linear_attention(
     mean error is half (elu) to about that (softmax) of PyTorch's in the same precision. The
     processor's products take subnormal bfloat16 as 0; of float16 the "triton" backend takes φ(q)
     over its divisor and φ(k) below 2⁻²⁵ as 0, and any size of state. Its kernels take heads of at
-    most 128 channels, 64 in float32, and leave wider ones to the next backend.
+    most 128 channels, and leave wider ones to the next backend.
+
+    A NaN or an infinity in q, k or v stays within its head, and is not hidden: where the reference
+    has a result that is not finite, every backend has a NaN or an infinity, not always the same
+    one. Of a head whose v holds an infinity, or whose state overflows, "triton" promises no more:
+    its other channels share a power of two with the largest number, lose their digits to it, and
+    are wrong where the reference's are finite.
 
     Args:
         q: `[B, H, N, D]` queries.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -273,6 +274,25 @@ def test_a_mask_equals_leaving_the_keys_out(backend, feature_map):
     kept = [x[:, :, mask[0]] for x in (k, v)]
     got = linear_attention(q, k, v, mask=mask, feature_map=feature_map)
     assert_near([got] * 4, [linear_attention(q, *kept, feature_map=feature_map)] * 4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in Triton's interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_what_is_not_finite_stays_in_its_head_and_is_not_hidden(backend, feature_map, dtype):
+    data = inputs((1, 2, 5, 7, 4, 4), dtype)
+    for which, bad in itertools.product(range(3), (math.nan, math.inf, -math.inf)):
+        changed = [x.clone() for x in data]
+        changed[which][0, 0, 3, 2] = bad
+        with nefkern.backend("reference"):
+            expected = with_gradients(linear_attention, *changed, feature_map=feature_map)
+        found = with_gradients(linear_attention, *changed, feature_map=feature_map)
+        for a, b in zip(found, expected, strict=True):
+            assert not (a.isfinite() & ~b.isfinite()).any(), (which, bad)
+            assert a[:, 1].isfinite().all(), (which, bad)
+        if which < 2 or not math.isinf(bad) or backend != "triton":
+            finite = expected[0].isfinite()
+            torch.testing.assert_close(found[0][finite], expected[0][finite], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
