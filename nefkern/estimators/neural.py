@@ -71,7 +71,8 @@ class NeuralEstimator(GraphEstimator):
             targets = self.graph_embedding_.coordinates()
             del self.graph_embedding_  # the network takes its place
         else:
-            vars(self).pop("residuals_", None)  # of an earlier fit
+            if hasattr(self, "residuals_"):  # of an earlier fit
+                del self.residuals_
             rows = self._rows_alone(X, count)
         seed = seed_of(self.random_state)
         devices = [rows.device] if rows.device.type == "cuda" else []

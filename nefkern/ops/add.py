@@ -18,7 +18,7 @@ def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
 
     Args:
         graph_a, graph_b: graphs of the same number of nodes on the same device.
-        alpha: a finite number.
+        alpha: a finite number (of float32, unless a graph is float64).
 
     Returns:
         A graph, symmetric if both are; ``values`` is float64 if either graph's is.
@@ -34,7 +34,7 @@ def add(graph_a: CSRGraph, graph_b: CSRGraph, alpha: float) -> CSRGraph:
         )
     if graph_a.device != graph_b.device:
         raise ValueError(f"graph_b: expected device {graph_a.device}, got {graph_b.device}")
-    alpha = checks.finite_number("alpha", alpha)
+    alpha = checks.factor("alpha", alpha, torch.promote_types(graph_a.dtype, graph_b.dtype))
     row_offsets, columns, values = registry.call(
         "add", *graph_a.tensors(), *graph_b.tensors(), alpha
     )

@@ -85,7 +85,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def _as_int(value: Any) -> Any:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return None
     if isinstance(value, (int, torch.SymInt)):  # operator.index would fix a size while tracing
         return value
@@ -114,9 +114,18 @@ def finite_number(name: str, value: Any, least: float = -math.inf) -> float:
     return number
 
 
+def factor(name: str, value: Any, dtype: torch.dtype) -> float:
+    """``value`` as a finite float that values of ``dtype`` can be multiplied by: kernels of float32
+    take it as one. Traces."""
+    number = finite_number(name, value)
+    if dtype != torch.float64 and abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a number that float32 can hold, got {number}")
+    return number
+
+
 def _is_real(value: object) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
     return isinstance(value, (int, torch.SymInt, numbers.Real))
 
 

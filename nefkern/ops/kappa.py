@@ -41,7 +41,7 @@ def kappa(
         weights: floating point [N, k], their similarities, or None for weight 1.
         pixel_indices: int32 or int64 [N, k~], pixel neighbours.
         num_nodes: N.
-        alpha: weight of the pixel graph, a finite number.
+        alpha: weight of the pixel graph, a finite number (of float32, unless weights are float64).
         clamp_min: lower bound of the weights, at least 0.
         check_finite: raise when a neighbour's weight is NaN or inf.
 
@@ -117,7 +117,8 @@ def _checked(
         raise ValueError(
             f"pixel_indices: expected device {indices.device}, got {pixel_indices.device}"
         )
-    return num_nodes, checks.finite_number("alpha", alpha), check_clamp(clamp_min)
+    dtype = torch.float32 if weights is None else weights.dtype
+    return num_nodes, checks.factor("alpha", alpha, dtype), check_clamp(clamp_min)
 
 
 registry.define(

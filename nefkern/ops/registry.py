@@ -233,8 +233,12 @@ def select(name: str, *args: Any) -> Callable:
             if backend == "reference":
                 _tell_what_is_missed(name, device, args)
             return function
+    kinds = dict.fromkeys(
+        str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor)
+    )
     raise RuntimeError(
-        f"{name}: backend {backends.current()!r} cannot take this call on device {device!r}"
+        f"{name}: backend {backends.current()!r} cannot take this call on device {device!r}, "
+        f"with tensors of {', '.join(kinds)}"
         + (f": {reason}" if (reason := backends.why_not(backends.current())) else "")
     )
 

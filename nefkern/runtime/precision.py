@@ -19,7 +19,8 @@ def float32_products(device: torch.device | str, *, tf32: bool) -> Iterator[None
     if torch.device(device).type != "cuda":
         yield
         return
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
     # Read by the new names, where the old ones refuse once a caller has used the new; set by the
     # old ones, which set both.
     switches = products, convolutions.conv, convolutions.rnn
@@ -35,7 +36,8 @@ def float32_products(device: torch.device | str, *, tf32: bool) -> Iterator[None
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Have matrix products of float32 done in float32 on every device, whatever is switched on."""
-    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    processor: Any = torch.backends.mkldnn
+    switches = torch.backends.cuda.matmul, processor.matmul
     before = [switch.fp32_precision for switch in switches]
     try:
         by_old_name = torch.get_float32_matmul_precision()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fractions
 
 import numpy as np
@@ -53,7 +54,10 @@ def test_any_integer_is_an_int(name):
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-@pytest.mark.parametrize("bad", [6.0, np.float32(6), True, np.True_, "6", None, torch.tensor(6.0)])
+@pytest.mark.parametrize(
+    "bad",
+    [6.0, np.float32(6), True, np.True_, "6", None, torch.tensor(6.0), torch.tensor(True)],
+)
 def test_what_is_no_integer(name, bad):
     kind, argument = type(bad).__name__, name.split()[1]
     with pytest.raises(TypeError, match=f"^{argument}: expected an int, got {kind}"):
@@ -73,7 +77,8 @@ def test_any_real_number_is_a_float(name):
 @pytest.mark.parametrize("name", FLOATS)
 def test_what_is_no_float(name):
     call, argument = FLOATS[name], name.split()[1]
-    for bad in ("0.5", None, True, 0.5j, np.complex64(0.5), np.True_, np.ones(2), torch.ones(2)):
+    bools = (True, np.True_, torch.tensor(True))
+    for bad in ("0.5", None, *bools, 0.5j, np.complex64(0.5), np.ones(2), torch.ones(2)):
         with pytest.raises(TypeError, match=f"^{argument}: expected a number, got "):
             call(bad)
     for bad in (np.float32("nan"), float("inf"), -np.float64("inf")):
@@ -82,6 +87,23 @@ def test_what_is_no_float(name):
     for bad in (10**400, fractions.Fraction(-(10**400), 3)):
         with pytest.raises(ValueError, match=f"^{argument}: expected a finite number.*got -?inf"):
             call(bad)
+
+
+@pytest.mark.parametrize("name", ["add alpha", "kappa alpha", "feature_kappa alpha"])
+def test_a_weight_that_float32_cannot_hold_is_named(name):
+    with pytest.raises(
+        ValueError, match=r"^alpha: expected a number that float32 can hold, got 1e"
+    ):
+        FLOATS[name](1e39)
+
+
+def test_graphs_of_float64_take_any_finite_weight():
+    wide = dataclasses.replace(GRAPH, values=GRAPH.values.double() * 1e-39)
+    found = ops.add(wide, wide, 1e39).values
+    torch.testing.assert_close(found, GRAPH.values.double())
+    found = ops.kappa(INDICES, WEIGHTS.double(), INDICES, num_nodes=6, alpha=1e39).values
+    assert found.isfinite().all()
+    assert found.max() > 1e38
 
 
 @pytest.mark.parametrize("name", INTEGERS)

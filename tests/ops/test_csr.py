@@ -44,6 +44,15 @@ def test_symmetry_is_found():
     assert not CSRGraph.from_torch(random_graph(30, 4, symmetric=False).to_dense()).symmetric
 
 
+def test_nan_is_as_symmetric_as_any_value():
+    matrix = torch.tensor([[1.0, torch.nan], [torch.nan, 0.0]])
+    assert CSRGraph.from_torch(matrix).validate().symmetric
+    matrix[0, 1] = 1
+    assert not CSRGraph.from_torch(matrix).symmetric
+    with pytest.raises(ValueError, match="symmetric: True, but"):
+        CSRGraph.from_torch(matrix, symmetric=True).validate()
+
+
 def test_scipy_duplicates_are_summed_and_the_argument_is_kept():
     matrix = scipy.sparse.csr_array(([1.0, 2.0, 4.0], [1, 1, 0], [0, 3, 3]), shape=(2, 2))
     assert CSRGraph.from_scipy(matrix).to_dense().tolist() == [[4.0, 3.0], [0.0, 0.0]]
