@@ -171,7 +171,10 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def takes(name: str, device_type: str) -> bool:
-    """Whether backend ``name`` can run on tensors there: Triton on a GPU's, unless interpreting."""
+    """Whether backend ``name`` can run on tensors there: the compiled ones on those of their name,
+    Triton on a GPU's, unless interpreting."""
+    if name in ("cuda", "cpu"):
+        return name == device_type
     return name != "triton" or device_type == "cuda" or interpreting()
 
 

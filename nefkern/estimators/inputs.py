@@ -70,7 +70,7 @@ def seed_of(random_state) -> int:
 
 @dataclass(frozen=True)
 class Units:
-    """Rows in float32 without loss: moved to the origin and scaled before they are rounded.
+    """Rows in float32 with little loss: moved to the origin and scaled before they are rounded.
 
     Attributes:
         centre: float64 ``[C]``.

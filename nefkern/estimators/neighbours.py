@@ -23,6 +23,9 @@ class KNeighborsTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     scanpy takes it as ``sc.pp.neighbors(adata, transformer=KNeighborsTransformer(n_neighbors=15))``
     and UMAP what :meth:`kneighbors` returns, as ``precomputed_knn=(indices, distances)``.
 
+    Rows of float64, too, are compared in float32, from their mean on and by their largest entry:
+    what differs by less than a ten-millionth of that counts as equal.
+
     Args:
         mode: "distance": the matrix holds distances; "connectivity": ones.
         n_neighbors: neighbours of a row. As in scikit-learn a row of the training set is its own

@@ -44,9 +44,10 @@ def linear_attention(
 
     A NaN or an infinity in q, k or v stays within its head, and is not hidden: where the reference
     has a result that is not finite, every backend has a NaN or an infinity, not always the same
-    one. Of a head whose v holds an infinity, or whose state overflows, "triton" promises no more:
-    its other channels share a power of two with the largest number, lose their digits to it, and
-    are wrong where the reference's are finite.
+    one. (A value whose key's φ is 0 in all channels may count as masked.) Of a head whose v holds
+    an infinity, or whose state overflows, "triton" promises no more: its other channels share a
+    power of two with the largest number, lose their digits to it, and are wrong where the
+    reference's are finite.
 
     Args:
         q: `[B, H, N, D]` queries.

@@ -66,13 +66,15 @@ def test_chosen_for_cuda_tensors_where_the_extension_is_not_built(monkeypatch, o
             assert registry.select(operator, *arguments("cuda")[operator]) is triton
 
 
+@pytest.mark.parametrize(("name", "device"), [("triton", "cpu"), ("cuda", "cpu"), ("cpu", "cuda")])
 @pytest.mark.parametrize("operator", arguments("cpu"))
-def test_tensors_elsewhere_are_refused_by_name(monkeypatch, operator):
+def test_tensors_elsewhere_are_refused_by_name(monkeypatch, operator, name, device):
     monkeypatch.setattr(backends, "why_not", lambda name: None)
     monkeypatch.setattr(backends, "interpreting", lambda: False)
-    message = f"{operator}: backend 'triton' cannot take this call on device 'cpu'"
-    with backends.backend("triton"), pytest.raises(RuntimeError, match=message):
-        registry.select(operator, *arguments("cpu")[operator])
+    message = f"{operator}: backend '{name}' cannot take this call on device '{device}', with tenso"
+    refused = pytest.raises(RuntimeError, match=message)
+    with FakeTensorMode(), backends.backend(name), refused:
+        registry.select(operator, *arguments(device)[operator])
 
 
 def test_the_backward_pass_has_the_forward_passs_backend(monkeypatch):
