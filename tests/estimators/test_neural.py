@@ -77,7 +77,6 @@ def test_the_seed_decides_and_the_global_one_is_left_alone(loss):
     assert (one.embedding_ != other.embedding_).any()
 
 
-@pytest.mark.filterwarnings("ignore:Graph is not fully connected")
 def test_nothing_of_an_earlier_fit_is_left():
     model = NeuralSpectralEmbedding(n_neighbors=4, max_iter=2, hidden_layer_sizes=(4,))
     rows = np.random.default_rng(0).standard_normal((30, 3))
@@ -86,6 +85,7 @@ def test_nothing_of_an_earlier_fit_is_left():
     assert vars(model.set_params(loss="neuralef").fit(rows)).keys() == vars(again).keys()
 
 
+@pytest.mark.filterwarnings("ignore:Graph is not fully connected")
 def test_tensors_give_tensors():
     rows = torch.from_numpy(DIGITS[:300]).float()
     found = NeuralSpectralEmbedding(3, **SMALL | {"max_iter": 5})
