@@ -15,6 +15,7 @@ from torch import Tensor
 from nefkern.ops import CSRGraph, neuralef_loss, quadratic_form, spmm
 from nefkern.ops.csr import check_dense_operand, check_graph
 from nefkern.reference.spmm import accumulation_dtype
+from nefkern.spectral.objective import l2_batch_norm
 
 Kind = Literal["neuralef", "nestedlora", "nestedlora-sequential", "spectralnet", "ncut"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -70,7 +71,7 @@ def spectral_loss(
     if not graph.symmetric:
         raise ValueError("graph: expected a symmetric graph (symmetric=True), got symmetric=False")
     if kind == "neuralef":
-        columns = torch.nn.functional.normalize(_accumulated(psi, graph), dim=0)
+        columns = l2_batch_norm(_accumulated(psi, graph), minimum=1e-12)[0]
         return neuralef_loss(columns, graph, beta, t)[0]
     m, psi = quadratic_form(psi, graph), _accumulated(psi, graph)
     if kind == "ncut":

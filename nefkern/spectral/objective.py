@@ -39,8 +39,16 @@ def l2_batch_norm(
         squares = distributed.differentiable_total(psi.square().sum(0))
         # Clamped before the root, whose slope at 0 is infinite.
         return psi / squares.clamp_min(minimum**2).sqrt(), squares.detach().sqrt()
-    norms = torch.linalg.vector_norm(psi, dim=0)
+    norms = column_norms(psi)
     return psi / norms.clamp_min(minimum), norms.detach()
+
+
+def column_norms(psi: Tensor) -> Tensor:
+    """L2 norms of ``psi``'s columns, ``[K]``; of a column of zeros 0, as a constant, since a norm's
+    second derivative there is infinite."""
+    zero = ~psi.detach().any(0)
+    norms = torch.linalg.vector_norm(torch.where(zero, 1.0, psi), dim=0)
+    return torch.where(zero, 0.0, norms)
 
 
 def _rows_of(graph: CSRGraph, rows: slice) -> CSRGraph:

@@ -89,6 +89,16 @@ def test_gradcheck(kind):
 
 
 @each_kind
+def test_second_derivatives_are_finite_at_a_dead_column(kind):
+    psi = outputs(kind)
+    psi[:, 1] = 0
+    psi.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(psi, kappa(), kind), psi, create_graph=True)
+    assert gradient.isfinite().all()
+    assert torch.autograd.grad(gradient[:, 0].square().sum(), psi)[0].isfinite().all()
+
+
+@each_kind
 def test_gradient_reaches_the_features_behind_the_graph(kind):
     psi = outputs(kind)
 

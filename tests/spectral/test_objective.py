@@ -145,6 +145,34 @@ def test_second_derivatives_are_right_or_refused():
         torch.autograd.grad(shared, psi, create_graph=True)
 
 
+def test_second_derivatives_at_a_dead_column_are_finite_and_right():
+    """There psi / minimum, linear: a norm's own second derivative would be infinite."""
+    graph = CSRGraph.from_torch(symmetric(12, 2), symmetric=True)
+    psi = torch.rand(12, 3, dtype=torch.float64)
+    psi[:, 1] = 0
+    psi.requires_grad_()
+
+    def value(psi):
+        return objective(psi, graph, beta=50.0, t=0.7, minimum=0.5).loss
+
+    assert torch.autograd.gradgradcheck(value, (psi,))
+
+
+def test_norms_and_their_gradients_are_those_of_torch_to_the_bit():
+    psi = torch.randn(50, 6).requires_grad_()
+    leaf = psi.detach().clone().requires_grad_()
+    with torch.no_grad():
+        psi[:, 2] = leaf[:, 2] = 0
+    weights = torch.randn(50, 6)
+    expected = torch.nn.functional.normalize(leaf, dim=0, eps=1e-3)
+    found, norms = l2_batch_norm(psi, 1e-3)
+    assert torch.equal(found, expected)
+    assert torch.equal(norms, torch.linalg.vector_norm(leaf.detach(), dim=0))
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(psi.grad, leaf.grad)
+
+
 def test_gradients_of_the_graph_pass_or_are_refused():
     kernel, psi = symmetric(20, 0).requires_grad_(), torch.randn(20, 3, dtype=torch.float64)
     rows, columns = (kernel + kernel.T).detach().nonzero(as_tuple=True)
