@@ -58,13 +58,12 @@ class KNeighborsTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def transform(self, X):
         """The neighbours of rows ``[n, C]`` among those fitted, a ``csr_matrix`` ``[n, N]``."""
         check_is_fitted(self)
-        distances, indices = self._search(X, self._listed())
-        return self._matrix(distances, indices)
+        return self._matrix(*self._search(X, self.n_neighbors, self.mode == "distance"))
 
     def fit_transform(self, X, y=None):
         """``fit(X).transform(X)``, at half the work."""
         self.fit(X)
-        return self._matrix(*self._search(None, self._listed()))
+        return self._matrix(*self._search(None, self.n_neighbors, self.mode == "distance"))
 
     def kneighbors(self, X=None, n_neighbors=None, return_distance=True):
         """Neighbours of every row, nearest first.
@@ -80,21 +79,18 @@ class KNeighborsTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_is_fitted(self)
         k = self.n_neighbors if n_neighbors is None else n_neighbors
         k = checks.integer("n_neighbors", k, 1)
+        distances, indices = self._search(X, k, X is None)
         if X is None:
-            distances, indices = self._search(None, k + 1)
             distances, indices = distances[:, 1:], indices[:, 1:]
-        else:
-            distances, indices = self._search(X, k)
         return (distances, indices) if return_distance else indices
 
-    def _listed(self) -> int:
-        return self.n_neighbors + (self.mode == "distance")
-
-    def _search(self, X, k: int):
+    def _search(self, X, n_neighbors: int, one_more: bool):
         """Distances and indices; of the fitted rows with themselves first if X is None."""
+        k = n_neighbors + one_more
         if k > self.n_samples_fit_:
+            limit = "<" if one_more else "<="
             raise ValueError(
-                f"Expected n_neighbors < n_samples_fit, but n_neighbors = {self.n_neighbors}, "
+                f"Expected n_neighbors {limit} n_samples_fit, but n_neighbors = {n_neighbors}, "
                 f"n_samples_fit = {self.n_samples_fit_}"
             )
         if X is None:

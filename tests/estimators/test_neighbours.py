@@ -76,6 +76,13 @@ def test_mistakes_are_named():
         KNeighborsTransformer(n_neighbors=5).fit_transform(X[:4])
     with pytest.raises(ValueError, match="n_neighbors = 4, n_samples_fit = 4"):
         KNeighborsTransformer(n_neighbors=4).fit(X[:4]).kneighbors()
+    fitted = KNeighborsTransformer(n_neighbors=2).fit(X[:4])
+    with pytest.raises(
+        ValueError, match="<= n_samples_fit, but n_neighbors = 5, n_samples_fit = 4"
+    ):
+        fitted.kneighbors(X, 5)
+    with pytest.raises(ValueError, match="< n_samples_fit, but n_neighbors = 4, n_samples_fit = 4"):
+        fitted.kneighbors(n_neighbors=4)
     with pytest.raises(ValueError, match="metric: expected 'euclidean'"):
         KNeighborsTransformer(metric="manhattan").fit(X)
     with pytest.raises(ValueError, match="mode: expected 'distance'"):
