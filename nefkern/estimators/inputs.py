@@ -88,10 +88,17 @@ class Units:
         return cls(centre, float(scale) or 1.0)
 
     def rows(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """``[n, C]`` float32 on the device."""
+        """``[n, C]`` float32 on the device.
+
+        Raises:
+            ValueError: new rows are farther from those of :meth:`of` than float32 can tell.
+        """
         scaled = torch.empty(rows.shape, dtype=torch.float32)
         step = max(1, _BLOCK // rows.shape[1])
         for first in range(0, len(rows), step):
             block = (rows[first : first + step] - self.centre) / self.scale
             scaled[first : first + step] = torch.from_numpy(block)
+        if not bool(scaled.isfinite().all()):
+            most = torch.finfo(torch.float32).max
+            raise ValueError(f"X: expected rows within {most:.1e} times the fitted ones' size")
         return scaled.to(device)

@@ -207,10 +207,12 @@ def span_fit(psi: Tensor, graph: CSRGraph, vectors: Tensor) -> SpanFit:
         vectors: V, orthonormal ``[N, m]``, see :func:`leading_eigenpairs`.
 
     Raises:
-        ValueError: ``psi`` holds a value that isn't finite.
+        ValueError: other shapes, or a value of ``psi`` that isn't finite.
     """
     from scipy.linalg import subspace_angles
 
+    checks.shape("psi", psi, graph.num_nodes, "K")
+    checks.shape("vectors", vectors, graph.num_nodes, "m")
     checks.finite("psi", psi)  # a column of NaN would count as a dead one
     psi, vectors = (matrix.detach().cpu().double() for matrix in (psi, vectors))
     norms = psi.norm(dim=0)

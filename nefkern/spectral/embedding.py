@@ -150,9 +150,10 @@ class Embedding:
         checks.shape("new", new, "n", self.rows.shape[1])
         checks.dtype("new", new, checks.FLOATING)
         checks.device("new", new, self.rows, "rows")
-        checks.finite("new", new)
+        new = new.float()
+        checks.finite("new", new)  # as float32: a row beyond it would have no neighbours
         k, metric = min(self.k, len(self.rows)), AFFINITIES[self.affinity]
-        values, indices = knn_blocks(new.float(), self.rows, k, metric=metric)
+        values, indices = knn_blocks(new, self.rows, k, metric=metric)
         widths = _widths(values) if self.affinity == "gaussian" else None
         similarities = _similarities(self.affinity, values, indices, widths, self.widths)
         return NeighbourLists(indices, similarities, widths)

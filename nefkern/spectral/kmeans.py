@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nefkern.ops import checks
 from nefkern.runtime.states import FLOATS, NUMBERS, check_state
 
 #: Of :meth:`KMeans.state`.
@@ -212,9 +213,8 @@ class KMeans:
     """
 
     def __init__(self, num_clusters: int, seed: int = 0, *, max_iter: int = 100) -> None:
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
-        self.num_clusters, self.seed, self.max_iter = num_clusters, seed, max_iter
+        self.num_clusters = checks.integer("num_clusters", num_clusters, 1)
+        self.seed, self.max_iter = seed, max_iter
         self.centers: Tensor | None = None
         self.counts: Tensor | None = None
         self.inertia, self.iterations, self.variance = 0.0, 0, 0.0

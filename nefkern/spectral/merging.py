@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nefkern.ops import checks
+
 
 def merge(distances: Tensor, sizes: Tensor, linkage: Literal["ward", "average"] = "ward") -> Tensor:
     """Merge the two nearest clusters, again and again, until one is left.
@@ -25,7 +27,8 @@ def merge(distances: Tensor, sizes: Tensor, linkage: Literal["ward", "average"] 
         than in the row before, and how many of the K are in both. Ties go to the lower clusters.
 
     Raises:
-        ValueError: shapes that do not fit each other; another linkage.
+        ValueError: shapes that do not fit each other; another linkage; a distance that is not
+            finite.
     """
     k = len(distances)
     if distances.shape != (k, k) or sizes.shape != (k,):
@@ -35,6 +38,7 @@ def merge(distances: Tensor, sizes: Tensor, linkage: Literal["ward", "average"] 
         )
     if linkage not in ("ward", "average"):
         raise ValueError(f"linkage must be 'ward' or 'average', got {linkage!r}")
+    checks.finite("distances", distances)
     d, n = distances.double().cpu().clone(), sizes.double().cpu().clone()
     if linkage == "ward":  # squares, weighted: of two single points it is the square itself
         d = d.square() * (2 * n[:, None] * n / (n[:, None] + n).clamp_min(1e-300))
@@ -87,9 +91,9 @@ def cut(tree: Tensor, count: int) -> Tensor:
         int64 ``[K]``, groups in the order of their first clusters.
 
     Raises:
-        ValueError: ``count`` out of range.
+        TypeError, ValueError: ``count`` is no int, or out of range.
     """
-    k = len(tree) + 1
+    k, count = len(tree) + 1, checks.integer("count", count, 0)
     if not 1 <= count <= k:
         raise ValueError(f"count must be 1 to {k}, the clusters, got {count}")
     members = {i: [i] for i in range(k)}

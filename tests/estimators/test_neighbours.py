@@ -83,6 +83,8 @@ def test_mistakes_are_named():
         fitted.kneighbors(X, 5)
     with pytest.raises(ValueError, match="< n_samples_fit, but n_neighbors = 4, n_samples_fit = 4"):
         fitted.kneighbors(n_neighbors=4)
+    with pytest.raises(ValueError, match=r"X: expected rows within 3.4e.38 times the fitted"):
+        fitted.transform(np.full((2, X.shape[1]), 1e300))
     with pytest.raises(ValueError, match="metric: expected 'euclidean'"):
         KNeighborsTransformer(metric="manhattan").fit(X)
     with pytest.raises(ValueError, match="mode: expected 'distance'"):

@@ -338,6 +338,9 @@ def test_columns_that_are_not_finite_are_no_dead_ones():
     psi[3, 1] = math.nan
     with pytest.raises(ValueError, match="psi: expected finite values, got NaN or inf in row 3"):
         span_fit(psi, graph, leading_eigenpairs(graph, 2).vectors)
+    for name, these in (("psi", (29, 30)), ("vectors", (30, 29))):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \[30, .\], got \[29, 2\]"):
+            span_fit(torch.rand(these[0], 2), graph, torch.rand(these[1], 2))
 
 
 def test_ritz_values_interlace():

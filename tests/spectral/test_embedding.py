@@ -201,6 +201,9 @@ def test_more_neighbours_than_rows_are_as_many_as_there_are():
 
 
 def test_mistakes_are_named():
+    wide = torch.tensor([[0.0] * 12, [1e300] * 12], dtype=torch.float64)
+    with pytest.raises(ValueError, match="new: expected finite values, got NaN or inf in row 1"):
+        embed(points(30), 2, k=4).extend(wide)
     with pytest.raises(ValueError, match=r"widths: expected shape \[30\], got \[3\]"):
         dataclasses.replace(embed(points(30), 2, k=4, affinity="gaussian"), widths=torch.ones(3))
     rows = points(30)

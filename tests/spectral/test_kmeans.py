@@ -166,6 +166,8 @@ def test_one_row_and_none():
 def test_no_clusters_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         KMeans(0)
+    with pytest.raises(TypeError, match="num_clusters: expected an int, got float"):
+        KMeans(2.5)
 
 
 def inertia(rows, centers):

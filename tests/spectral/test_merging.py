@@ -91,3 +91,10 @@ def test_mistakes_are_named():
         merge(torch.zeros(4, 4), torch.ones(3))
     with pytest.raises(ValueError, match="'ward' or 'average', got 'single'"):
         merge(torch.zeros(4, 4), torch.ones(4), "single")
+    with pytest.raises(TypeError, match="count: expected an int, got float"):
+        cut(ward(points(4), torch.ones(4)), 1.5)
+    far = torch.tensor([[0.0, 1.0, torch.inf], [1.0, 0.0, 1.0], [torch.inf, 1.0, 0.0]])
+    with pytest.raises(
+        ValueError, match="distances: expected finite values, got NaN or inf in row 0"
+    ):
+        merge(far, torch.ones(3), "average")
