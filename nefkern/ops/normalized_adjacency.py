@@ -43,7 +43,7 @@ def normalized_adjacency(
 
     Args:
         indices: int32 or int64 [N, k]; values -1 to N - 1.
-        weights: floating point [N, k], or None for weight 1. Differentiable, see below.
+        weights: floating point [N, k], or None for weight 1. Differentiable, see above.
         num_nodes: N.
         symmetrize: "mean" for (A + A^T) / 2, "union" for max(A, A^T), which is the logical or of
             lists without weights.

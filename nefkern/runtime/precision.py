@@ -21,16 +21,21 @@ def float32_products(device: torch.device | str, *, tf32: bool) -> Iterator[None
         return
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = torch.backends.cudnn
-    # Read by the new names, where the old ones refuse once a caller has used the new; set by the
-    # old ones, which set both.
-    switches = products, convolutions.conv, convolutions.rnn
-    before = [switch.fp32_precision for switch in switches]
+    # By the new name where the old one may refuse to be read, set by the old one, which sets both.
+    before = products.fp32_precision == "tf32"
+    apart: tuple[Any, ...] = ()
+    kinds: list[str] = []
+    try:
+        convolved = convolutions.allow_tf32
+    except RuntimeError:  # a caller has set convolutions and recurrences apart
+        convolved, apart = tf32, (convolutions.conv, convolutions.rnn)
+        kinds = [switch.fp32_precision for switch in apart]
     products.allow_tf32 = convolutions.allow_tf32 = tf32
     try:
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = (kind == "tf32" for kind in before[:2])
-        _put_back(switches, before)
+        products.allow_tf32, convolutions.allow_tf32 = before, convolved
+        _put_back(apart, kinds)
 
 
 @contextlib.contextmanager
