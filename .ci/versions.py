@@ -32,9 +32,17 @@ BOUND = re.compile(r'"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?>=([0-9][0-9.a-z]*)')
 
 def interpreter(version: str) -> str | None:
     """A ``pythonX.Y`` on the path, or of pyenv."""
-    found = shutil.which(f"python{version}")
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    return found or next((str(p) for p in sorted(pyenv.glob(f"{version}.*/bin/python"))), None)
+    found = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    # pyenv's shim of a version that is not chosen is on the path, and does not run.
+    return next(
+        (
+            str(p)
+            for p in found
+            if p and not subprocess.call([p, "-c", ""], stderr=subprocess.DEVNULL)
+        ),
+        None,
+    )
 
 
 def lower_bounds(project: str) -> list[str]:
