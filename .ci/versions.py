@@ -34,15 +34,13 @@ def interpreter(version: str) -> str | None:
     """A ``pythonX.Y`` on the path, or of pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     found = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
-    # pyenv's shim of a version that is not chosen is on the path, and does not run.
-    return next(
-        (
-            str(p)
-            for p in found
-            if p and not subprocess.call([p, "-c", ""], stderr=subprocess.DEVNULL)
-        ),
-        None,
-    )
+    return next((str(path) for path in found if path and runs(path)), None)
+
+
+def runs(python: str | Path) -> bool:
+    """False: the shim of a version that pyenv has, and that is not chosen."""
+    done = subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0
 
 
 def lower_bounds(project: str) -> list[str]:
