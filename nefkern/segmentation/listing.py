@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nefkern.data.constants import IMAGE_SUFFIXES
 from nefkern.data.folder import is_image_name, nested_images
+from nefkern.data.paths import numbered, numbers_apart
 from nefkern.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -92,19 +93,12 @@ def output_names(
     folders = folders or [Path()] * len(files)
     stems = [str(folder / file.stem) for file, folder in zip(files, folders, strict=True)]
     shared = Counter(stems)
-    last: Counter[str] = Counter()  # the last number given to a name
     taken = set() if taken is None else taken
-    before = frozenset(taken)
-    names: list[str] = []
-    for file, folder, stem in zip(files, folders, stems, strict=True):
-        alone = shared[stem] == 1 and stem not in before
-        base = name = stem if alone else str(folder / file.name)
-        while name in taken:
-            last[base] += 1
-            name = f"{base}-{last[base] + 1}"
-        taken.add(name)
-        names.append(name)
-    return names
+    names = [
+        stem if shared[stem] == 1 and stem not in taken else str(folder / file.name)
+        for file, folder, stem in zip(files, folders, stems, strict=True)
+    ]
+    return [numbered(*pair) for pair in zip(names, numbers_apart(names, taken), strict=True)]
 
 
 State = tuple[int, int]
