@@ -99,13 +99,21 @@ def run_names(arguments: argparse.Namespace, segmenter: Segmenter) -> Names | No
     return names
 
 
-def images(files: list[Path], segmenter: Segmenter) -> dict[Path, Tensor]:
+def images(
+    files: list[Path], segmenter: Segmenter, size: tuple[int, int] | None
+) -> dict[Path, Tensor]:
     """Those of ``--check``, uint8 ``[3, H, W]``: read before the work, not after it."""
     from nefkern.data import read_image
 
     found = {file: read_image(file) for file in files}
     for file, pixels in found.items():
         segmenter.check_size(pixels, file)
+        height, width = pixels.shape[1:]
+        if size not in (None, (height, width)):
+            raise UserError(
+                f"--check {file}: {height} × {width} pixels, expected {size[0]} × {size[1]}, as "
+                "--size has them"
+            )
     return found
 
 
@@ -138,8 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     require_exporter()
     segmenter = Segmenter.load(parsed.run, "cpu")
-    compared = images(parsed.check, segmenter)
-    size = tuple(parsed.size) if parsed.size else None
+    size = (parsed.size[0], parsed.size[1]) if parsed.size else None
+    compared = images(parsed.check, segmenter, size)
     export(segmenter, parsed.out, run_names(parsed, segmenter), size)
     log.info("%s: %.1f MB", parsed.out, parsed.out.stat().st_size / 1e6)
     if compared:

@@ -34,7 +34,7 @@ from nefkern.evaluation.honesty import Honesty
 from nefkern.evaluation.report import write_report
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.files import make_folder, replace_file, shortened
 from nefkern.runtime.progress import image_bar
 from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
@@ -496,16 +496,9 @@ class Evaluator:
         }
         if self.bounds is not None:
             segments = len(next(iter(clusters.values())).unique())
-            self.bounds.observe(sample, segments, self._patch(sample.image))
+            self.bounds.observe(sample, segments, self.comparison.patch_of(sample.image))
         if len(self.shown) < len(distributed.dealt(range(self.options.pictures))):
             self.shown.append((sample, {name: c.cpu() for name, c in clusters.items()}))
-
-    def _patch(self, image: Tensor) -> tuple[float, float]:
-        """Height and width of a patch in pixels of an image just scored."""
-        shorter = self.comparison.windows.shorter
-        scale = min(image.shape[1:]) / shorter if shorter else 1
-        height, width = self.comparison.patch
-        return height * scale, width * scale
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
@@ -679,7 +672,7 @@ def free_name(folder: Path, settings: dict[str, Any]) -> Path:
     parts = ["evaluation", data, settings["split"], settings["protocol"]]
     if settings["ignored"]:
         parts += ["without", *settings["ignored"]]
-    stem = _plain("-".join(map(str, parts)))
+    stem = shortened(_plain("-".join(map(str, parts))))
     for number in itertools.count(1):
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():

@@ -220,6 +220,14 @@ class Voc(Format):
         if len(classes) > self.most_objects:
             raise UserError(f"--formats voc: {len(classes)} classes, expected at most 254")
         self._names: list[str] = []
+        # At once: by it the folder is known, whose index images are no photographs.
+        self._write_labels()
+
+    def _write_labels(self) -> None:
+        labels = zip(("background", *self.classes), self._colours().tolist(), strict=True)
+        text = "".join(f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in labels)
+        make_folder(self.folder.parent, self.folder)
+        replace_file(self.folder / "labelmap.txt", f"# label:color_rgb:parts:actions\n{text}")
 
     def add(self, image: Annotated) -> None:
         self._names.append(PurePosixPath(Path(image.name)).as_posix())
@@ -272,9 +280,6 @@ class Voc(Format):
         for task in ("Segmentation", "Main"):
             make_folder(self.folder, self.folder / "ImageSets" / task)
             replace_file(self.folder / "ImageSets" / task / "default.txt", lines)
-        labels = zip(("background", *self.classes), self._colours().tolist(), strict=True)
-        text = "".join(f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in labels)
-        replace_file(self.folder / "labelmap.txt", "# label:color_rgb:parts:actions\n" + text)
 
 
 WRITERS: dict[str, type[Format]] = {

@@ -74,10 +74,11 @@ class NamedOutput:
         """
         classes = self.classes(clusters)
         make_folder(self.folder, (self.folder / name).parent)
-        write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}", text)
         write_png(Image.fromarray(confidence(classes)), self.folder / f"{name}{CONFIDENCE}")
         sheet = overlay(pixels, classes, colours=self.colours)
         write_png(sheet, self.folder / f"{name}{OVERLAY}")
+        # Last: by its text --resume sees that all is there.
+        write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}", text)
         if self._writers:
             annotated = Annotated(file, name, classes, instances(classes))
             for writer in self._writers:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nefkern.data import read_image
 from nefkern.naming.choices import FORMATS
-from nefkern.naming.formats import WRITERS, voc_colours
+from nefkern.naming.formats import WRITERS, Annotated, voc_colours
 from nefkern.naming.names import read_names
 from nefkern.segment import main
 from nefkern.segmentation.listing import image_files
@@ -193,6 +193,16 @@ def test_what_was_written_is_not_read_again(run, pictures, names, tmp_path):
         assert image_files([folder], recursive=True) == [folder / "coco.png"]
     assert len(json.loads((folder / "coco.json").read_text())["images"]) == 1
     assert (folder / "labelme" / "coco.json").exists()
+
+
+def test_masks_of_a_killed_run_are_not_read_again(tmp_path):
+    """It has not come to what is written of all images."""
+    image = tmp_path / "wide.png"
+    Image.new("RGB", (4, 3)).save(image)
+    voc = WRITERS["voc"](tmp_path, ["sky"], np.zeros((1, 3), np.uint8))
+    voc.add(Annotated(image, "wide", np.zeros((3, 4), np.uint8), []))
+    assert (tmp_path / "voc" / "SegmentationClass" / "wide.png").exists()
+    assert image_files([tmp_path], recursive=True) == [image]
 
 
 def test_voc_colours_are_the_publishers():
