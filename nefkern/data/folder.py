@@ -107,8 +107,8 @@ def is_image_name(name: str) -> bool:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """What in ``folder`` is called so, sorted, without hidden files: macOS leaves one beside each on
-    foreign disks (``._NAME``)."""
+    """What in ``folder`` is called so, sorted, without hidden files: macOS leaves one beside each
+    file on a disk of another system (``._NAME``)."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
