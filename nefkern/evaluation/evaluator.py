@@ -284,20 +284,25 @@ class Evaluator:
         for sample in self._usable(dataset, self._indices(dataset), read):
             yield self._renumbered(sample)
 
-    def score(self) -> dict[str, Any]:
-        """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
-        crf, count, started = self.options.crf, len(self.kept), time.perf_counter()
+    def counts(self) -> Counts:
+        """Pixels of every cluster in every class, by method, stage and image."""
         with distributed.together(), self._bar("scoring") as bar:
             counts = self.comparison.count(
                 self._annotated(),
-                count,
-                refiner=self.refiner if crf == "clusters" else None,
+                len(self.kept),
+                refiner=self.refiner if self.options.crf == "clusters" else None,
                 graph=self.graph,
                 watch=self._show,
                 keep=self._keep,
                 done=bar.update,
             )
-        counts, self.shown = self._merged(gathered(counts)), distributed.collected(self.shown)
+        self.shown = distributed.collected(self.shown)
+        return self._merged(gathered(counts))
+
+    def score(self) -> dict[str, Any]:
+        """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
+        crf, count, started = self.options.crf, len(self.kept), time.perf_counter()
+        counts = self.counts()
         totals = summed(counts)
         void = int(distributed.total(torch.tensor(self.void_pixels)))
         pixels = next(iter(totals.values()))["none"].sum(0)
