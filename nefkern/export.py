@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nefkern.backends import check_environment
-from nefkern.runtime.commandline import add_run, command_parser, log_to_stderr
+from nefkern.runtime.commandline import add_run, check_file, command_parser, log_to_stderr
 from nefkern.runtime.errors import UserError, command
 
 if TYPE_CHECKING:
@@ -81,10 +81,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option that cannot be used."""
     if arguments.size and min(arguments.size) < 1:
         raise UserError(f"--size {' '.join(map(str, arguments.size))}: expected at least 1 pixel")
-    if arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out}: is a folder; expected a file to write")
-    if not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+    check_file("--out", arguments.out)
 
 
 def run_names(arguments: argparse.Namespace, segmenter: Segmenter) -> Names | None:
@@ -111,8 +108,8 @@ def images(
         height, width = pixels.shape[1:]
         if size not in (None, (height, width)):
             raise UserError(
-                f"--check {file}: {height} × {width} pixels, expected {size[0]} × {size[1]}, as "
-                "--size has them"
+                f"--check {file}: {height} pixels high and {width} wide, expected {size[0]} and "
+                f"{size[1]}, as --size has them"
             )
     return found
 

@@ -17,7 +17,7 @@ from PIL import Image
 from nefkern.data.constants import VOID
 from nefkern.naming.instances import Instance, box_runs, coco_rle, polygon
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.files import make_folder, replace_file, shortened
 from nefkern.segmentation.pictures import write_png
 from nefkern.version import __version__
 
@@ -49,7 +49,11 @@ class Annotated:
 
     @property
     def image_name(self) -> str:
-        """The image's file name, in the folder that ``name`` has."""
+        """The image's file name, in the folder that ``name`` has; where another image has that, the
+        file's path as it was given."""
+        own = {shortened(self.file.stem), shortened(self.file.name)}
+        if Path(self.name).name not in own:  # numbered
+            return self.file.as_posix()
         return str(PurePosixPath(Path(self.name).parent.as_posix(), self.file.name))
 
 

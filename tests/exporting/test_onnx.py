@@ -103,7 +103,7 @@ def test_of_one_size(run_of, pictures, tmp_path, capsys):
     with pytest.raises(Exception, match="invalid dimensions"):
         found.run(["clusters"], {"image": other})
     assert export.main([str(run), "--out", str(path), *arguments, str(pictures / "tall.jpg")]) == 2
-    told = "tall.jpg: 90 × 40 pixels, expected 70 × 120, as --size has them"
+    told = "tall.jpg: 130 pixels high and 80 wide, expected 70 and 120, as --size has them"
     assert told in capsys.readouterr().err
 
 

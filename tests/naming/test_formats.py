@@ -16,7 +16,7 @@ from nefkern.naming.choices import FORMATS
 from nefkern.naming.formats import WRITERS, Annotated, voc_colours
 from nefkern.naming.names import read_names
 from nefkern.segment import main
-from nefkern.segmentation.listing import image_files
+from nefkern.segmentation.listing import image_files, output_names
 from nefkern.segmentation.segmenter import Segmenter
 
 CLASSES = ["road & <b>", "sky"]
@@ -203,6 +203,17 @@ def test_masks_of_a_killed_run_are_not_read_again(tmp_path):
     voc.add(Annotated(image, "wide", np.zeros((3, 4), np.uint8), []))
     assert (tmp_path / "voc" / "SegmentationClass" / "wide.png").exists()
     assert image_files([tmp_path], recursive=True) == [image]
+
+
+@pytest.mark.parametrize(("format", "file"), [("coco", "coco.json"), ("cvat", "cvat.xml")])
+def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path, format, file):
+    files = [Path(f"{folder}/x.jpg") for folder in "ab"] + [Path("a/y.png")]
+    writer = WRITERS[format](tmp_path, ["sky"], np.zeros((1, 3), np.uint8))
+    for image, name in zip(files, output_names(files), strict=True):
+        writer.add(Annotated(image, name, np.zeros((3, 4), np.uint8), []))
+    writer.finish()
+    text = (tmp_path / file).read_text()
+    assert all(text.count(f'"{name}"') == 1 for name in ("x.jpg", "b/x.jpg", "y.png"))
 
 
 def test_voc_colours_are_the_publishers():
