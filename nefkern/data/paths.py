@@ -84,7 +84,8 @@ class Names(Listed[str]):
             (repeated if stem in seen else seen).add(stem)
         self._whole = np.array([stem in repeated for stem in stems], bool)
         self._number = np.zeros(len(paths), np.int32)
-        self._number[:] = list(numbers_apart(map(self._base, range(len(paths))), set()))
+        if repeated:
+            self._number[:] = list(numbers_apart(map(self._base, range(len(paths))), set()))
 
     def __len__(self) -> int:
         return len(self._paths)

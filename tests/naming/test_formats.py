@@ -248,6 +248,16 @@ def test_names_of_another_run_are_refused(run, pictures, names, tmp_path, capsys
     assert "checkpoint: names the clusters of another training" in capsys.readouterr().err
 
 
+def test_classes_of_a_data_set_are_not_replaced(run, pictures, names, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("mine")
+    command = [str(run), str(pictures), "--names", str(names), "--out"]
+    assert main([*command, str(tmp_path)]) == 2
+    assert "would replace classes.txt" in capsys.readouterr().err
+    assert (tmp_path / "classes.txt").read_text() == "mine"
+    for _ in range(2):
+        assert main([*command, str(tmp_path / "out")]) == 0
+
+
 def test_a_name_that_voc_cannot_hold(run, pictures, names, tmp_path, capsys):
     pytest.importorskip("skimage")
     pytest.importorskip("pycocotools")
