@@ -22,7 +22,7 @@ class Interrupts:
     """Whether SIGINT or SIGTERM has come.
 
     Attributes:
-        received: set by the first signal; the loop ends its step and stops.
+        received: set by the first signal; the loop ends or leaves its step and stops.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Interrupts:
                 first = now
             self.received = True
             if distributed.is_main():
-                tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+                tqdm.write("stopping; once more to stop at once", file=sys.stderr)
 
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM):

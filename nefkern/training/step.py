@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ from nefkern.training.record import KnownRecord, Record, check_finite, figures_o
 from nefkern.training.teacher import Teacher
 
 
+class StepAbandoned(Exception):
+    """A step was left before it changed ψ or the optimiser."""
+
+
 class TrainingStep:
     """ψ, its optimiser, and what brings them a step further.
 
@@ -49,6 +54,8 @@ class TrainingStep:
         optimizer: Adam on ψ.
         teacher: what ψ learns from in the first steps, if it is to; None until it is there.
         watch: what is told of each graph, while a step is recorded; else None.
+        heed: called between the parts of a step until ψ changes; may raise
+            :class:`StepAbandoned`.
         shared: whether all processes build one graph over the whole batch.
         unread: whether the device is left to work without being asked.
     """
@@ -71,6 +78,7 @@ class TrainingStep:
         self.temperatures = options.temperatures()
         self.teacher: Teacher | None = None
         self.watch: Watch | None = None
+        self.heed: Callable[[], None] = lambda: None
         #: The reference, on whatever device, takes κ of its exact size only.
         self.padded = self.unread and backends.compiled("cuda")
         if self.unread:
@@ -117,6 +125,7 @@ class TrainingStep:
                 loss = figures["loss"]
         with together():
             check_finite(loss, number)
+        self.heed()
         distributed.total_gradients(self.psi.parameters())
         with together():
             self.optimizer.step()
@@ -193,11 +202,13 @@ class TrainingStep:
         rows, live = [], []
         for images in batches:
             maps = self.features(images)
+            self.heed()
             logits = self._logits(maps)
             loss, cosine = self.teacher.loss(logits, maps, images)
             if self.watch is not None:
                 targets = self.teacher.targets(maps, images)
                 self.watch.graph(maps.concat, logits, targets=targets)
+            self.heed()
             (loss / len(batches)).backward()
             rows.append(torch.stack([loss.detach(), cosine]))
             live.append(live_clusters(logits.detach()))
@@ -216,9 +227,12 @@ class TrainingStep:
         """Forward and backward on one graph; its share of the mean loss goes to the gradients."""
         with together() if self.shared else contextlib.nullcontext():
             maps = self.features(images)
+            self.heed()
             logits = self._logits(maps)
             outputs = self.psi.quantize(logits, temperature).flatten(0, 1)
+        self.heed()
         graph = self._kappa(images, maps) if graph is None else graph
+        self.heed()
         if self.watch is not None:
             self.watch.graph(maps.concat, logits, kappa=graph)
         parts = objective(
@@ -229,6 +243,7 @@ class TrainingStep:
             minimum=self.options.min_norm,
             shared=self.shared,
         )
+        self.heed()
         # The gradients of processes are summed: right as it is for the one loss of a shared graph,
         # and a mean for the losses of graphs of their own.
         graphs = self.options.accumulate * (1 if self.shared else distributed.ranks())

@@ -40,7 +40,7 @@ from nefkern.training.parts import Parts
 from nefkern.training.proof import Recorder, first_row
 from nefkern.training.record import Underway
 from nefkern.training.runs import METRICS, Run
-from nefkern.training.step import TrainingStep
+from nefkern.training.step import StepAbandoned, TrainingStep
 from nefkern.training.teacher import check_data_set, teacher_of
 
 log = logging.getLogger(__name__)
@@ -313,6 +313,8 @@ class Trainer:
         while not self.finished:
             try:
                 yield from self._epoch()
+            except StepAbandoned:
+                return
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -358,6 +360,25 @@ class Trainer:
             )
         return self.loader
 
+    @contextlib.contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Leave the step that is taken within if a signal comes, as if it had not been begun: on a
+        processor it takes longer than a scheduler may wait."""
+        if self.device.type != "cpu" or distributed.ranks() > 1:
+            yield  # soon done; or the other processes are waiting for it
+            return
+        before = self._generators()
+        self.step.heed = self._heed
+        try:
+            yield
+        except StepAbandoned:
+            self._set_generators(before)
+            raise
+
+    def _heed(self) -> None:
+        if self.interrupts.received:
+            raise StepAbandoned
+
     def _graph(self) -> CSRGraph | None:
         """The next batch's part of the data set's κ, if batches are drawn along its edges."""
         if self.edges is None:
@@ -395,7 +416,7 @@ class Trainer:
                 progress = (self.position.epoch + self.position.step / steps) / self.options.epochs
                 loaded = time.perf_counter()
                 number, where = self.position.total + 1, self.position.where()
-                with self.recorder.around(images, number, where):
+                with self._abandoning(), self.recorder.around(images, number, where):
                     record = self.step(images, progress, number, self._graph())
                 now = time.perf_counter()
                 count = len(images) * distributed.ranks()

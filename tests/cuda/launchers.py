@@ -6,10 +6,13 @@ then linked to ``recording_runtime.cpp`` in place of NVIDIA's runtime.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +65,15 @@ def architecture() -> str:
     return f"{here[0]}.{here[1]}{'a' * (here == (9, 0))}"
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time: two that build into one folder leave files half-written."""
+    BUILD.parent.mkdir(exist_ok=True)
+    with open(BUILD.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def build_example() -> tuple[Path, str]:
     """The folder that the example was built in, and what cmake said."""
@@ -70,12 +82,17 @@ def build_example() -> tuple[Path, str]:
     build = ["cmake", "--build", BUILD, "--parallel", "2"]
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": architecture()}
     said = ""
-    for command in (configure, build):
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        said += done.stdout
-        assert done.returncode == 0, said
+    with alone():
+        for command in (configure, build):
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            said += done.stdout
+            assert done.returncode == 0, said
     return BUILD, said
 
 

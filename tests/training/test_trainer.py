@@ -309,6 +309,32 @@ def test_handlers_are_put_back(tiny):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("part", ["_logits", "_kappa"])
+def test_a_step_is_left_as_if_it_had_not_been_begun(tiny, monkeypatch, tmp_path, part, at):
+    """On a processor it takes long; the noise that it drew is drawn again."""
+    start(tiny(out=str(tmp_path / "whole"))).train()
+    options = tiny()
+    trainer, done, take = start(options), [], getattr(TrainingStep, part)
+
+    def signalled(step, *args):
+        done.append(part)
+        if len(done) == at:
+            torch.rand(3)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, part, signalled)
+        with pytest.raises(KeyboardInterrupt, match=f"the checkpoint after step {at - 1} is"):
+            trainer.train()
+    assert len(done) == at, "the step went on"
+    assert len(Run(options.out).metrics()) == at - 1
+    del trainer
+    start(tiny(resume=True)).train()
+    assert_same(Path(options.out), tmp_path / "whole")
+
+
 # ---- the run folder
 
 
