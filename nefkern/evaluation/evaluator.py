@@ -301,7 +301,7 @@ class Evaluator:
 
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
-        crf, count, started = self.options.crf, len(self.kept), time.perf_counter()
+        started = time.perf_counter()
         counts = self.counts()
         totals = summed(counts)
         void = int(distributed.total(torch.tensor(self.void_pixels)))
@@ -317,22 +317,9 @@ class Evaluator:
         }
         self.matched = {name: matched["none"] for name, matched in stages.items()}
         refined: Counts = {}
-        if crf == "classes":
-            assignments = {
-                name: self._of_clusters(name, matched.assignments)
-                for name, matched in self.matched.items()
-            }
+        if self.options.crf == "classes":
             started = time.perf_counter()
-            with distributed.together(), self._bar("CRF") as bar:
-                confusions = self.comparison.count_refined_classes(
-                    self._annotated(),
-                    assignments,
-                    count,
-                    refiner=self.refiner,
-                    keep=self._keep_classes,
-                    done=bar.update,
-                )
-            refined = gathered(confusions)
+            refined = self._refined_classes()
             for name, by_matching in summed(refined).items():
                 stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
         seconds = time.perf_counter() - started
@@ -362,6 +349,23 @@ class Evaluator:
             **({"differences": self.honesty.differences()} if self.honesty else {}),
             **self._boundary_differences(),
         }
+
+    def _refined_classes(self) -> Counts:
+        """Confusions of the matched classes after a CRF, from a second pass over the images."""
+        assignments = {
+            name: self._of_clusters(name, matched.assignments)
+            for name, matched in self.matched.items()
+        }
+        with distributed.together(), self._bar("CRF") as bar:
+            confusions = self.comparison.count_refined_classes(
+                self._annotated(),
+                assignments,
+                len(self.kept),
+                refiner=self.refiner,
+                keep=self._keep_classes,
+                done=bar.update,
+            )
+        return gathered(confusions)
 
     def _keep(self, name: str, stage: str, clusters: Tensor) -> None:
         """Keep what a method says of an image, for its boundaries."""
