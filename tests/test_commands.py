@@ -487,6 +487,7 @@ def test_a_folder_that_is_gone_is_one_line(fails, tmp_path, capsys):
     assert line == f"error: cannot read or write {gone}: No such file or directory"
 
 
+@pytest.mark.long
 def test_a_terminal_without_greek(arguments, photos):
     """Names, κ and ψ are shown as far as it can, and files are UTF-8 nevertheless."""
     pictures = photos / "images" / "train"

@@ -107,6 +107,7 @@ def test_of_one_size(run_of, pictures, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_run_in_bfloat16_is_compared_in_float32_too(run_of, pictures, tmp_path, capsys):
     """What the file computes is the run in float32; in bfloat16 that differs."""
     run = tmp_path / "run"

@@ -119,7 +119,7 @@ def test_every_write_of_a_command(name, whole, tmp_path):
             check_runs(there)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("read-only", marks=pytest.mark.long)])
 def test_a_disk_that_fails_halfway(kind, whole, tmp_path):
     """As above, in the middle of one training, which --resume then brings to its end."""
     there = fresh(whole, tmp_path)

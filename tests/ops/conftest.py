@@ -33,7 +33,8 @@ def poisoned_memory():
 #: Tests whose case in Triton's interpreter takes seconds, all of it a proof of breadth.
 LONG_WHEN_INTERPRETED = {
     "test_products_by_both_ways", "test_properties_of_triton", "test_k_of_a_thousand_and_more",
-    "test_both_ways_over_all_magnitudes",
+    "test_both_ways_over_all_magnitudes", "test_any_graphs", "test_any_lists",
+    "test_any_strides_and_gradient",
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(items):
         return
     seen = set()
     for item in items:
-        if not hasattr(item, "callspec") or item.path.parent.name != "ops":
+        if not hasattr(item, "callspec") or item.path.parent.name not in ("ops", "images"):
             continue
         given = item.callspec.params
         if "triton" not in (given.get("backend"), given.get("name")):

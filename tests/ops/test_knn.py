@@ -665,12 +665,16 @@ print(peak() - before)
 # ---- instruction sets ----
 
 
+@pytest.mark.long
 @compiled_only
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_instruction_sets(level, backend):
-    """Every compiled level this processor has, through the tests above that tell most."""
+    """Every compiled level that this processor has, through the tests above that tell most; the
+    suite itself runs the best."""
     if backend != "cpu":
         pytest.skip("only the compiled kernels have levels")
+    if level == backends.native_module().build_info()["isa"]:
+        pytest.skip("the suite itself runs it")
     database = Path(__file__).with_name("test_knn_database.py")
     script = f"""
 import pytest, sys

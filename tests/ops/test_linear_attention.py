@@ -529,6 +529,7 @@ def test_the_triton_kernels_leave_wider_heads_to_the_next_backend(monkeypatch, d
         linear_attention(q, k, v)
 
 
+@pytest.mark.long
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):

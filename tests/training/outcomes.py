@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from nefkern.training.runs import Run
+from nefkern.training.step import TrainingStep
 
 #: The only things in a record that a clock decides.
 TIMED = ("images_per_second", "input_wait", "seconds", "knn_seconds")
@@ -26,3 +30,16 @@ def assert_same(first: str | Path, second: str | Path) -> None:
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, others[name]), name
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt training at the end of its ``step``-th step, as Ctrl-C does."""
+    original = TrainingStep.__call__
+
+    def stepping(self, images, progress, number, *graph):
+        record = original(self, images, progress, number, *graph)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return record
+
+    monkeypatch.setattr(TrainingStep, "__call__", stepping)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from nefkern.training.runs import GRAPH, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.step import TrainingStep
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same
+from tests.training.outcomes import assert_same, stop_after
 from tests.training.test_teacher import start
 
 CELLS = 3
@@ -240,15 +238,9 @@ def test_learning_raises_the_data_set_s_own_trace(joined):
 def test_resuming_equals_never_having_stopped(joined, tmp_path, monkeypatch, step, changes):
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     start(joined(out=whole, **changes)).train()
-    original = TrainingStep.__call__
-
-    def stepping(self, images, progress, number, *graph):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, images, progress, number, *graph)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", stepping)
+        stop_after(step, patch)
         with pytest.raises(KeyboardInterrupt, match=f"checkpoint after step {step} is written"):
             start(joined(out=broken, **changes)).train()
     monkeypatch.setattr(SpectralTrainer, "_features", lambda self: pytest.fail("made again"))

@@ -17,10 +17,9 @@ from nefkern.segmentation.segmenter import Segmenter
 from nefkern.training.options import TrainOptions, resolve
 from nefkern.training.runs import STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
-from nefkern.training.step import TrainingStep
 from nefkern.training.teacher import FOLDER, check_data_set, indicator_rotation, regression_loss
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same
+from tests.training.outcomes import assert_same, stop_after
 
 K = 5
 
@@ -142,15 +141,9 @@ def test_the_objective_goes_on_from_where_the_teacher_leaves(taught, tmp_path):
 def test_resuming_equals_never_having_stopped(taught, tmp_path, monkeypatch, step, changes):
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     start(taught(out=whole, **changes)).train()
-    original = TrainingStep.__call__
-
-    def stepping(self, images, progress, number, *graph):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, images, progress, number, *graph)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", stepping)
+        stop_after(step, patch)
         with pytest.raises(KeyboardInterrupt, match=f"checkpoint after step {step} is written"):
             start(taught(out=broken, **changes)).train()
     torch.manual_seed(99)

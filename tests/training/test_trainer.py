@@ -30,7 +30,7 @@ from nefkern.training.options import TrainOptions
 from nefkern.training.runs import CHECKPOINT, CONFIG, FEATURES, METRICS, Run
 from nefkern.training.step import TrainingStep
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same, outcome
+from tests.training.outcomes import assert_same, outcome, stop_after
 
 THREADS = torch.get_num_threads()
 
@@ -42,18 +42,6 @@ def all_threads():
 
 def start(options: TrainOptions) -> Trainer:
     return Trainer(options, Run.create(options))
-
-
-def stop_after(step: int, monkeypatch) -> None:
-    """Interrupt training in the course of its ``step``-th step, as Ctrl-C does."""
-    original = TrainingStep.__call__
-
-    def stepping(self, images, progress, number, *graph):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, images, progress, number, *graph)
-
-    monkeypatch.setattr(TrainingStep, "__call__", stepping)
 
 
 def test_a_run_falls_and_records_all(tiny):
