@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nefkern.backends import check_environment
 from nefkern.runtime.commandline import add_run, check_file, command_parser, log_to_stderr
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.errors import UserError, command, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +127,7 @@ def compare(
         line = f"{agreement(clusters, segmenter(pixels)):.3%} of the pixels have the same cluster"
         if exact is not None:
             line += f"; {agreement(clusters, exact(pixels)):.3%} that of the run in float32"
-        print(f"{file}: {line}", flush=True)
+        print(visible(f"{file}: {line}"), flush=True)
 
 
 @command

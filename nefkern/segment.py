@@ -27,7 +27,7 @@ from nefkern.runtime.commandline import (
     log_to_stderr,
     make_output_folder,
 )
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.errors import UserError, command, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -460,7 +460,7 @@ class Work:
         pictures = (Picture(file, name, partial(self._read, file, name)) for file, name in named)
         with closing(self._segmented(pictures, fail)) as results:
             for segmented in results:
-                self.bar.write(f"{segmented.file}: {self._write(segmented)}")
+                self.bar.write(visible(f"{segmented.file}: {self._write(segmented)}"))
                 self.bar.update()
                 self.done += 1
         if self.output:
@@ -518,7 +518,7 @@ class Work:
 
             paint = partial(self._paint, file)
             count = segment_clip(clip, output, paint, self.made_of(file), shown)
-        self.bar.write(f"{file}: {count} frames")
+        self.bar.write(visible(f"{file}: {count} frames"))
         self.bar.update()
         self.done += 1
 
@@ -588,7 +588,7 @@ def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int,
                 watch.fail(file)
             work.failed += 1
             told = "; it is read again when it has changed" if again else ""
-            bar.write(f"error: {error}{told}", file=sys.stderr)
+            bar.write(visible(f"error: {error}{told}"), file=sys.stderr)
             bar.update()
 
         images = [(file, name) for file, name in named if not is_video(file)]

@@ -203,6 +203,17 @@ def test_bad_images_are_reported_and_the_others_done(run, pictures, tmp_path, ca
     ]
 
 
+def test_names_do_not_move_the_cursor(run, pictures, tmp_path, capsys):
+    for name in ("a\x1b[2J\nb.png", "c\x1b[2J.png"):
+        shutil.copy(pictures / "wide.png", tmp_path / name)
+    (tmp_path / "c\x1b[2J.png").write_bytes(b"no image")
+    assert main([str(run), str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err.replace("\x1b[A", "")  # of the bar itself
+    assert r"a\x1b[2J\x0ab.png: " in out
+    assert r"c\x1b[2J.png: " in err
+
+
 def test_a_single_bad_image_is_one_line(run, tmp_path, capsys):
     missing = tmp_path / "missing.png"
     assert main([str(run), str(missing), "--out", str(tmp_path / "out")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import make_folder, replace_file, shortened
 from nefkern.segmentation.pictures import write_png
 from nefkern.version import __version__
+
+log = logging.getLogger(__name__)
 
 #: Characters of file names that XML 1.0 has no place for, not even as references.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -234,7 +237,11 @@ class Voc(Format):
         replace_file(self.folder / "labelmap.txt", f"# label:color_rgb:parts:actions\n{text}")
 
     def add(self, image: Annotated) -> None:
-        self._names.append(PurePosixPath(Path(image.name)).as_posix())
+        name = PurePosixPath(Path(image.name)).as_posix()
+        if len(name.splitlines()) == 1:
+            self._names.append(name)
+        else:
+            log.warning("%s: left out of voc/ImageSets, where a line is a name", image.file)
         background = image.classes == VOID
         self._write("SegmentationClass", image, np.where(background, 0, image.classes + 1))
         objects = np.zeros(image.size, np.uint8)

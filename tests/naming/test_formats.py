@@ -216,6 +216,16 @@ def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path, format, 
     assert all(text.count(f'"{name}"') == 1 for name in ("x.jpg", "b/x.jpg", "y.png"))
 
 
+def test_a_name_of_two_lines_is_not_two_names(tmp_path, caplog):
+    voc = WRITERS["voc"](tmp_path, ["sky"], np.zeros((1, 3), np.uint8))
+    for name in ("a b", "two\nlines", "-ü"):
+        voc.add(Annotated(Path(f"{name}.png"), name, np.zeros((3, 4), np.uint8), []))
+    voc.finish()
+    for task in ("Segmentation", "Main"):
+        assert (tmp_path / "voc/ImageSets" / task / "default.txt").read_text() == "a b\n-ü\n"
+    assert "left out of voc/ImageSets" in caplog.text
+
+
 def test_voc_colours_are_the_publishers():
     assert voc_colours()[[0, 1, 2, 3, 15, 255]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [224, 224, 192],
