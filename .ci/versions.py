@@ -32,9 +32,15 @@ BOUND = re.compile(r'"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?>=([0-9][0-9.a-z]*)')
 
 def interpreter(version: str) -> str | None:
     """A ``pythonX.Y`` on the path, or of pyenv."""
-    found = shutil.which(f"python{version}")
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    return found or next((str(p) for p in sorted(pyenv.glob(f"{version}.*/bin/python"))), None)
+    found = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    return next((str(path) for path in found if path and runs(path)), None)
+
+
+def runs(python: str | Path) -> bool:
+    """False: the shim of a version that pyenv has, and that is not chosen."""
+    done = subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0
 
 
 def lower_bounds(project: str) -> list[str]:
