@@ -23,7 +23,7 @@ COMMANDS = {
     "spectrum": "how well ψ spans the exact leading eigenvectors of κ",
     "export": "a run as one ONNX file, for programs without nefkern or PyTorch",
     "push": "a run as a repository on the model hub",
-    "data": "check data sets, and prepare the one that needs it",
+    "data": "check data sets, and prepare those that need it",
     "reproduce": "the paper's tables and figures, beside the paper's numbers",
     "info": "versions, devices, and which backends can run here",
 }

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nefkern.backends import check_environment
-from nefkern.runtime.commandline import add_device, add_run, command_parser, log_to_stderr
+from nefkern.runtime.commandline import (
+    add_device,
+    add_run,
+    check_file,
+    command_parser,
+    log_to_stderr,
+)
 from nefkern.runtime.errors import UserError, command
 from nefkern.spectrum import add_images
 
@@ -73,16 +79,21 @@ def parser() -> argparse.ArgumentParser:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option that cannot be used."""
+    if arguments.out is not None:
+        check_file("--out", arguments.out)
+    if arguments.names is not None and (arguments.serve or arguments.annotated):
+        check_file("--names", arguments.names)
     if arguments.first is not None and arguments.first < 1:
         raise UserError(f"--first {arguments.first}: expected at least 1")
     if not 0 <= arguments.port <= 65535:
         raise UserError(f"--port {arguments.port}: expected 0 to 65535")
     if arguments.port and not arguments.serve:
         raise UserError(f"--port {arguments.port}: expected --serve beside it")
-    if arguments.annotated and arguments.names.exists():
+    names = arguments.names or arguments.run / NAMES
+    if arguments.annotated and names.exists():
         raise UserError(
-            f"--annotated {arguments.annotated}: would replace {arguments.names}; move it away, or "
-            "give another --names"
+            f"--annotated {arguments.annotated}: would replace {names}; move it away, or give "
+            "another --names"
         )
 
 
@@ -176,9 +187,9 @@ def serve(arguments: argparse.Namespace, page: Callable[..., str], names: Names)
 def main(arguments: list[str] | None = None) -> None:
     """Parse, build, run."""
     parsed = parser().parse_args(arguments)
+    check(parsed)
     parsed.out = parsed.out or parsed.run / PAGE
     parsed.names = parsed.names or parsed.run / NAMES
-    check(parsed)
     log_to_stderr()
     check_environment()
     page, names = atlas(parsed)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How the names of what is written end, and the folder of the run that it goes to unasked.
-WRITTEN, FOLDER = ".eigenmaps.png", "eigenmaps"
+#: The folder of the run that pictures go to unasked.
+FOLDER = "eigenmaps"
 
 DESCRIPTION = """\
 Draw a run's eigenfunctions on images, as the paper's appendix does: for NAME.jpg NAME.eigenmaps.png
@@ -181,7 +181,7 @@ def sources(
     from nefkern.spectrum import open_images
 
     if arguments.images:
-        files = [f for f in image_files(arguments.images) if not f.name.endswith(WRITTEN)]
+        files = image_files(arguments.images)
         named = list(zip(output_names(files), files, strict=True))
     else:
         dataset, _ = open_images(arguments, segmenter.options)
@@ -200,6 +200,7 @@ def eigenmaps(arguments: argparse.Namespace) -> list[Path]:
         UserError: a run, data set or option that cannot be used; at the end, if an image could not.
     """
     from nefkern.evaluation.report import write_report
+    from nefkern.segmentation.listing import EIGENMAPS
     from nefkern.segmentation.pictures import write_png
     from nefkern.segmentation.segmenter import Segmenter
     from nefkern.training.runs import Run
@@ -218,7 +219,7 @@ def eigenmaps(arguments: argparse.Namespace) -> list[Path]:
         log.error("error: %s", error)
 
     for name, pixels in sources(arguments, segmenter, fail):
-        path = folder / f"{name}{WRITTEN}"
+        path = folder / f"{name}{EIGENMAPS}"
         write_png(draw(segmenter, pixels, arguments), path)
         written.append(path)
     if written and arguments.out is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nefkern.backends import check_environment
-from nefkern.runtime.commandline import add_run, command_parser, log_to_stderr
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.commandline import add_run, check_file, command_parser, log_to_stderr
+from nefkern.runtime.errors import UserError, command, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,10 +81,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise a UserError that names the first option that cannot be used."""
     if arguments.size and min(arguments.size) < 1:
         raise UserError(f"--size {' '.join(map(str, arguments.size))}: expected at least 1 pixel")
-    if arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out}: is a folder; expected a file to write")
-    if not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+    check_file("--out", arguments.out)
 
 
 def run_names(arguments: argparse.Namespace, segmenter: Segmenter) -> Names | None:
@@ -99,13 +96,21 @@ def run_names(arguments: argparse.Namespace, segmenter: Segmenter) -> Names | No
     return names
 
 
-def images(files: list[Path], segmenter: Segmenter) -> dict[Path, Tensor]:
+def images(
+    files: list[Path], segmenter: Segmenter, size: tuple[int, int] | None
+) -> dict[Path, Tensor]:
     """Those of ``--check``, uint8 ``[3, H, W]``: read before the work, not after it."""
     from nefkern.data import read_image
 
     found = {file: read_image(file) for file in files}
     for file, pixels in found.items():
         segmenter.check_size(pixels, file)
+        height, width = pixels.shape[1:]
+        if size not in (None, (height, width)):
+            raise UserError(
+                f"--check {file}: {height} pixels high and {width} wide, expected {size[0]} and "
+                f"{size[1]}, as --size has them"
+            )
     return found
 
 
@@ -122,7 +127,7 @@ def compare(
         line = f"{agreement(clusters, segmenter(pixels)):.3%} of the pixels have the same cluster"
         if exact is not None:
             line += f"; {agreement(clusters, exact(pixels)):.3%} that of the run in float32"
-        print(f"{file}: {line}", flush=True)
+        print(visible(f"{file}: {line}"), flush=True)
 
 
 @command
@@ -138,8 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     require_exporter()
     segmenter = Segmenter.load(parsed.run, "cpu")
-    compared = images(parsed.check, segmenter)
-    size = tuple(parsed.size) if parsed.size else None
+    size = (parsed.size[0], parsed.size[1]) if parsed.size else None
+    compared = images(parsed.check, segmenter, size)
     export(segmenter, parsed.out, run_names(parsed, segmenter), size)
     log.info("%s: %.1f MB", parsed.out, parsed.out.stat().st_size / 1e6)
     if compared:

@@ -15,7 +15,7 @@ from nefkern.reproduction.planning import Job, Planner, also_methods, chosen, co
 from nefkern.reproduction.rendering import as_dict, figure, listing, markdown
 from nefkern.reproduction.running import Measured, measure
 from nefkern.runtime.commandline import command_parser, log_to_stderr
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.errors import UserError, command, visible
 
 DESCRIPTION = """\
 Every experiment of the paper as a command: tables 1 to 9; 4.4, the comparison in the text of that
@@ -184,7 +184,7 @@ def dry_run(options: argparse.Namespace) -> int:
             try:
                 jobs += [planner.job(TABLES[number], row, rows, s) for s in range(options.seeds)]
             except UserError as error:
-                print(f"error: {TABLES[number]}, {row.name}: {error}", file=sys.stderr)
+                print(visible(f"error: {TABLES[number]}, {row.name}: {error}"), file=sys.stderr)
                 code = 2
     print(*command_lines(jobs), sep="\n")
     return code

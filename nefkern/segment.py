@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from nefkern.runtime.commandline import (
     log_to_stderr,
     make_output_folder,
 )
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.errors import UserError, command, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from nefkern.naming.names import Names
     from nefkern.naming.output import Confidence
     from nefkern.segmentation.graph_edges import GraphRefiner
-    from nefkern.segmentation.listing import Listed
+    from nefkern.segmentation.listing import Listed, Watch
     from nefkern.segmentation.refinement import Job, Refiner
     from nefkern.segmentation.segmenter import Segmenter
     from nefkern.segmentation.video import Frame, Painted
@@ -408,16 +409,19 @@ class Work:
             self.names, self.folder, formats, arguments.min_area
         )
         self._settings = self._settings_of(arguments, run)
-        self._digests: dict[Path, str] = {}  # of files that are in work
+        self._digests: dict[str, str] = {}  # of files in work, by their output names
         self.done = self.failed = 0
 
     @staticmethod
     def _settings_of(arguments: argparse.Namespace, run: str) -> dict[str, Any]:
         """Whatever the result depends on beside the image."""
+        from nefkern.data.levels import WHITE
+
         names = arguments.names and hashlib.sha256(arguments.names.read_bytes()).hexdigest()
         given = vars(arguments)
         shown = {key: given[key] for key in ("edges", "sliding", "flip", "classes", "min_area")}
-        return {"run": run, "names": names or "", **shown}
+        white = os.environ.get(WHITE)
+        return {"run": run, "names": names or "", **shown, **({"white": white} if white else {})}
 
     def made_of(self, file: Path) -> dict[str, Any]:
         """Run, options, and the file as it is now."""
@@ -453,19 +457,19 @@ class Work:
         Args:
             fail: hears of those that cannot be.
         """
-        pictures = (Picture(file, name, partial(self._read, file)) for file, name in named)
+        pictures = (Picture(file, name, partial(self._read, file, name)) for file, name in named)
         with closing(self._segmented(pictures, fail)) as results:
             for segmented in results:
-                self.bar.write(f"{segmented.file}: {self._write(segmented)}")
+                self.bar.write(visible(f"{segmented.file}: {self._write(segmented)}"))
                 self.bar.update()
                 self.done += 1
         if self.output:
             self.output.finish()
 
-    def _read(self, file: Path) -> Tensor:
+    def _read(self, file: Path, name: str) -> Tensor:
         """The pixels of a file, which may be another one by the time they are segmented: what it is
         made of is looked at before."""
-        self._digests[file] = self._digest(file)
+        self._digests[name] = self._digest(file)
         return read(self.segmenter, file)
 
     def _segmented(
@@ -479,7 +483,7 @@ class Work:
     def _write(self, segmented: Segmented) -> str:
         from nefkern.segmentation.segmenter import occurring
 
-        made_of = self._digests.pop(segmented.file)
+        made_of = self._digests.pop(segmented.name)
         if self.output:
             text = {_MADE_OF: made_of}
             return f"{len(self.output.write(*segmented, text=text))} classes"
@@ -514,7 +518,7 @@ class Work:
 
             paint = partial(self._paint, file)
             count = segment_clip(clip, output, paint, self.made_of(file), shown)
-        self.bar.write(f"{file}: {count} frames")
+        self.bar.write(visible(f"{file}: {count} frames"))
         self.bar.update()
         self.done += 1
 
@@ -560,7 +564,7 @@ class Work:
 def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int, int]:
     """Segment every image, report those that fail; returns how many did not and how many did."""
     from nefkern.runtime.progress import image_bar
-    from nefkern.segmentation.listing import listed_files
+    from nefkern.segmentation.listing import Watch, listed_files
     from nefkern.segmentation.video import is_video
 
     look = partial(
@@ -570,16 +574,21 @@ def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int,
         may_be_empty=arguments.watch is not None,
     )
     found = look()
+    watch = None if arguments.watch is None else Watch(look, found, arguments.watch)
     names = _Names()
     named = names.of(found)
     with image_bar(len(named)) as bar:
         work = Work(arguments, formats, bar)
 
         def fail(file: Path, error: UserError) -> None:
-            if len(named) == 1 and arguments.watch is None:
+            if len(named) == 1 and watch is None:
                 raise error
+            again = watch is not None and not is_video(file)
+            if again:
+                watch.fail(file)
             work.failed += 1
-            bar.write(f"error: {error}", file=sys.stderr)
+            told = "; it is read again when it has changed" if again else ""
+            bar.write(visible(f"error: {error}{told}"), file=sys.stderr)
             bar.update()
 
         images = [(file, name) for file, name in named if not is_video(file)]
@@ -593,8 +602,8 @@ def segment_all(arguments: argparse.Namespace, formats: list[str]) -> tuple[int,
                     work.video(file, name)
                 except UserError as error:
                     fail(file, error)
-        if arguments.watch is not None:
-            _watch(work, look, found, names)
+        if watch is not None:
+            _watch(work, watch, names, fail)
     work.tell_seconds()
     return work.done, work.failed
 
@@ -629,18 +638,9 @@ def _left(work: Work, images: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
 
 
 def _watch(
-    work: Work, look: Callable[[], list[Listed]], found: list[Listed], names: _Names
+    work: Work, watch: Watch, names: _Names, fail: Callable[[Path, UserError], None]
 ) -> None:
     """Segment what comes, until Ctrl-C."""
-    from nefkern.segmentation.listing import Watch
-
-    watch = Watch(look, found, work.arguments.watch)
-
-    def fail(file: Path, error: UserError) -> None:
-        work.failed += 1
-        work.bar.write(f"error: {error}; it is read again when it has changed", file=sys.stderr)
-        watch.fail(file)
-
     log.info("watching every %g s; Ctrl-C ends it", work.arguments.watch)
     try:
         while True:

@@ -388,7 +388,8 @@ def parser() -> ArgumentParser:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    runs = parser().parse_args(arguments).runs
+    given = parser().parse_args(arguments).runs
+    runs = list({run.resolve(): run for run in given}.values())  # a run counts once
     print(table(collect(runs)))
     if resampled := collect_resampled(runs):
         print(interval_table(resampled))

@@ -39,7 +39,7 @@ examples:
       --crop 280 -K 128 --amp --out runs/voc
   python -m nefkern.train --data cityscapes --data-root DIR    one of the paper's data sets
   python -m nefkern.train --method neural --data folder --data-root voc --k 2% --epochs 20 ...
-  python -m nefkern.train --teacher spectral --no-gumbel --data folder --data-root voc \
+  python -m nefkern.train --teacher spectral --no-gumbel --data folder --data-root voc \\
       --backbone vit_small_patch14_dinov2 --crop 280 -K 128 --views 2 --epochs 12 --amp
   torchrun --standalone --nproc_per_node=2 -m nefkern.train --data folder --data-root voc ...
   python -m nefkern.train --config runs/voc/config.yaml --seed 1 --out runs/voc-1

@@ -16,6 +16,7 @@ from nefkern.runtime.commandline import (
     add_device,
     add_run,
     add_seed,
+    check_file,
     command_parser,
     log_to_stderr,
 )
@@ -71,6 +72,8 @@ def check(arguments: argparse.Namespace) -> list[int]:
     """The numbers of pictures; a UserError that names the first option that cannot be used."""
     if not 1 <= arguments.draws <= MAX_DRAWS:
         raise UserError(f"--draws {arguments.draws}: expected 1 to {MAX_DRAWS}")
+    if arguments.json is not None:
+        check_file("--json", arguments.json)
     texts = arguments.pictures.split(",")
     if not all(re.fullmatch("[1-9][0-9]{0,8}", text.strip()) for text in texts):
         raise UserError(f"--pictures: expected numbers such as 1,2,5,10; got {arguments.pictures}")

@@ -23,9 +23,11 @@ from torchvision.transforms.v2.functional import resize
 from nefkern import segment, train
 from nefkern.data import Views, eval_transform, open_dataset
 from nefkern.evaluate import main, parser
+from nefkern.evaluation.evaluator import free_name
 from nefkern.images.features import FeatureCache
 from nefkern.images.graph import GraphConfig, image_kappa
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.files import replace_file
 from nefkern.runtime.tensor_files import packed
 from nefkern.segmentation.metrics import count_matrix
 from nefkern.segmentation.segmenter import Segmenter
@@ -921,6 +923,16 @@ def test_the_file_name_tells_what_is_ignored(run, folder, pointwise):
     assert [p.name for p in run.glob("evaluation-*.json")] == [
         f"evaluation-scenes-val-crop320-without-{ignored}.json"
     ]
+
+
+def test_many_ignored_classes_fit_into_a_file_name(tmp_path):
+    """The name is as long as a file system takes it, and lists that begin alike are told apart."""
+    every = [f"class {i} of ours" for i in range(60)]
+    settings = {"data_root": "voc", "split": "val", "protocol": "crop320", "ignored": every[:50]}
+    first = free_name(tmp_path, settings)
+    replace_file(first, json.dumps({"settings": settings}))
+    assert free_name(tmp_path, settings) == first
+    assert free_name(tmp_path, settings | {"ignored": every}) != first
 
 
 def test_a_damaged_file_is_left_alone(run, folder, pointwise):

@@ -67,3 +67,11 @@ def test_mistakes(capsys):
     assert "nefkern segment --help lists the options" in capsys.readouterr().err
     assert front.main(["--version"]) == 0
     assert capsys.readouterr().out == f"nefkern {nefkern.__version__}\n"
+
+
+@pytest.mark.parametrize("name", front.COMMANDS)
+def test_texts_of_help_fit_a_line(name):
+    """One that went on into the next, by a backslash too few, is not a command to paste."""
+    module = importlib.import_module(front._MODULES.get(name, f"nefkern.{name}"))
+    text = getattr(module, "DESCRIPTION", "") + getattr(module, "EXAMPLES", "")
+    assert max(map(len, text.splitlines()), default=0) <= 100

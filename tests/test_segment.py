@@ -148,6 +148,14 @@ def test_crf_in_worker_processes_gives_the_same_files(run, pictures, tmp_path, c
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+def test_an_image_that_is_given_twice(run, pictures, tmp_path):
+    """While one is refined the other is read."""
+    pytest.importorskip("pydensecrf")
+    image, out = str(pictures / "tall.jpg"), tmp_path / "o"
+    assert main([str(run), image, image, "--out", str(out), "--crf", "--crf-workers", "1"]) == 0
+    assert len(list(out.glob("*.clusters.png"))) == 2
+
+
 def test_crf_workers_without_a_crf(run, pictures, tmp_path, capsys):
     options = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--crf-workers", "1"]
     assert main(options) == 2
@@ -195,6 +203,17 @@ def test_bad_images_are_reported_and_the_others_done(run, pictures, tmp_path, ca
     ]
 
 
+def test_names_do_not_move_the_cursor(run, pictures, tmp_path, capsys):
+    for name in ("a\x1b[2J\nb.png", "c\x1b[2J.png"):
+        shutil.copy(pictures / "wide.png", tmp_path / name)
+    (tmp_path / "c\x1b[2J.png").write_bytes(b"no image")
+    assert main([str(run), str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err.replace("\x1b[A", "")  # of the bar itself
+    assert r"a\x1b[2J\x0ab.png: " in out
+    assert r"c\x1b[2J.png: " in err
+
+
 def test_a_single_bad_image_is_one_line(run, tmp_path, capsys):
     missing = tmp_path / "missing.png"
     assert main([str(run), str(missing), "--out", str(tmp_path / "out")]) == 2
@@ -214,6 +233,14 @@ def test_names_of_different_files_stay_apart_from_stems():
         "x.jpg",
         "x.png-2",
     ]
+
+
+def test_very_long_names_leave_room_for_what_is_put_behind_them():
+    files = [Path("空" * 80 + end) for end in (".jpg", ".png", "b.jpg")]
+    names = output_names([*files, Path("a.jpg")])
+    assert len(set(names)) == 4
+    assert names[-1] == "a"
+    assert max(len(name.encode()) for name in names) < 220
 
 
 class CountedPath(type(Path())):
@@ -240,7 +267,7 @@ def test_folders_inside_are_named(run, pictures, tmp_path, caplog):
     shutil.copy(pictures / "wide.png", tmp_path / "a.png")
     for inside in ("x.jpg", "deep/er", "segments"):
         (tmp_path / inside).mkdir(parents=True)
-    for copy in ("x.jpg/b.png", "deep/er/a.png", "segments/a.overlay.png"):
+    for copy in ("x.jpg/b.png", "deep/er/a.png", "segments/a.overlay.png", "a.eigenmaps.png"):
         shutil.copy(pictures / "tall.jpg", tmp_path / copy)
     out = tmp_path / "segments"
     assert main([str(run), str(tmp_path), "--out", str(out)]) == 0

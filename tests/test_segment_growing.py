@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from nefkern import segment, train
+from nefkern.naming import output
 from nefkern.segment import main
 from nefkern.segmentation.listing import Watch, output_names
 from nefkern.segmentation.pictures import png_text
@@ -137,6 +138,39 @@ def test_a_file_that_changes_while_it_is_segmented_is_not_done(
     assert Image.open(tmp_path / "out" / "2.clusters.png").size == (70, 50)
 
 
+def test_resume_does_again_what_was_killed_between_two_pictures_of_an_image(
+    run, inbox, tmp_path, monkeypatch, photograph
+):
+    """With names, too, and where those of an older file lie there."""
+    names = tmp_path / "names.yaml"
+    names.write_text("clusters: 6\nnames: {0: sky, 1: road, 2: sky, 3: sky}\n")
+    command = [str(run), str(inbox), "--out", str(tmp_path / "out"), "--names", str(names)]
+    assert main(command) == 0
+    photograph(70, 50, 9).save(inbox / "2.png")
+    drawn = output.overlay
+
+    def killed(pixels, *args, **more):
+        if pixels.shape[2] == 70:
+            raise KeyboardInterrupt
+        return drawn(pixels, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "overlay", killed)
+        assert main([*command, "--resume"]) == 130
+    assert main([*command, "--resume"]) == 0
+    assert Image.open(tmp_path / "out" / "2.overlay.png").width > 3 * 70
+
+
+def test_resume_sees_another_white(run, inbox, tmp_path, monkeypatch):
+    Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(60, 50)).save(inbox / "2.png")
+    command = [str(run), str(inbox / "2.png"), "--out", str(tmp_path), "--resume"]
+    assert main(command) == 0
+    before = written(tmp_path)
+    monkeypatch.setenv("NEFKERN_WHITE", "1000")
+    assert main(command) == 0
+    assert all(written(tmp_path)[name] != before[name] for name in before)
+
+
 # ---- --watch ----
 
 
@@ -167,6 +201,22 @@ def test_a_file_that_failed_is_taken_again_when_it_has_changed(tmp_path):
     assert [watch.next(), watch.next(), watch.next()] == [[], [], []]
     file.write_bytes(b"mended now")
     assert [watch.next(), watch.next()] == [[], [(file, Path())]]
+
+
+def test_a_file_that_changed_while_it_failed_is_taken_again(tmp_path):
+    """As one that was still being copied when the command came to it: then, or at its start."""
+    first, new = tmp_path / "first.png", tmp_path / "new.png"
+    there = [(first, Path()), (new, Path())]
+    first.write_bytes(b"half")
+    watch = Watch(lambda: [one for one in there if one[0].exists()], there[:1], seconds=0.01)
+    first.write_bytes(b"half and half")
+    watch.fail(first)
+    assert [watch.next(), watch.next(), watch.next()] == [[], there[:1], []]
+    new.write_bytes(b"half")
+    assert [watch.next(), watch.next()] == [[], there[1:]]
+    new.write_bytes(b"half and half")
+    watch.fail(new)
+    assert [watch.next(), watch.next(), watch.next()] == [[], there[1:], []]
 
 
 def test_names_stay_apart_from_those_given_before():

@@ -98,6 +98,16 @@ def test_a_method_scored_twice_alike_counts_once(tmp_path):
     assert len(scores) == 1
 
 
+def test_a_run_that_is_given_twice_counts_once(tmp_path, capsys):
+    """As by a pattern and a name."""
+    runs = [str(scored(tmp_path / name, share, 0.5)) for name, share in (("a", 0.2), ("b", 0.4))]
+    outputs = []
+    for given in (runs, [*runs, f"{tmp_path}/b/../b"]):
+        assert summarize.main(given) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
 def test_the_rows_of_a_table_are_equally_long(tmp_path):
     lines = summarize.table(summarize.collect([scored(tmp_path / "a", 0.1, 0.1)])).splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1

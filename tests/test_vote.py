@@ -58,6 +58,7 @@ def test_more_pictures_than_are_annotated():
     [
         (["--pictures", "1,x"], "--pictures: expected numbers such as 1,2,5,10; got 1,x"),
         (["--pictures", "0"], "--pictures: expected numbers"),
+        (["--json", "no/vote.json"], "--json no/vote.json: there is no folder no"),
         (["--pictures", "9" * 5000], "--pictures: expected numbers"),
         (["--draws", "0"], "--draws 0: expected 1 to 100000"),
     ],

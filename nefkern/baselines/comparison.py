@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import resize
 from nefkern.baselines.deep_spectral import DeepSpectral
 from nefkern.baselines.probe import Probe, patch_labels
 from nefkern.data import Sample, resize_shorter
+from nefkern.data.transforms import resized_shorter
 from nefkern.ops import CSRGraph
 from nefkern.segmentation.clusterer import SAMPLE_ROWS, Clusterer
 from nefkern.segmentation.crf import winners
@@ -73,7 +74,8 @@ class Comparison:
             :class:`DeepSpectral`.
 
     Attributes:
-        patch: height and width of a patch of the last batch, in pixels of what the network saw.
+        patch: height and width of a patch of the last batch, in pixels of what the network saw;
+            see :meth:`patch_of`.
     """
 
     def __init__(
@@ -278,7 +280,7 @@ class Comparison:
                     done()
         return confusions
 
-    def _maps(self, crops: Tensor) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    def _maps(self, crops: Tensor) -> tuple[dict[str, Tensor], tuple[float, float]]:
         """All maps of a batch by name, on the patch grid, and the size in pixels it spans."""
         maps = self.network.maps(crops)
         height, width = (p / n for p, n in zip(maps.padded, maps.graph.shape[2:], strict=True))
@@ -295,7 +297,7 @@ class Comparison:
             found["segments"] = self.deep_spectral.segment_means(graph, maps.graph)
         return found, maps.padded
 
-    def _once(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _once(self, crops: Tensor) -> tuple[Tensor, tuple[float, float]]:
         """The cluster logits of all methods, one after another along the channels."""
         maps, padded = self._maps(crops)
         return torch.cat([c.logits(maps) for c in self.clusterers.values()], dim=1), padded
@@ -304,6 +306,12 @@ class Comparison:
         """The image as the windows lie on it."""
         shorter = self.windows.shorter
         return image if shorter is None else resize_shorter(image, shorter)
+
+    def patch_of(self, image: Tensor) -> tuple[float, float]:
+        """Height and width of a patch in pixels of ``[3, H, W]``, the image just seen."""
+        shorter, size = self.windows.shorter, (image.shape[1], image.shape[2])
+        scale = 1.0 if shorter is None else min(size) / min(resized_shorter(size, shorter))
+        return self.patch[0] * scale, self.patch[1] * scale
 
     def _tiles(self, image: Tensor, predict: Callable) -> Iterator:
         w = self.windows
@@ -349,7 +357,7 @@ class Comparison:
                 batch_size=w.batch_size,
             )
             probabilities = self.clusterers[name].probabilities(logits)
-            patch = math.prod(self.patch) ** 0.5 * min(sample.image.shape[1:]) / min(seen.shape[1:])
+            patch = math.sqrt(math.prod(self.patch_of(sample.image)))
             yield Job(sample.name, sample.image, probabilities, shown, (sample, name), patch)
 
     def _class_jobs(

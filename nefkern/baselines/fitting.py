@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nefkern.data import ImageDataset, Views
-from nefkern.data.reading import read_ahead, usable
+from nefkern.data.reading import usable
 from nefkern.runtime.progress import image_bar
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.methods import CONTINUOUS
@@ -66,8 +66,8 @@ def training_crops(
         keys += [(epoch, index) for index in chosen]
     batch: list[Tensor] = []
     with image_bar(len(keys), "fitting", disable=quiet) as bar:
-        for view in usable(read_ahead(lambda key: views.view(*key), keys), bar.update):
-            batch.append(view.image)
+        for _, image in usable(views, keys, bar.update):
+            batch.append(image)
             if len(batch) == batch_size:
                 yield torch.stack(batch)
                 batch.clear()

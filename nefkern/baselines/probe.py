@@ -13,6 +13,7 @@ from torch import Tensor
 from nefkern.segmentation.clusterer import SAMPLE_ROWS
 from nefkern.segmentation.methods import Method
 from nefkern.segmentation.rows import RowStore, mean_and_std
+from nefkern.segmentation.upsample import cells_of
 from nefkern.spectral.kmeans import Blocks
 
 NO_LABEL = -1
@@ -23,14 +24,14 @@ _MAX_ITER = 200
 
 
 def patch_labels(
-    annotation: Tensor, grid: tuple[int, int], padded: tuple[int, int], num_classes: int
+    annotation: Tensor, grid: tuple[int, int], padded: tuple[float, float], num_classes: int
 ) -> Tensor:
     """The class of most pixels of every patch.
 
     Args:
         annotation: uint8 ``[H, W]`` of class indices; what is no class, as 255, is void.
         grid: ``(h, w)``, patches.
-        padded: ``(H', W')``, pixels that the grid spans, at least H and W.
+        padded: ``(H', W')``, pixels that the grid spans, at least H and W, whole or not.
         num_classes: C.
 
     Returns:
@@ -38,8 +39,7 @@ def patch_labels(
         :data:`NO_LABEL`.
     """
     (h, w), (height, width) = grid, annotation.shape
-    rows = torch.arange(height) * h // padded[0]
-    columns = torch.arange(width) * w // padded[1]
+    rows, columns = cells_of(height, h, padded[0]), cells_of(width, w, padded[1])
     labels = annotation.cpu().long()
     cells = (rows[:, None] * w + columns) * num_classes + labels
     counts = torch.bincount(cells[labels < num_classes], minlength=h * w * num_classes)

@@ -12,7 +12,7 @@ from nefkern.data.check import SplitReport, check, check_folder
 from nefkern.data.prepare import prepare_pascal_context
 from nefkern.data.prepare_potsdam import prepare_potsdam
 from nefkern.runtime.commandline import command_parser, log_to_stderr
-from nefkern.runtime.errors import UserError, command
+from nefkern.runtime.errors import UserError, command, visible
 
 DESCRIPTION = """\
 Published data sets as their publishers lay them out, and folders of your own. Nothing is
@@ -92,15 +92,15 @@ def print_check(options: argparse.Namespace) -> None:
         raise UserError(f"--workers {options.workers}: expected at least 0")
     title, reports = _reports(options)
     count = 0
-    print(f"{title}, {options.data_root}")
+    print(visible(f"{title}, {options.data_root}"))
     for report in reports:
-        print(f"  {report}")
+        print(visible(f"  {report}"))
         for problem in report.problems[:_SHOWN]:
-            print(f"    {problem}")
+            print(visible(f"    {problem}"))
         if len(report.problems) > _SHOWN:
             print(f"    and {len(report.problems) - _SHOWN:,} more")
         for note in report.notes:
-            print(f"    note: {note}")
+            print(visible(f"    note: {note}"))
         count += len(report.problems)
     if count:
         raise UserError(f"{options.name}: {count:,} problems, listed above")
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.task == "check":
         print_check(options)
     else:
-        print(f"written: {_PREPARED[options.name](options.data_root)}")
+        print(visible(f"written: {_PREPARED[options.name](options.data_root)}"))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def listed(path: Path) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    lines = path.read_text("utf-8", errors="replace").splitlines()
+    lines = path.read_text("utf-8-sig", errors="replace").splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:
         raise UserError(f"{path}: expected names of images, the file is empty")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nefkern.data.benchmark import Benchmark, ClassSet, Part, split_folder
 from nefkern.data.constants import VOID
+from nefkern.data.folder import visible_files
 from nefkern.data.tables.cityscapes import LABELS
 from nefkern.runtime.errors import UserError
 
@@ -16,7 +17,7 @@ _FIRST = 7  # ids below are void to everyone
 
 def _images(home: Path, split: str) -> list[Path]:
     folder = split_folder(home / "leftImg8bit", split, {})
-    paths = sorted(folder.glob(f"*/*{_IMAGE}.png"))
+    paths = visible_files(folder, f"*/*{_IMAGE}.png")
     if not paths:
         raise UserError(f"{folder}: expected images <city>/*{_IMAGE}.png, none found")
     return paths

@@ -106,6 +106,12 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """What in ``folder`` is called so, sorted, without hidden files: macOS leaves one beside each
+    file on a disk of another system (``._NAME``)."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def nested_images(folder: Path, wanted: Callable[[str], bool] = is_image_name) -> str | None:
     """A line that names the folders in ``folder`` with images in or below them; None without.
 

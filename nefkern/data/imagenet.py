@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from nefkern.data.benchmark import Benchmark, Part, split_folder
-from nefkern.data.constants import IMAGE_SUFFIXES
-from nefkern.data.folder import image_files, subfolders
+from nefkern.data.folder import image_files, is_image_name, subfolders
 
 
 def _images(home: Path, split: str) -> list[Path]:
@@ -21,7 +20,7 @@ def _images(home: Path, split: str) -> list[Path]:
 def _listed(folder: Path) -> list[Path]:
     """Images of ``folder`` by their names alone: 1.3 million files are not asked for each."""
     names = sorted(os.listdir(folder))
-    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    return [folder / name for name in names if is_image_name(name)]
 
 
 #: ``{train,val}/{synset}/*.JPEG``; the validation images may also lie in ``val`` itself.

@@ -176,8 +176,8 @@ def _pixels(image: Image.Image, name: str | Path) -> np.ndarray:
 
 
 def _stated_white(image: Image.Image) -> int | None:
-    if image.format == "PPM":  # Pillow has scaled it, by the maximum that the file states
-        return 65535
+    if image.format == "PPM":  # Pillow has scaled integers, by the maximum that the file states
+        return None if image.mode == "F" else 65535
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))
     return tiff.stated_white(bits[0], _first(tags.get(ExifTags.Base.MaxSampleValue)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -71,7 +72,8 @@ class Paths(Listed[Path]):
 
 
 class Names(Listed[str]):
-    """Names of files: without suffix, but where two files then have the same."""
+    """Names of files, each another: without suffix and folder; with the suffix where two files then
+    have the same, and a number where they still do."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -81,13 +83,40 @@ class Names(Listed[str]):
         for stem in stems:
             (repeated if stem in seen else seen).add(stem)
         self._whole = np.array([stem in repeated for stem in stems], bool)
+        self._number = np.zeros(len(paths), np.int32)
+        if repeated:
+            self._number[:] = list(numbers_apart(map(self._base, range(len(paths))), set()))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def at(self, index: int) -> str:
+        return numbered(self._base(index), self._number[index])
+
+    def _base(self, index: int) -> str:
         name = os.path.basename(self._paths.text(index))
         return name if self._whole[index] else self._stem(index)
 
     def _stem(self, index: int) -> str:
         return os.path.splitext(os.path.basename(self._paths.text(index)))[0]
+
+
+def numbered(name: str, number: int) -> str:
+    """The name with a number behind it; 0 is none."""
+    return f"{name}-{number}" if number else name
+
+
+def numbers_apart(names: Iterable[str], taken: set[str]) -> Iterator[int]:
+    """The number that :func:`numbered` puts behind each name so that none comes twice.
+
+    Args:
+        names: in any number; the time is linear in it.
+        taken: names given before; the new ones are added.
+    """
+    last: Counter[str] = Counter()  # the last number given to a name
+    for name in names:
+        number = 0
+        while numbered(name, number) in taken:
+            number = last[name] = last[name] + 1 if last[name] else 2
+        taken.add(numbered(name, number))
+        yield number

@@ -10,6 +10,7 @@ import scipy.io
 from PIL import Image
 from tqdm import tqdm
 
+from nefkern.data.folder import visible_files
 from nefkern.data.pascal_context import ANNOTATIONS, MAT_SOURCE, PASCAL_CONTEXT
 from nefkern.data.tables.pascal_context import (
     BACKGROUND_COLOUR,
@@ -40,7 +41,7 @@ def prepare_pascal_context(root: Path) -> Path:
     """
     home = PASCAL_CONTEXT.home(root)
     source = _mat_folder(root, home)
-    mats = sorted(source.glob("*.mat"))
+    mats = visible_files(source, "*.mat")
     class_of = _class_of_label(source)
     out = home / ANNOTATIONS
     out.mkdir(exist_ok=True)
@@ -62,7 +63,7 @@ def prepare_pascal_context(root: Path) -> Path:
 def _mat_folder(root: Path, home: Path) -> Path:
     folders = list(dict.fromkeys((home / "trainval", root / "trainval")))
     for folder in folders:
-        if any(folder.glob("*.mat")):
+        if visible_files(folder, "*.mat"):
             return folder
     tried = " or ".join(map(str, folders))
     raise UserError(f"{tried}: expected *.mat files, none found; get {MAT_SOURCE}")

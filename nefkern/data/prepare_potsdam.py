@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nefkern.data.benchmark import listed
 from nefkern.data.constants import VOID
-from nefkern.data.folder import need_folder
+from nefkern.data.folder import need_folder, visible_files
 from nefkern.data.images import read_image
 from nefkern.data.potsdam import COLOURS, SOURCE
 from nefkern.data.prepare import read_variable
@@ -115,7 +115,7 @@ def _from_pictures(root: Path) -> list[_Work]:
     """
     home = next((h for h in (root, root / "Potsdam") if (h / "2_Ortho_RGB").is_dir()), root)
     works = []
-    for image in sorted((home / "2_Ortho_RGB").glob("*_RGB.tif")):
+    for image in visible_files(home / "2_Ortho_RGB", "*_RGB.tif"):
         found = re.search(r"(\d+_\d+)_RGB$", image.stem)
         if found is None:
             raise UserError(f"{image}: expected a name such as top_potsdam_2_10_RGB.tif")

@@ -222,12 +222,19 @@ def resize_shorter(image: Tensor, side: int) -> Tensor:
     Raises:
         UserError: ``side`` not positive.
     """
+    size = (image.shape[1], image.shape[2])
+    after = resized_shorter(size, side)
+    return image if after == size else _resize(image, list(after))
+
+
+def resized_shorter(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Height and width of an image of ``size`` after :func:`resize_shorter`; errors as there."""
     if side < 1:
         raise UserError(f"shorter side: expected a positive number of pixels, got {side}")
-    short, long = sorted(image.shape[1:])
+    short, long = sorted(size)
     scale = min(side / short, max(1.0, LONGEST * side / long))
-    height, width = (max(1, round(length * scale)) for length in image.shape[1:])
-    return image if scale == 1 else _resize(image, [height, width])
+    height, width = (max(1, round(length * scale)) for length in size)
+    return height, width
 
 
 def eval_transform(protocol: str, size: int = EVAL_SIZE) -> Callable[[Sample], Sample]:

@@ -34,7 +34,7 @@ from nefkern.evaluation.honesty import Honesty
 from nefkern.evaluation.report import write_report
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.files import make_folder, replace_file, shortened
 from nefkern.runtime.progress import image_bar
 from nefkern.runtime.structured import parse_json
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
@@ -301,7 +301,7 @@ class Evaluator:
 
     def score(self) -> dict[str, Any]:
         """Every method's figures without and with CRF, and each class's pixels; JSON-ready."""
-        crf, count, started = self.options.crf, len(self.kept), time.perf_counter()
+        started = time.perf_counter()
         counts = self.counts()
         totals = summed(counts)
         void = int(distributed.total(torch.tensor(self.void_pixels)))
@@ -317,22 +317,9 @@ class Evaluator:
         }
         self.matched = {name: matched["none"] for name, matched in stages.items()}
         refined: Counts = {}
-        if crf == "classes":
-            assignments = {
-                name: self._of_clusters(name, matched.assignments)
-                for name, matched in self.matched.items()
-            }
+        if self.options.crf == "classes":
             started = time.perf_counter()
-            with distributed.together(), self._bar("CRF") as bar:
-                confusions = self.comparison.count_refined_classes(
-                    self._annotated(),
-                    assignments,
-                    count,
-                    refiner=self.refiner,
-                    keep=self._keep_classes,
-                    done=bar.update,
-                )
-            refined = gathered(confusions)
+            refined = self._refined_classes()
             for name, by_matching in summed(refined).items():
                 stages[name]["classes"] = stages[name]["none"].rescored(by_matching)
         seconds = time.perf_counter() - started
@@ -362,6 +349,23 @@ class Evaluator:
             **({"differences": self.honesty.differences()} if self.honesty else {}),
             **self._boundary_differences(),
         }
+
+    def _refined_classes(self) -> Counts:
+        """Confusions of the matched classes after a CRF, from a second pass over the images."""
+        assignments = {
+            name: self._of_clusters(name, matched.assignments)
+            for name, matched in self.matched.items()
+        }
+        with distributed.together(), self._bar("CRF") as bar:
+            confusions = self.comparison.count_refined_classes(
+                self._annotated(),
+                assignments,
+                len(self.kept),
+                refiner=self.refiner,
+                keep=self._keep_classes,
+                done=bar.update,
+            )
+        return gathered(confusions)
 
     def _keep(self, name: str, stage: str, clusters: Tensor) -> None:
         """Keep what a method says of an image, for its boundaries."""
@@ -501,16 +505,9 @@ class Evaluator:
         }
         if self.bounds is not None:
             segments = len(next(iter(clusters.values())).unique())
-            self.bounds.observe(sample, segments, self._patch(sample.image))
+            self.bounds.observe(sample, segments, self.comparison.patch_of(sample.image))
         if len(self.shown) < len(distributed.dealt(range(self.options.pictures))):
             self.shown.append((sample, {name: c.cpu() for name, c in clusters.items()}))
-
-    def _patch(self, image: Tensor) -> tuple[float, float]:
-        """Height and width of a patch in pixels of an image just scored."""
-        shorter = self.comparison.windows.shorter
-        scale = min(image.shape[1:]) / shorter if shorter else 1
-        height, width = self.comparison.patch
-        return height * scale, width * scale
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the run and the images."""
@@ -684,7 +681,7 @@ def free_name(folder: Path, settings: dict[str, Any]) -> Path:
     parts = ["evaluation", data, settings["split"], settings["protocol"]]
     if settings["ignored"]:
         parts += ["without", *settings["ignored"]]
-    stem = _plain("-".join(map(str, parts)))
+    stem = shortened(_plain("-".join(map(str, parts))))
     for number in itertools.count(1):
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.matching import majority_vote, matched_confusion
 from nefkern.segmentation.methods import of_run, parse_methods
 from nefkern.segmentation.metrics import count_matrix, scores
+from nefkern.segmentation.upsample import cells_of
 from nefkern.spectral.kmeans import KMeans
 
 
@@ -69,19 +69,13 @@ def patch_score(
         num_classes: C.
     """
     height, width = annotations.shape[1:]
-    rows, cols = _cells(height, grid[0], extent[0]), _cells(width, grid[1], extent[1])
+    rows, cols = cells_of(height, grid[0], extent[0]), cells_of(width, grid[1], extent[1])
     pixels = clusters.view(-1, *grid).cpu()[:, rows[:, None], cols]
     counts = count_matrix(pixels, annotations, int(clusters.max()) + 1, num_classes)
     iou, count = (
         scores(matched_confusion(counts, majority_vote(counts, by))) for by in ("iou", "count")
     )
     return PatchScore(iou.accuracy, iou.mean_iou, count.accuracy, count.mean_iou)
-
-
-def _cells(length: int, cells: int, extent: float) -> Tensor:
-    """The cell that the middle of each of ``length`` pixels lies in, int64."""
-    middles = torch.arange(length, dtype=torch.float64) + 0.5
-    return (middles * (cells / extent)).long().clamp_(max=cells - 1)
 
 
 def patch_scores(

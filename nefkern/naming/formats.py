@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from PIL import Image
 from nefkern.data.constants import VOID
 from nefkern.naming.instances import Instance, box_runs, coco_rle, polygon
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder, replace_file
+from nefkern.runtime.files import make_folder, replace_file, shortened
 from nefkern.segmentation.pictures import write_png
 from nefkern.version import __version__
+
+log = logging.getLogger(__name__)
 
 #: Characters of file names that XML 1.0 has no place for, not even as references.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -49,7 +52,11 @@ class Annotated:
 
     @property
     def image_name(self) -> str:
-        """The image's file name, in the folder that ``name`` has."""
+        """The image's file name, in the folder that ``name`` has; where another image has that, the
+        file's path as it was given."""
+        own = {shortened(self.file.stem), shortened(self.file.name)}
+        if Path(self.name).name not in own:  # numbered
+            return self.file.as_posix()
         return str(PurePosixPath(Path(self.name).parent.as_posix(), self.file.name))
 
 
@@ -220,9 +227,21 @@ class Voc(Format):
         if len(classes) > self.most_objects:
             raise UserError(f"--formats voc: {len(classes)} classes, expected at most 254")
         self._names: list[str] = []
+        # At once: by it the folder is known, whose index images are no photographs.
+        self._write_labels()
+
+    def _write_labels(self) -> None:
+        labels = zip(("background", *self.classes), self._colours().tolist(), strict=True)
+        text = "".join(f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in labels)
+        make_folder(self.folder.parent, self.folder)
+        replace_file(self.folder / "labelmap.txt", f"# label:color_rgb:parts:actions\n{text}")
 
     def add(self, image: Annotated) -> None:
-        self._names.append(PurePosixPath(Path(image.name)).as_posix())
+        name = PurePosixPath(Path(image.name)).as_posix()
+        if len(name.splitlines()) == 1:
+            self._names.append(name)
+        else:
+            log.warning("%s: left out of voc/ImageSets, where a line is a name", image.file)
         background = image.classes == VOID
         self._write("SegmentationClass", image, np.where(background, 0, image.classes + 1))
         objects = np.zeros(image.size, np.uint8)
@@ -272,9 +291,6 @@ class Voc(Format):
         for task in ("Segmentation", "Main"):
             make_folder(self.folder, self.folder / "ImageSets" / task)
             replace_file(self.folder / "ImageSets" / task / "default.txt", lines)
-        labels = zip(("background", *self.classes), self._colours().tolist(), strict=True)
-        text = "".join(f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in labels)
-        replace_file(self.folder / "labelmap.txt", "# label:color_rgb:parts:actions\n" + text)
 
 
 WRITERS: dict[str, type[Format]] = {

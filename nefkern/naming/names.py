@@ -40,6 +40,8 @@ MAX_NAME = 200
 
 _KEYS = ("clusters", "checkpoint", "classes", "names")
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+#: What no name in a classes.txt has; blanks and joiners of other scripts are in some.
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _checked_name(name: Any, place: str) -> str:
     if isinstance(name, bool) or not isinstance(name, str):
         hint = "; in quotes it is one" if isinstance(name, (bool, int, float)) else ""
         raise UserError(f"{place}: expected a name, got {name!r}{hint}")
-    if name != name.strip() or not name.isprintable() or not 1 <= len(name) <= MAX_NAME:
+    if name != name.strip() or _BREAKS.search(name) or not 1 <= len(name) <= MAX_NAME:
         raise UserError(
             f"{place}: expected 1 to {MAX_NAME} characters on one line without blanks around "
             f"them, got {name[:50]!r}"

@@ -14,6 +14,7 @@ from nefkern.data.constants import VOID
 from nefkern.naming.formats import WRITERS, Annotated, palette_image
 from nefkern.naming.instances import instances, require_tools, without_specks
 from nefkern.naming.names import Names, class_names
+from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import make_folder, replace_file
 from nefkern.segmentation.listing import CLASSES, CONFIDENCE, OVERLAY
 from nefkern.segmentation.pictures import BACKGROUND, overlay, write_png
@@ -34,6 +35,9 @@ class NamedOutput:
         folder: to write to; it exists.
         formats: names in :data:`nefkern.naming.choices.FORMATS`.
         min_area: regions smaller than this many pixels go to those around them.
+
+    Raises:
+        UserError: a package is missing; a data set's ``classes.txt`` lies in the folder.
     """
 
     def __init__(
@@ -41,6 +45,11 @@ class NamedOutput:
     ) -> None:
         if formats or min_area:
             require_tools()
+        if (folder / CLASS_LIST).exists() and not (folder / LEGEND).exists():
+            raise UserError(
+                f"--out {folder}: would replace {CLASS_LIST}, which is another's there, as of a "
+                "data set; expected another folder"
+            )
         self.folder, self.min_area = folder, min_area
         self.table = names.class_of()
         self.colours = names.palette()
@@ -74,10 +83,11 @@ class NamedOutput:
         """
         classes = self.classes(clusters)
         make_folder(self.folder, (self.folder / name).parent)
-        write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}", text)
         write_png(Image.fromarray(confidence(classes)), self.folder / f"{name}{CONFIDENCE}")
         sheet = overlay(pixels, classes, colours=self.colours)
         write_png(sheet, self.folder / f"{name}{OVERLAY}")
+        # Last: by its text --resume sees that all is there.
+        write_png(palette_image(classes, self.colours), self.folder / f"{name}{CLASSES}", text)
         if self._writers:
             annotated = Annotated(file, name, classes, instances(classes))
             for writer in self._writers:

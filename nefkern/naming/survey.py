@@ -232,7 +232,14 @@ class _Seen:
         self.patches += here
         self.images += here > 0
         self.maps[index] = chart
+        if len(self.maps) > 2 * IMAGES * num_clusters:  # a hundred thousand would fill the memory
+            self.maps = self._shown_maps()
         self.count += 1
+
+    def _shown_maps(self) -> dict[int, np.ndarray]:
+        """Maps of the images in which a cluster has most patches, so far."""
+        shown = {index for best in self.where for index, _ in best.items()}
+        return {index: chart for index, chart in self.maps.items() if index in shown}
 
     def _add_window(self, index: int, cells: _Cells) -> np.ndarray:
         """How many patches each cluster wins."""
@@ -290,9 +297,8 @@ class _Seen:
             for k, count in enumerate(self.patches.tolist())
         ]
         centres = F.normalize(self.sums, dim=1)
-        shown = {index for cluster in clusters for index, _ in cluster.where}
-        maps = {index: chart for index, chart in self.maps.items() if index in shown}
-        return Survey(clusters, (centres @ centres.T).float().numpy(), maps, self.count)
+        similarity = (centres @ centres.T).float().numpy()
+        return Survey(clusters, similarity, self._shown_maps(), self.count)
 
 
 def _leading(winner: np.ndarray, score: np.ndarray, count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nefkern import eigenmaps, evaluate, train
 from nefkern.reproduction.paper import Row, Table
 from nefkern.reproduction.planning import Job, Planner
-from nefkern.runtime.errors import UserError, first_line
+from nefkern.runtime.errors import UserError, first_line, visible
 from nefkern.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -141,6 +141,6 @@ def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measur
         except (UserError, OSError, RuntimeError) as error:
             result.error = first_line(error, limit=1000)
             place = f"{table}, {row.name}, seed {seed}"
-            print(f"error: {place}: {result.error}", file=sys.stderr)
+            print(visible(f"error: {place}: {result.error}"), file=sys.stderr)
             break
     return result

@@ -67,6 +67,14 @@ def make_output_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def check_file(flag: str, file: Path) -> None:
+    """Raise a UserError unless a file can be made there: before the work, not after it."""
+    if file.is_dir():
+        raise UserError(f"{flag} {file}: is a folder; expected a file to write")
+    if not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: there is no folder {file.parent}")
+
+
 # ---- options that several commands have ----
 
 

@@ -23,6 +23,18 @@ def make_folder(root: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+#: Bytes of a name that leave room, of the 255 that file systems have, for what is put behind it.
+_LONGEST_NAME = 200
+
+
+def shortened(name: str) -> str:
+    """The name of a file as far as there is room for more behind it."""
+    whole = os.fsencode(name)
+    if len(whole) <= _LONGEST_NAME:
+        return name
+    return whole[:_LONGEST_NAME].decode("utf-8", errors="ignore")
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an OSError of the block name ``path`` if it names no file, as that of a full disk."""
@@ -48,7 +60,7 @@ def replace_file(path: Path, content: bytes | str) -> None:
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     # Another process that writes the same file (a shared feature cache) has a part of its own;
     # its number would not tell it from one on another machine.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    part = path.with_name(f".{shortened(path.name)}.{uuid.uuid4().hex[:12]}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)

@@ -51,7 +51,7 @@ def iou_bars(evaluation: dict[str, Any], matching: str = "iou") -> str:
         for number, (name, iou) in enumerate(methods.items()):
             heights = [100 * (iou[label] or 0) for label in row]
             axes.bar(place + (number + 0.5) * width - 0.4, heights, width, label=name)
-        axes.set_xticks(place, row, rotation=90, fontsize=8)
+        axes.set_xticks(place, map(_literal, row), rotation=90, fontsize=8)
         axes.set(ylabel="IoU, %", xlim=(-0.6, len(rows[0]) - 0.4))
         axes.grid(alpha=0.3, axis="y")
     every[0].legend(fontsize=8, ncols=len(methods))
@@ -75,8 +75,9 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str) -> s
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axes.set(title=title, xlabel="predicted", ylabel="annotated")
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
-    axes.set_yticks(range(count), classes, fontsize=7)
+    names = [_literal(name) for name in classes]
+    axes.set_xticks(range(count), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(count), names, fontsize=7)
     if count <= _NAMED:
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.5:
@@ -98,12 +99,17 @@ def legend(classes: Sequence[str], colours: np.ndarray) -> str:
 
     columns = min(6, max(1, len(classes)))
     figure = Figure(figsize=(1.9 * columns, 0.2 + 0.18 * -(-len(classes) // columns)))
-    patches = [
-        Patch(color=colour / 255, label=name)
-        for name, colour in zip(classes, colours.astype(float), strict=True)
-    ]
-    figure.legend(handles=patches, ncols=columns, fontsize=8, frameon=False, loc="center")
+    patches = [Patch(color=colour / 255, label="-") for colour in colours.astype(float)]
+    made = figure.legend(handles=patches, ncols=columns, fontsize=8, frameon=False, loc="center")
+    # Only here: a label that begins with an underscore would be left out, as of "_background_".
+    for text, name in zip(made.get_texts(), classes, strict=True):
+        text.set_text(_literal(name))
     return svg(figure)
+
+
+def _literal(name: str) -> str:
+    """A name as it is, where a pair of dollars would begin and end a formula."""
+    return name.replace("$", r"\$")
 
 
 def comparison_row(

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from nefkern.data.constants import IMAGE_SUFFIXES
 from nefkern.data.folder import is_image_name, nested_images
+from nefkern.data.paths import numbered, numbers_apart
 from nefkern.runtime.errors import UserError
+from nefkern.runtime.files import shortened
 
 log = logging.getLogger(__name__)
 
 OVERLAY, CLUSTERS, CLASSES = ".overlay.png", ".clusters.png", ".classes.png"
 CONFIDENCE = ".confidence.png"
-WRITTEN = (OVERLAY, CLUSTERS, CLASSES, CONFIDENCE, ".legend.png")
+EIGENMAPS = ".eigenmaps.png"
+WRITTEN = (OVERLAY, CLUSTERS, CLASSES, CONFIDENCE, ".legend.png", EIGENMAPS)
 """How the names of what is written end."""
 
 Listed = tuple[Path, Path]
@@ -25,7 +28,7 @@ Listed = tuple[Path, Path]
 
 
 def image_files(given: list[Path], *, recursive: bool = False) -> list[Path]:
-    """The files, and the images in the folders, in order, without what ``segment`` wrote there.
+    """The files, and the images in the folders, in order, without what commands wrote there.
 
     Args:
         given: files and folders.
@@ -82,7 +85,8 @@ def _tell_nested(folder: Path, *, empty: bool) -> None:
 def output_names(
     files: list[Path], folders: list[Path] | None = None, taken: set[str] | None = None
 ) -> list[str]:
-    """A name for each file: its stem; with the suffix, then a number, where two would agree.
+    """A name for each file: its stem; with the suffix, then a number, where two would agree. The
+    end of a very long one is left out.
 
     Args:
         files: in any number; the time is linear in it.
@@ -90,21 +94,16 @@ def output_names(
         taken: names given before; the new ones are added.
     """
     folders = folders or [Path()] * len(files)
-    stems = [str(folder / file.stem) for file, folder in zip(files, folders, strict=True)]
+    stems = [
+        str(folder / shortened(file.stem)) for file, folder in zip(files, folders, strict=True)
+    ]
     shared = Counter(stems)
-    last: Counter[str] = Counter()  # the last number given to a name
     taken = set() if taken is None else taken
-    before = frozenset(taken)
-    names: list[str] = []
-    for file, folder, stem in zip(files, folders, stems, strict=True):
-        alone = shared[stem] == 1 and stem not in before
-        base = name = stem if alone else str(folder / file.name)
-        while name in taken:
-            last[base] += 1
-            name = f"{base}-{last[base] + 1}"
-        taken.add(name)
-        names.append(name)
-    return names
+    names = [
+        stem if shared[stem] == 1 and stem not in taken else str(folder / shortened(file.name))
+        for file, folder, stem in zip(files, folders, stems, strict=True)
+    ]
+    return [numbered(*pair) for pair in zip(names, numbers_apart(names, taken), strict=True)]
 
 
 State = tuple[int, int]
@@ -129,12 +128,12 @@ class Watch:
         self._look, self._seconds = look, seconds
         self._done = {file for file, _ in seen}
         self._failed: dict[Path, State] = {}
-        self._last: dict[Path, State] = {}
+        self._last = {file: _state(file) for file, _ in seen}
 
     def fail(self, file: Path) -> None:
-        """Hear that a file could not be read."""
+        """Hear that a file could not be read as it was when last looked at, or ``seen``."""
         self._done.discard(file)
-        self._failed[file] = _state(file)
+        self._failed[file] = self._last[file]
 
     def next(self) -> list[Listed]:
         """Wait, and tell what has come since the call before; perhaps nothing."""

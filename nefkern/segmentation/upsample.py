@@ -67,6 +67,21 @@ def pixel_positions(size: int, length: float) -> Tensor:
     return _position(length, size, torch.arange(size))
 
 
+def cells_of(length: int, cells: int, extent: float) -> Tensor:
+    """The cell that the middle of each pixel of an axis lies in.
+
+    Args:
+        length: pixels.
+        cells: along the axis.
+        extent: pixels that the cells span, at least ``length``, whole or not.
+
+    Returns:
+        int64 ``[length]``.
+    """
+    middles = torch.arange(length, dtype=torch.float64) + 0.5
+    return (middles * (cells / extent)).long().clamp_(max=cells - 1)
+
+
 def interpolation(pixels: Tensor, cells: int, extent: float) -> Tensor:
     """:func:`upsample` along one axis as a matrix, for any of its pixels.
 

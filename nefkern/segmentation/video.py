@@ -198,7 +198,8 @@ class Output:
         done = 0
         while all(path.is_file() for path in self._pair(done)):
             done += 1
-        return done * PART
+        # The last one of a video is shorter, and stands alone where only joining is left.
+        return (done - 1) * PART + _frames_of(self._pair(done - 1)[1]) if done else 0
 
     def write_part(self, number: int, frames: Iterable[tuple[Frame, Painted]]) -> None:
         """Part ``number``, in two files that are there whole or not at all."""
@@ -277,6 +278,15 @@ class _Encoder:
         self._stream = stream
 
 
+def _frames_of(part: Path) -> int:
+    """How many there are in a part."""
+    import av
+
+    with av.open(str(part)) as source:
+        packets = source.demux(source.streams.video[0])
+        return sum(packet.pts is not None for packet in packets)  # the last one is empty
+
+
 def _even(array: np.ndarray) -> np.ndarray:
     """With a last row and column more where their number is odd: colours are kept for pairs."""
     rows, columns = array.shape[0] % 2, array.shape[1] % 2
@@ -323,7 +333,7 @@ def segment_clip(
     """
     total = output.begin(made_of)
     shown(total)
-    parts = total // PART
+    parts = -(-total // PART)
     with contextlib.closing(paint(_of_one_size(clip.read(total), clip.path))) as painted:
 
         def counted(frames: Iterable[tuple[Frame, Painted]]) -> Iterator[tuple[Frame, Painted]]:

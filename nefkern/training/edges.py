@@ -375,17 +375,7 @@ class _GraphTrainer(SpectralTrainer):
             self._heed()
             kappa = self._kappa(neighbour_lists(rows, self._neighbours(len(rows)), "cosine"))
             self._heed()
-        return DatasetGraph(kappa, torch.tensor(_numbered(self.indices)))
-
-
-def _numbered(indices: list[int]) -> list[tuple[int, int]]:
-    """(view, image) of every crop: all images in their first view, then all in their second ..."""
-    seen: dict[int, int] = {}
-    crops = []
-    for index in indices:
-        crops.append((seen.get(index, 0), index))
-        seen[index] = crops[-1][0] + 1
-    return crops
+        return DatasetGraph(kappa, torch.tensor(self.crops))
 
 
 def computed_graph(options: TrainOptions, run: Run, parts: Parts) -> DatasetGraph:

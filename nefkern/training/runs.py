@@ -222,6 +222,8 @@ class Run:
         name = f"state-{step:07d}-{digest[:8]}.pt"
         replace_file(self.path(name), content)
         told = {"step": str(step), "state": name, "state_sha256": digest}
+        if position := state.get("position"):
+            told["epoch"] = str(position["epoch"])
         self._write_checkpoint(weights, told)
         kept = {name, self._metadata(PREVIOUS).get("state")}
         for old in self.folder.glob("state-*.pt"):
@@ -376,8 +378,22 @@ class Run:
 
     def _step(self) -> str:
         """Of the checkpoint."""
-        found = self.load()
-        return found[1].get("step", "") if found else ""
+        return (self._told() or {}).get("step", "")
+
+    def _told(self) -> dict[str, str] | None:
+        """The checkpoint's metadata, of which nothing else is read; None where there is none yet.
+
+        Raises:
+            UserError: the file is damaged, as far as its header shows it.
+        """
+        path = self.path(CHECKPOINT)
+        try:
+            return tensor_files.metadata_of(path)
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            told = f"{path}: not a readable checkpoint ({error})"
+            raise UserError(f"{told}{self._way_back()}") from None
 
     def weights(self, options: TrainOptions) -> str:
         """Of the backbone, where they come from: the run's own file, or as the options say."""
@@ -409,15 +425,20 @@ class Run:
 
     def epochs_done(self) -> int:
         """Whole epochs behind the checkpoint; 0 where there is none yet."""
-        found = self.load()
-        return self.load_state(found[1])["position"]["epoch"] if found else 0
+        told = self._told()
+        if told is None:
+            return 0
+        # Checkpoints of earlier versions tell it in their state alone.
+        return int(told["epoch"]) if "epoch" in told else self._position(told)["epoch"]
+
+    def _position(self, metadata: dict[str, str]) -> dict[str, int]:
+        return self.load_state(metadata)["position"]
 
     def is_trained(self, options: TrainOptions) -> bool:
         """Whether the checkpoint is that of a run of these options at its end."""
         if options.method == "neural":
             return self.epochs_done() >= options.epochs
-        found = self.load()
-        return bool(found) and found[1].get("stage") == STAGES[-1]
+        return (self._told() or {}).get("stage") == STAGES[-1]
 
     # ---- the record ----
 

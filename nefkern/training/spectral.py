@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nefkern import ops
 from nefkern.data import Views
-from nefkern.data.reading import read_ahead, usable
+from nefkern.data.reading import usable
 from nefkern.images.graph import pixel_neighbours, resolve_neighbours
 from nefkern.ops import CSRGraph
 from nefkern.reference.knn import unit_rows
@@ -90,9 +90,14 @@ class SpectralTrainer:
         self.interrupts = Interrupts()
         self.chosen = self._chosen()
         self._check(self._views() * len(self.chosen) * self._cells())
-        self.indices: list[int] = []  # of the images, crop by crop, once they are read
+        self.crops: list[tuple[int, int]] = []  # (view, image) of each, once they are read
         self.told: dict[str, Any] = {}  # of the stage, to those who verify it
         self.tensors, self.reached = self._open()
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the images, crop by crop, once they are read."""
+        return [index for _, index in self.crops]
 
     @property
     def finished(self) -> bool:
@@ -267,9 +272,9 @@ class SpectralTrainer:
         keys = [(view, index) for view in range(views) for index in self.chosen]
         with image_bar(len(keys), "features") as bar:
             batch: list[Tensor] = []
-            for view in usable(read_ahead(lambda key: source.view(*key), keys), bar.update):
-                batch.append(view.image)
-                self.indices.append(view.index)
+            for key, image in usable(source, keys, bar.update):
+                batch.append(image)
+                self.crops.append(key)
                 if len(batch) == options.batch_size:
                     yield torch.stack(batch)
                     batch = []

@@ -38,6 +38,12 @@ def test_patches_take_the_class_of_most_of_their_pixels():
     assert found.tolist() == [[0, 1, 2], [NO_LABEL, 0, 1], [NO_LABEL] * 3]
 
 
+def test_patches_of_resized_images_may_be_no_whole_pixels():
+    """Patches 2.5 pixels wide: the middle of the third pixel is where the second one begins."""
+    annotation = torch.tensor([[0, 0, 1, 1, 1]] * 2, dtype=torch.uint8)
+    assert patch_labels(annotation, (1, 2), (2.5, 5.0), 2).tolist() == [[0, 1]]
+
+
 def test_classes_that_can_be_told_apart_are():
     maps, labels = separable()
     probe = fitted(maps, labels)

@@ -105,6 +105,8 @@ def test_cityscapes_19_are_the_train_ids(tmp_path):
 
 def test_cityscapes_splits_and_names(tmp_path):
     root = publisher.cityscapes(tmp_path, [7])
+    beside = root / "leftImg8bit" / "val" / "lindau" / "._lindau_000000_000019_leftImg8bit.png"
+    beside.write_text("of macOS")
     assert len(open_dataset("cityscapes", root=root)) == 2
     assert open_dataset("cityscapes", root=root, split="val").names == [
         "lindau_000000_000019_leftImg8bit"
@@ -205,7 +207,8 @@ def test_pascal_context_splits(tmp_path):
 @pytest.mark.parametrize("home", ["", "ILSVRC/Data/CLS-LOC"])
 def test_imagenet(tmp_path, home):
     publisher.imagenet(tmp_path / home)
-    (tmp_path / home / "train" / "n01440764" / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "._n01440764_0.JPEG"):
+        (tmp_path / home / "train" / "n01440764" / name).write_text("no image")
     dataset = open_dataset("imagenet", root=tmp_path)
     assert dataset.names == ["n01440764_0", "n02119789_0", "n02119789_1"]
     assert not dataset.annotated

@@ -239,6 +239,14 @@ def test_a_folder_of_images_alone(run, tmp_path, truncate):
     assert "does not exist" in check(run, "folder", tmp_path / "gone")[2]
 
 
+def test_names_do_not_move_the_cursor(run, tmp_path):
+    (tmp_path / "a\x1b[2J.jpg").write_bytes(b"no image")
+    code, out, _ = check(run, "folder", tmp_path)
+    assert code == 2
+    assert "\x1b" not in out
+    assert r"a\x1b[2J.jpg: expected an image" in out
+
+
 def test_help_shows_what_belongs_where(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

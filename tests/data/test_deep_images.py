@@ -262,6 +262,12 @@ def test_a_pnm_states_its_maximum(tmp_path, caplog, channels):
     assert not caplog.records
 
 
+def test_a_pfm_is_of_floats(tmp_path):
+    samples = np.array([[0, 0.5], [1, 0.25]], "<f4")
+    (tmp_path / "a.ppm").write_bytes(b"Pf\n2 2\n-1.0\n" + samples[::-1].tobytes())
+    assert (read(tmp_path / "a.ppm")[..., 0] == expected(samples, 1)).all()
+
+
 def test_white_that_the_user_states(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("NEFKERN_WHITE", "10000")
     samples = RANDOM.integers(0, 12000, (20, 30)).astype(np.uint16)

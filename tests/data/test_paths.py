@@ -29,8 +29,21 @@ def test_paths_come_back_as_they_were():
 
 def test_names_are_stems_where_those_are_unique():
     names = ImageDataset([Path(name) for name in NAMES]).names
-    assert list(names) == ["b.jpg", "ü", os.fsdecode(b"\xff"), "b.jpg", "b.png", "d.e"]
+    assert list(names) == ["b.jpg", "ü", os.fsdecode(b"\xff"), "b.jpg-2", "b.png", "d.e"]
     assert names[-1] == "d.e"
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["n1/1.JPEG", "n2/1.JPEG", "n3/1.JPEG"], ["1.JPEG", "1.JPEG-2", "1.JPEG-3"]),
+        (["x.jpg", "x.png", "x.jpg.png"], ["x.jpg", "x.png", "x.jpg-2"]),
+        (["a/x.jpg", "b/x.jpg", "x.jpg-2.png"], ["x.jpg", "x.jpg-2", "x.jpg-2-2"]),
+    ],
+)
+def test_no_name_comes_twice(paths, expected):
+    """What is drawn of an image goes to a file of its name."""
+    assert list(ImageDataset([Path(path) for path in paths]).names) == expected
 
 
 def test_a_million_images_are_few_objects():

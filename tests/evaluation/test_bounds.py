@@ -1,11 +1,15 @@
 """Floors and ceilings, against pictures whose answer is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from nefkern.baselines.comparison import Comparison, Windows
 from nefkern.data import VOID, Sample
 from nefkern.evaluation.bounds import Bounds, random_segments, superpixels
 from nefkern.segmentation.evaluation import match
+from nefkern.segmentation.methods import METHODS
 from nefkern.segmentation.metrics import scores
 
 
@@ -37,6 +41,15 @@ def test_patches_of_resized_images_may_be_no_whole_pixels():
     """Cells of 6.4 pixels: middles below 12.8 are in the first two, so 12 begins the third."""
     assert ceiling("patches", halved(13), (6.4, 6.4)) == 1
     assert ceiling("patches", halved(14), (6.4, 6.4)) == pytest.approx(1 - 1 / 32)
+
+
+def test_patches_of_a_strip_are_those_that_the_network_saw():
+    """One that is enlarged to 16 times the shorter side in length, not to that in width."""
+    network = SimpleNamespace(num_clusters=4)
+    comparison = Comparison(network, [METHODS["ours"]], Windows(64, 64, shorter=64))
+    comparison.patch = (8.0, 8.0)
+    assert comparison.patch_of(torch.empty(3, 32, 50)) == (4, 4)
+    assert comparison.patch_of(torch.empty(3, 4, 200)) == (1.6, 1.6)  # seen as 20 x 1024
 
 
 def test_void_pixels_say_nothing():

@@ -102,6 +102,9 @@ def test_of_one_size(run_of, pictures, tmp_path, capsys):
     other = read_image(pictures / "tall.jpg").numpy()[None]
     with pytest.raises(Exception, match="invalid dimensions"):
         found.run(["clusters"], {"image": other})
+    assert export.main([str(run), "--out", str(path), *arguments, str(pictures / "tall.jpg")]) == 2
+    told = "tall.jpg: 130 pixels high and 80 wide, expected 70 and 120, as --size has them"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -266,6 +266,8 @@ def test_annotated_pictures_vote(run, pictures, tmp_path):
         (["--port", "80"], "--port 80: expected --serve beside it"),
         (["--port", "70000", "--serve"], "--port 70000: expected 0 to 65535"),
         (["--annotated", "PICTURES"], "expected annotations/ with a mask for each image"),
+        (["--out", "no/a.html"], "--out no/a.html: there is no folder no"),
+        (["--serve", "--names", "no/n.yaml"], "--names no/n.yaml: there is no folder no"),
     ],
 )
 def test_mistakes_are_one_line(run, pictures, tmp_path, capsys, options, line):

@@ -13,10 +13,10 @@ from PIL import Image
 
 from nefkern.data import read_image
 from nefkern.naming.choices import FORMATS
-from nefkern.naming.formats import WRITERS, voc_colours
+from nefkern.naming.formats import WRITERS, Annotated, voc_colours
 from nefkern.naming.names import read_names
 from nefkern.segment import main
-from nefkern.segmentation.listing import image_files
+from nefkern.segmentation.listing import image_files, output_names
 from nefkern.segmentation.segmenter import Segmenter
 
 CLASSES = ["road & <b>", "sky"]
@@ -195,6 +195,37 @@ def test_what_was_written_is_not_read_again(run, pictures, names, tmp_path):
     assert (folder / "labelme" / "coco.json").exists()
 
 
+def test_masks_of_a_killed_run_are_not_read_again(tmp_path):
+    """It has not come to what is written of all images."""
+    image = tmp_path / "wide.png"
+    Image.new("RGB", (4, 3)).save(image)
+    voc = WRITERS["voc"](tmp_path, ["sky"], np.zeros((1, 3), np.uint8))
+    voc.add(Annotated(image, "wide", np.zeros((3, 4), np.uint8), []))
+    assert (tmp_path / "voc" / "SegmentationClass" / "wide.png").exists()
+    assert image_files([tmp_path], recursive=True) == [image]
+
+
+@pytest.mark.parametrize(("format", "file"), [("coco", "coco.json"), ("cvat", "cvat.xml")])
+def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path, format, file):
+    files = [Path(f"{folder}/x.jpg") for folder in "ab"] + [Path("a/y.png")]
+    writer = WRITERS[format](tmp_path, ["sky"], np.zeros((1, 3), np.uint8))
+    for image, name in zip(files, output_names(files), strict=True):
+        writer.add(Annotated(image, name, np.zeros((3, 4), np.uint8), []))
+    writer.finish()
+    text = (tmp_path / file).read_text()
+    assert all(text.count(f'"{name}"') == 1 for name in ("x.jpg", "b/x.jpg", "y.png"))
+
+
+def test_a_name_of_two_lines_is_not_two_names(tmp_path, caplog):
+    voc = WRITERS["voc"](tmp_path, ["sky"], np.zeros((1, 3), np.uint8))
+    for name in ("a b", "two\nlines", "-ü"):
+        voc.add(Annotated(Path(f"{name}.png"), name, np.zeros((3, 4), np.uint8), []))
+    voc.finish()
+    for task in ("Segmentation", "Main"):
+        assert (tmp_path / "voc/ImageSets" / task / "default.txt").read_text() == "a b\n-ü\n"
+    assert "left out of voc/ImageSets" in caplog.text
+
+
 def test_voc_colours_are_the_publishers():
     assert voc_colours()[[0, 1, 2, 3, 15, 255]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [224, 224, 192],
@@ -225,6 +256,16 @@ def test_names_of_another_run_are_refused(run, pictures, names, tmp_path, capsys
     arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
     assert main(arguments) == 2
     assert "checkpoint: names the clusters of another training" in capsys.readouterr().err
+
+
+def test_classes_of_a_data_set_are_not_replaced(run, pictures, names, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("mine")
+    command = [str(run), str(pictures), "--names", str(names), "--out"]
+    assert main([*command, str(tmp_path)]) == 2
+    assert "would replace classes.txt" in capsys.readouterr().err
+    assert (tmp_path / "classes.txt").read_text() == "mine"
+    for _ in range(2):
+        assert main([*command, str(tmp_path / "out")]) == 0
 
 
 def test_a_name_that_voc_cannot_hold(run, pictures, names, tmp_path, capsys):

@@ -33,7 +33,20 @@ def test_hand_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["yes", "12", "a: b", "- x", "été 空 🚗", "'\"", "#1", "<b>&", "~"]
+    "name",
+    [
+        "yes",
+        "12",
+        "a: b",
+        "- x",
+        "été 空 🚗",
+        "'\"",
+        "#1",
+        "<b>&",
+        "~",
+        "a\u00a0b",
+        "می\u200cخواهم",
+    ],
 )
 def test_written_names_are_read_back(tmp_path, name):
     names = Names(8, {3: name, 5: "b", 7: name}, {"b": "#00ff00"}, "0123456789012345")
@@ -69,6 +82,8 @@ def test_a_given_colour_is_not_given_twice():
         ("clusters: 4\nnames: {2: ' a'}", "names: 2: expected 1 to 200 characters"),
         ('clusters: 4\nnames: {2: "a\\nb"}', "names: 2: expected 1 to 200 characters"),
         ("clusters: 4\nnames: {2: ''}", "names: 2: expected 1 to 200 characters"),
+        ('clusters: 4\nnames: {2: "a\\eb"}', "names: 2: expected 1 to 200 characters"),
+        ('clusters: 4\nnames: {2: "a\\Pb"}', "names: 2: expected 1 to 200 characters"),
         ("clusters: 4\nclasses: {a: b}", "classes: expected a list, got dict"),
         ("clusters: 4\nclasses: [a, a]", "classes: entry 2: the name 'a' is there already"),
         ("clusters: 4\nclasses: [{name: a, colour: red}]", "classes: entry 1: colour: expected"),

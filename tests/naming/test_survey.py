@@ -9,12 +9,15 @@ from PIL import Image
 
 from nefkern.data import open_dataset
 from nefkern.naming.survey import (
+    IMAGES,
     LEAST,
     PATCHES,
     SEGMENTS,
     TILE,
     Segment,
+    _Cells,
     _leading,
+    _Seen,
     _segment_tile,
     connected,
     pictures,
@@ -45,6 +48,17 @@ def test_every_patch_is_counted_once(surveyed):
     total = winner.flatten().bincount(minlength=6).tolist()
     assert [cluster.patches for cluster in found.clusters] == total
     assert [cluster.images for cluster in found.clusters] == [int(n > 0) for n in total]
+
+
+def test_maps_of_images_that_are_not_shown_are_let_go():
+    seen, nothing = _Seen(1, 1), np.zeros((1, 1), int)
+    cells = _Cells(0, 0, (8, 8), (8.0, 8.0), nothing, nothing, nothing + 1.0, torch.ones(2, 1, 1))
+    for index in range(100):
+        seen.add(index, torch.empty(3, 8, 8), [cells])
+    assert len(seen.maps) <= 2 * IMAGES
+    found = seen.result()
+    assert found.images == 100
+    assert set(found.maps) == {index for index, _ in found.clusters[0].where}
 
 
 def test_patches_lie_in_their_cluster(surveyed):

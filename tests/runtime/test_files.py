@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nefkern.runtime.files import remove_parts, replace_file
+from nefkern.runtime.files import remove_parts, replace_file, shortened
 
 
 def test_the_old_file_or_the_new(tmp_path, monkeypatch):
@@ -27,6 +27,16 @@ def test_the_old_file_or_the_new(tmp_path, monkeypatch):
     assert error.value.filename == str(path)
     assert path.read_text("utf-8") == "äψ"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_as_long_as_a_file_system_takes_them(tmp_path):
+    for name in ("a" * 250, "é空" * 50):
+        replace_file(tmp_path / name, "content")
+        assert (tmp_path / name).read_text() == "content"
+    assert shortened("a" * 250) == "a" * 200
+    assert shortened("é空" * 50) == "é空" * 40  # of five bytes each
+    assert shortened("空" * 80) == "空" * 66
+    assert shortened("a.png") == "a.png"
 
 
 def test_a_disk_that_can_only_be_read_names_the_file(tmp_path, monkeypatch):

@@ -104,6 +104,21 @@ def test_legend_names_every_class_in_its_colour():
     assert len(words(legend([f"class {i}" for i in range(150)], np.zeros((150, 3))))) > 0
 
 
+def test_names_are_taken_as_they_are():
+    """Neither left out for an underscore, as LabelMe's background, nor read as formulas."""
+    classes = ["_background_", "$_$", r"a$x$b\$"]
+    colours, confusion = np.zeros((3, 3), np.uint8), torch.eye(3, dtype=torch.int64)
+    scored = dict.fromkeys(classes, 0.5)
+    stages = {"none": {"matchings": {"iou": {"iou": scored}}}}
+    evaluation = {"pixels": dict.fromkeys(classes, 1), "methods": {"ours": {"stages": stages}}}
+    charts = [
+        legend(classes, colours), confusion_matrix(confusion, classes, ""), iou_bars(evaluation)
+    ]  # fmt: skip
+    for chart in charts:
+        assert all(f"<!-- {name} -->" in chart for name in classes[:2])
+        assert "a$x$b" in chart
+
+
 def test_comparison_sheet_stacks_rows_below_heads():
     shown = [grid([[np.full((20, 60, 3), shade, np.uint8)] * 2]) for shade in (10, 20)]
     rows = [panels(picture, 2) for picture in shown]

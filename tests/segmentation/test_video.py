@@ -154,6 +154,20 @@ def test_a_killed_run_is_gone_on_with(clip, output):
     assert np.abs(found - whole[1]).mean((1, 2, 3)).max() < 1
 
 
+def test_a_run_killed_before_joining_tells_as_many_frames(clip, output, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "_join", killed)
+        with pytest.raises(KeyboardInterrupt):
+            video.segment_clip(clip, output, paint, MADE_OF)
+    told = []
+    assert video.segment_clip(clip, output, paint, MADE_OF, told.append) == FRAMES
+    assert told == [FRAMES]
+    assert len(indices(output.index)) == FRAMES
+
+
 def test_parts_of_anything_else_are_thrown_away(clip, output):
     def killed(frames):
         for number, one in enumerate(paint(frames)):

@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 import torch
 
+from nefkern.data import ImageDataset
 from nefkern.images.graph import pixel_graph
 from nefkern.ops import CSRGraph, add, neuralef_loss, quadratic_form
 from nefkern.reference.knn import unit_rows
@@ -280,6 +281,24 @@ def test_unreadable_images_are_no_nodes(joined, photos, caplog):
     (photos / "images" / "train" / "5.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"5\.png.*when the data set's κ was made"):
         trainer.edges.loader(2, 0).views.view(0, 4)
+
+
+def test_a_view_that_could_not_be_read_keeps_its_number(joined, monkeypatch):
+    """As of a file on a disk that is away for a moment."""
+    read, failed = ImageDataset.image, []
+
+    def image(self, index, **how):
+        if index == 3 and not failed:
+            failed.append(index)
+            raise UserError("3.png: cannot read this image: the disk is away")
+        return read(self, index, **how)
+
+    monkeypatch.setattr(ImageDataset, "image", image)
+    trainer = start(joined(views=2))
+    trainer._look_at_the_data_set()
+    crops = [[view, index] for view in range(2) for index in range(10)]
+    crops.remove([0, 3])
+    assert trainer.edges.dataset_graph.crops.tolist() == crops
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\0" * 500])

@@ -21,7 +21,7 @@ import yaml
 
 from nefkern.data import TrainLoader
 from nefkern.images.graph import kappa
-from nefkern.runtime import files
+from nefkern.runtime import files, tensor_files
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.segmentation.upsample import upsample_at
@@ -148,6 +148,30 @@ def test_a_checkpoint_is_the_same_file_whenever_it_is_written(tmp_path):
     found, metadata = Run(tmp_path).load()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert metadata["step"] == "1"
+
+
+def test_how_far_a_run_is_costs_no_tensor(tiny, monkeypatch):
+    """Nor the optimiser's state, but of checkpoints that have no epoch in their header."""
+    options = tiny(epochs=2)
+    start(options).train()
+    run = Run(options.out)
+
+    def refused(*_):
+        raise AssertionError("read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "unpacked", refused)
+        patch.setattr(torch, "load", refused)
+        assert run.epochs_done() == 2
+        assert run.is_trained(options)
+        assert Run(options.out + "-none").epochs_done() == 0
+    weights, metadata = run.load()
+    del metadata["epoch"]
+    run.path(CHECKPOINT).write_bytes(tensor_files.packed(weights, metadata))
+    assert run.epochs_done() == 2
+    run.path(CHECKPOINT).write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        run.epochs_done()
 
 
 # ---- longer
