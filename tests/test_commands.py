@@ -62,7 +62,9 @@ def python(*arguments: str, **environment: str) -> subprocess.Popen:
 # ---- train
 
 
-def test_train_writes_a_run_folder(arguments, tmp_path, capsys):
+def test_train_writes_a_run_folder(arguments, tmp_path, capsys, monkeypatch):
+    for name in ("COLUMNS", "LINES"):  # a wide terminal: nothing of the bar is cut off
+        monkeypatch.setenv(name, "200")
     assert train.main(arguments()) == 0
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} >= {

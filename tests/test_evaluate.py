@@ -370,6 +370,7 @@ def test_graph_is_scored_beside(run, folder, pointwise, capsys):
 
 def test_graph_and_crf_beside_each_other(run, folder, pointwise, monkeypatch):
     """What changes nothing has the same figures, in both; boundaries too, after either CRF."""
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
     monkeypatch.setattr("nefkern.segmentation.graph_edges.graph_edges", lambda image, p, *_: p)
     sliding = ("--protocol", "sliding", "--crf-workers", "0", "--boundary", "--edges")
@@ -391,6 +392,7 @@ def test_boundaries_of_merged_clusters(continuous, folder, pointwise):
 
 def test_crf_on_classes_starts_from_the_matched_segmentation(run, folder, pointwise, monkeypatch):
     """With a CRF that changes nothing, nothing changes."""
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
     crf = ("--crf", "classes", "--crf-workers", "0")
     result = evaluate(run, folder, "--methods", "ours,kmeans", *crf)
@@ -401,6 +403,7 @@ def test_crf_on_classes_starts_from_the_matched_segmentation(run, folder, pointw
 
 
 def test_crf_on_clusters_starts_from_the_clusters(run, folder, pointwise, monkeypatch):
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
     crf = ("--protocol", "sliding", "--crf", "--crf-workers", "0")
     result = evaluate(run, folder, "--methods", "ours,kmeans", *crf)
@@ -487,6 +490,7 @@ def test_what_is_said_beside_the_scores_changes_none(run, folder, pointwise, cap
 
 @pytest.mark.parametrize("on", ["clusters", "classes"])
 def test_a_crf_has_intervals_and_differences_too(run, folder, pointwise, monkeypatch, on):
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
     crf = ("--protocol", "sliding", "--crf", on, "--crf-workers", "0")
     result = evaluate(run, folder, *crf)
@@ -576,6 +580,7 @@ def test_a_probe_does_not_know_ignored_classes(run, folder, pointwise):
 
 @pytest.mark.parametrize("on", ["clusters", "classes"])
 def test_a_crf_that_changes_nothing_leaves_a_probe_alone(run, folder, pointwise, monkeypatch, on):
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
     crf = ("--crf", on, "--crf-workers", "0", "--protocol", "sliding")
     result = evaluate(run, folder, "--methods", "probe,ours", *crf)
@@ -720,6 +725,7 @@ def test_merged_clusters_are_scored_as_segment_merges_them(continuous, folder, t
 
 
 def test_a_crf_on_classes_of_merged_clusters(continuous, folder, monkeypatch):
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr("nefkern.segmentation.mean_field.mean_field", lambda image, p, _: p)
     crf = ("--crf", "classes", "--crf-workers", "0", "--merge", "2", "--methods", "ours,kmeans")
     result = evaluate(continuous, folder, *crf)

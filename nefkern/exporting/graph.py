@@ -242,8 +242,8 @@ def _resized(image: str, result: str, before: str, after: str, interpolation: st
         kernel = _KERNELS[interpolation].format(**names)
         text += _WEIGHTS.format(kernel=kernel, **names)
     x, y = f"{result}_x", f"{result}_y"
-    text += f"  {x}_matrix = Transpose <perm = [1, 0]> ({x}_weights)\n"
-    text += f"  {x}_product = MatMul ({image}, {x}_matrix)\n"
+    # Not a product with the transpose: onnxruntime 1.23 fuses both to what it has no kernel for.
+    text += f'  {x}_product = Einsum <equation = "bchw,vw->bchv"> ({image}, {x}_weights)\n'
     text += _ROUNDED.format(r=x, result=between)
     text += f"  {y}_product = MatMul ({y}_weights, {between})\n"
     return text + _ROUNDED.format(r=y, result=result)

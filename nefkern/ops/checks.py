@@ -77,16 +77,19 @@ def _shown(number: Any) -> str:
 
 def flag(name: str, value: object) -> bool:
     """``value``, if it is a bool, NumPy's too; else TypeError."""
-    if isinstance(value, bool):
-        return value
-    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+    if _is_bool(value):
         return bool(value)
     raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
+def _is_bool(value: object) -> bool:
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
 def _as_int(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-        return None
+    if _is_bool(value) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None  # NumPy 1.26's are integers too, with a warning
     if isinstance(value, (int, torch.SymInt)):  # operator.index would fix a size while tracing
         return value
     try:

@@ -48,6 +48,8 @@ def exported(request, run_of, tmp_path_factory):
     run, folder = run_of(request.param), tmp_path_factory.mktemp("exported")
     write_names(folder / "names.yaml", NAMES)
     arguments = ["--out", str(folder / "x.onnx"), "--names", str(folder / "names.yaml")]
+    if request.param == "native" and torch.__version__ < (2, 11):
+        pytest.skip("this PyTorch exports a backbone that resizes for one size only")
     assert export.main([str(run), *arguments]) == 0
     return Segmenter.load(run, "cpu"), session(folder / "x.onnx")
 

@@ -229,7 +229,8 @@ def program(folder: Path) -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with distributed.process_group("cpu"):
-        assert not Path("/proc/self/task").exists() or any("gloo" in name for name in threads())
+        if Path("/proc/self/task").exists() and torch.__version__ >= (2, 11):  # they have a name
+            assert any("gloo" in name for name in threads())
         for case in CASES:
             started = time.monotonic()
             case(folder)
