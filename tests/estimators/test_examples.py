@@ -33,7 +33,7 @@ def test_digits(capsys):
 
 def test_docstrings(capsys):
     scores = runpy.run_path(str(EXAMPLES / "docstrings.py"))["main"]()
-    # The texts are those of this SciPy: far ahead with 1.18, level with 1.11.
+    # The texts are those of this SciPy: far ahead with 1.17, level with 1.11.
     assert scores["nefkern spectral"] > scores["K-means"] - 0.01
     assert "typical words" in capsys.readouterr().out
 
