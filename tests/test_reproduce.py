@@ -27,7 +27,7 @@ from nefkern.summarize import Resampled
 from nefkern.training.options import CLASSES, resolve
 from nefkern.training.runs import CHECKPOINT, Run
 from nefkern.training.step import TrainingStep
-from nefkern.training.trainer import Trainer
+from tests.training.outcomes import stop_after
 
 TINY = (
     '--train="--backbone test_vit --weights random --crop 64 --k 8 --epochs 1 --batch-size 2 '
@@ -383,14 +383,9 @@ def test_only_what_is_missing_is_done(reproduce, counted, tmp_path, monkeypatch)
     assert reproduce("5 K256") == 0
     assert counted == []
 
-    def interrupted(trainer):
-        trainer.interrupts.received = True
-        return epoch(trainer)
-
-    epoch = Trainer._epoch
-    monkeypatch.setattr(Trainer, "_epoch", interrupted)
-    assert reproduce("6 pascal_context-alpha0.5") == 130
-    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert reproduce("6 pascal_context-alpha0.5") == 130
     assert counted == ["step"]
     assert reproduce("6 pascal_context-alpha0.5") == 0
     assert counted == ["step", "step", "evaluation"]
