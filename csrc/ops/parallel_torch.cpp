@@ -13,8 +13,8 @@ namespace nefkern::cpu {
 
 #if defined(__SANITIZE_THREAD__)
 
-// ThreadSanitizer does not see who waits for whom in PyTorch's pool, which was built without it, and
-// would take every result for a race: threads of the kernels' own, which begin and end here.
+// ThreadSanitizer does not see who waits for whom in PyTorch's pool, which was built without it,
+// and would take every result for a race: threads of the kernels' own, which begin and end here.
 namespace {
 thread_local bool inside = false;
 }
