@@ -1,6 +1,6 @@
 """Install and test with other versions of Python, and with the oldest packages that are promised.
 
-    python .ci/versions.py 3.10:oldest 3.12:newest 3.13:newest [--tests PYTEST-ARGUMENTS...]
+    python .ci/versions.py 3.10:oldest 3.12:newest 3.13:newest [--folder DIR] [--tests ...]
 
 Of each a copy of the last commit and an environment are made in DIR (build/versions). With "oldest"
 every package is installed in the version that pyproject.toml names as its lower bound, so that

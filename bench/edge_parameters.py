@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nefkern import evaluate
-from nefkern.evaluation.evaluator import Evaluator
+from bench.evaluating import evaluator
 from nefkern.evaluation.resampling import figures, halves, part
 from nefkern.runtime.commandline import log_to_stderr
 from nefkern.runtime.errors import ArgumentParser, command
@@ -84,12 +83,10 @@ class Drawn:
 
 def jobs_of(options: list[str]) -> tuple[list[Job], tuple[int, int]]:
     """What an evaluation would draw edges of, and numbers of clusters and classes."""
-    given = ["--edges", "graph", "--no-bounds", "--pictures", "0", "--bootstrap", "0"]
-    parsed = evaluate.parser().parse_args([*options, *given])
-    evaluator = Evaluator(parsed, evaluate.chosen_methods(parsed))
-    kept = evaluator.graph = Kept()
-    evaluator.score()
-    return kept.jobs, (evaluator.num_clusters, len(evaluator.classes))
+    drawing = evaluator([*options, "--edges", "graph"])
+    kept = drawing.graph = Kept()
+    drawing.score()
+    return kept.jobs, (drawing.num_clusters, len(drawing.classes))
 
 
 def table(jobs: list[Job], shape: tuple[int, int], splits: int) -> str:

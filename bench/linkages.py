@@ -8,7 +8,6 @@ runs.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,38 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nefkern import evaluate
-from nefkern.evaluation.evaluator import Evaluator
+from bench.evaluating import evaluator
 from nefkern.evaluation.gathering import summed
 from nefkern.runtime.commandline import log_to_stderr
 from nefkern.runtime.errors import ArgumentParser, command
 from nefkern.segmentation.matching import hungarian, majority_vote, matched_confusion
 from nefkern.segmentation.metrics import scores
 from nefkern.spectral.merging import cut, merge, ward
+from nefkern.summarize import spread
 
 #: From centres and sizes to the groups of so many.
 Way = Callable[[Tensor, Tensor, int], Tensor]
 RESTARTS = 50
 
 
-def nearest(centers: Tensor, sizes: Tensor, means: Tensor) -> tuple[Tensor, float]:
-    """Lloyd's iterations over centres, which count by their sizes: groups and inertia."""
-    groups = torch.cdist(centers, means).argmin(1)
+def lloyd(centers: Tensor, sizes: Tensor, groups: Tensor, count: int) -> tuple[Tensor, float]:
+    """Groups of centres, which count by their sizes, after Lloyd's iterations; their inertia."""
     while True:
-        members = F.one_hot(groups, len(means)).T * sizes
+        members = F.one_hot(groups, count).T * sizes
         means = members @ centers / members.sum(1, keepdim=True).clamp_min(1e-300)
         far = torch.cdist(centers, means)
-        if torch.equal(groups, far.argmin(1)):
-            inertia = far.gather(1, groups[:, None])[:, 0].square() @ sizes
-            return groups, float(inertia)
-        groups = far.argmin(1)
+        nearest = far.argmin(1)
+        if torch.equal(groups, nearest):
+            return groups, float(far.gather(1, groups[:, None])[:, 0].square() @ sizes)
+        groups = nearest
 
 
 def kmeans(centers: Tensor, sizes: Tensor, count: int) -> Tensor:
     """The best of many K-means on centres: no tree, each number of groups is another one."""
     generator = torch.Generator().manual_seed(0)
     draws = (torch.multinomial(sizes, count, generator=generator) for _ in range(RESTARTS))
-    found = (nearest(centers, sizes, centers[draw]) for draw in draws)
+    starts = (torch.cdist(centers, centers[draw]).argmin(1) for draw in draws)
+    found = (lloyd(centers, sizes, groups, count) for groups in starts)
     return min(found, key=lambda one: one[1])[0]
 
 
@@ -60,11 +59,11 @@ def average(centers: Tensor, sizes: Tensor, count: int) -> Tensor:
 
 WAYS: dict[str, Way] = {
     "Ward's tree (`--classes`)": lambda c, n, k: cut(ward(c, n), k),
-    "... then Lloyd's iterations": lambda c, n, k: refined(c, n, cut(ward(c, n), k)),
+    "... then Lloyd's iterations": lambda c, n, k: lloyd(c, n, cut(ward(c, n), k), k)[0],
     "... of directions": lambda c, n, k: cut(ward(F.normalize(c), n), k),
     "... by the roots of sizes": lambda c, n, k: cut(ward(c, n.sqrt()), k),
     "... of directions, by the roots of sizes": lambda c, n, k: cut(
-        ward(F.normalize(c), n**0.5), k
+        ward(F.normalize(c), n.sqrt()), k
     ),
     "... without sizes": lambda c, n, k: cut(ward(c, torch.ones_like(n)), k),
     "average linkage by cosine": average,
@@ -72,19 +71,11 @@ WAYS: dict[str, Way] = {
 }
 
 
-def refined(centers: Tensor, sizes: Tensor, groups: Tensor) -> Tensor:
-    """Groups after Lloyd's iterations."""
-    members = F.one_hot(groups).T * sizes
-    return nearest(centers, sizes, members @ centers / members.sum(1, keepdim=True))[0]
-
-
 def counted(options: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Centres, sizes, and the pixels of each cluster in each class, ``[K, C]``."""
-    given = ["--methods", "ours", "--no-bounds", "--pictures", "0", "--bootstrap", "0"]
-    parsed = evaluate.parser().parse_args([*options, *given])
-    evaluator = Evaluator(parsed, evaluate.chosen_methods(parsed))
-    kmeans = evaluator.segmenter.clusterer.kmeans
-    table = summed(evaluator.counts())["ours"]["none"]
+    bare = evaluator([*options, "--methods", "ours"])
+    kmeans = bare.segmenter.clusterer.kmeans
+    table = summed(bare.counts())["ours"]["none"]
     return kmeans.centers.double().cpu(), kmeans.counts.double().cpu(), table
 
 
@@ -96,19 +87,13 @@ def figures(table: Tensor, groups: Tensor) -> list[tuple[float, float]]:
     return [(100 * one.accuracy, 100 * one.mean_iou) for one in found]
 
 
-def told(values: list[float]) -> str:
-    """Mean and standard deviation, if there is one."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
 def table(runs: list[tuple[Tensor, Tensor, Tensor]]) -> str:
     """Markdown."""
     lines = ["| merged by | IoU vote | count vote | Hungarian by count |", "|---|---|---|---|"]
     for name, way in WAYS.items():
         found = [figures(t, way(c, n, t.shape[1])) for c, n, t in runs]
         columns = torch.tensor(found).permute(1, 2, 0).tolist()  # matching, score, run
-        cells = [" / ".join(map(told, scored)) for scored in columns]
+        cells = [" / ".join(map(spread, scored)) for scored in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

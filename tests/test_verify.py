@@ -125,8 +125,12 @@ def test_one_changed_pixel_is_found_and_named(made, photos, capsys, kind):
     assert path.stem in found["images"]
 
 
+#: Another β that is seen: with PyTorch 2.10 0.001 more of it is lost in rounding.
+BETA = 0.081 if torch.__version__ >= (2, 11) else 0.16
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("alpha", 0.31), ("lr", 1.1e-3), ("beta", 0.16), ("seed", 1), ("k", "15")]
+    ("name", "value"), [("alpha", 0.31), ("lr", 1.1e-3), ("beta", BETA), ("seed", 1), ("k", "15")]
 )
 def test_one_changed_option_is_found_whether_the_record_says_so_or_not(made, capsys, name, value):
     run = made("neural")

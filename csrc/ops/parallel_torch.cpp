@@ -4,9 +4,10 @@
 #include "cpu/parallel.h"
 
 #if defined(__SANITIZE_THREAD__)
-#include <algorithm>
 #include <thread>
 #include <vector>
+
+#include "cpu/ranges.h"
 #endif
 
 namespace nefkern::cpu {
@@ -21,19 +22,15 @@ thread_local bool inside = false;
 
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                      void* context) {
-  const int64_t size = end - begin;
-  const int64_t ranges = std::min(num_threads(), size / std::max<int64_t>(grain, 1));
-  if (ranges <= 1) {
-    if (size > 0) function(begin, end, context);
-    return;
-  }
-  std::vector<std::thread> threads;
-  for (int64_t r = 0; r < ranges; ++r)
-    threads.emplace_back([=] {
-      inside = true;
-      function(begin + size * r / ranges, begin + size * (r + 1) / ranges, context);
-    });
-  for (std::thread& thread : threads) thread.join();
+  cut_ranges(begin, end, grain, function, context, [](int64_t count, const auto& run) {
+    std::vector<std::thread> threads;
+    for (int64_t r = 0; r < count; ++r)
+      threads.emplace_back([=] {
+        inside = true;
+        run(r);
+      });
+    for (std::thread& thread : threads) thread.join();
+  });
 }
 
 int64_t num_threads() { return inside ? 1 : torch::stable::get_num_threads(); }

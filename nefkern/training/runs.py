@@ -12,8 +12,9 @@ import logging
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -31,6 +32,8 @@ from nefkern.training.options import TrainOptions, converted, upgraded
 from nefkern.version import __version__
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONFIG, CHECKPOINT, METRICS = "config.yaml", "checkpoint.safetensors", "metrics.jsonl"
 #: The checkpoint before the last.
@@ -337,7 +340,8 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
-        found = self._read(name, "damaged (%s); remove it, and --resume makes it anew")
+        told = "damaged (%s); remove it, and --resume makes it anew"
+        found = self._read(name, told, tensor_files.unpacked)
         return found and found[0]
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -346,8 +350,11 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
+        return self._of_checkpoint(tensor_files.unpacked)
+
+    def _of_checkpoint(self, reader: Callable[[Path], T]) -> T | None:
         try:
-            return self._read(CHECKPOINT, "not a readable checkpoint (%s)")
+            return self._read(CHECKPOINT, "not a readable checkpoint (%s)", reader)
         except UserError as error:
             raise UserError(f"{error}{self._way_back()}") from None
 
@@ -363,14 +370,14 @@ class Run:
             UserError: the file is damaged.
         """
         told = "not a readable file of clusters (%s); remove it, and --resume makes it anew"
-        found = self._read(CLUSTERS, told)
+        found = self._read(CLUSTERS, told, tensor_files.unpacked)
         return found[0] if found and found[1].get("step") == self._step() else None
 
-    def _read(self, name: str, told: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata of a safetensors file, or None where there is none; ``told`` is what
-        an error says of a damaged one, with a place for the reason."""
+    def _read(self, name: str, told: str, reader: Callable[[Path], T]) -> T | None:
+        """What ``reader`` gives of a safetensors file, or None where there is none; ``told`` is
+        what an error says of a damaged one, with a place for the reason."""
         try:
-            return tensor_files.unpacked(self.path(name))
+            return reader(self.path(name))
         except FileNotFoundError:
             return None
         except DamagedFile as error:
@@ -386,14 +393,7 @@ class Run:
         Raises:
             UserError: the file is damaged, as far as its header shows it.
         """
-        path = self.path(CHECKPOINT)
-        try:
-            return tensor_files.metadata_of(path)
-        except FileNotFoundError:
-            return None
-        except DamagedFile as error:
-            told = f"{path}: not a readable checkpoint ({error})"
-            raise UserError(f"{told}{self._way_back()}") from None
+        return self._of_checkpoint(tensor_files.metadata_of)
 
     def weights(self, options: TrainOptions) -> str:
         """Of the backbone, where they come from: the run's own file, or as the options say."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scipy
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,8 +34,9 @@ def test_digits(capsys):
 
 def test_docstrings(capsys):
     scores = runpy.run_path(str(EXAMPLES / "docstrings.py"))["main"]()
-    # The texts are those of this SciPy: far ahead with 1.17, level with 1.11.
-    assert scores["nefkern spectral"] > scores["K-means"] - 0.01
+    # The texts are those of this SciPy; of 1.11's both make as much.
+    allowed = 0.01 if scipy.__version__.startswith("1.11.") else 0.0
+    assert scores["nefkern spectral"] > scores["K-means"] - allowed
     assert "typical words" in capsys.readouterr().out
 
 

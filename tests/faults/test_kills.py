@@ -16,3 +16,10 @@ def test_a_killed_run_comes_to_the_same_result(method, tmp_path):
     killing.survive(8)
     assert killing.kills >= 8
     assert killing.finished >= 1
+
+
+@pytest.mark.long
+def test_a_few_kills(tmp_path):
+    killing = Killing("neural", tmp_path, seed=1)
+    killing.survive(2)
+    assert killing.finished >= 1

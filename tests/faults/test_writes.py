@@ -119,7 +119,9 @@ def test_every_write_of_a_command(name, whole, tmp_path):
             check_runs(there)
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("read-only", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])]
+)
 def test_a_disk_that_fails_halfway(kind, whole, tmp_path):
     """As above, in the middle of one training, which --resume then brings to its end."""
     there = fresh(whole, tmp_path)
