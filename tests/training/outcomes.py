@@ -1,4 +1,4 @@
-"""What a run leaves, to be compared with another's."""
+"""Runs begun and stopped, and what they leave, to be compared with another's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from nefkern.training.options import TrainOptions
 from nefkern.training.runs import Run
 from nefkern.training.step import TrainingStep
+from nefkern.training.trainer import Trainer
 
 #: The only things in a record that a clock decides.
 TIMED = ("images_per_second", "input_wait", "seconds", "knn_seconds")
+
+
+def start(options: TrainOptions) -> Trainer:
+    return Trainer(options, Run.create(options))
 
 
 def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:

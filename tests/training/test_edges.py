@@ -22,8 +22,7 @@ from nefkern.training.runs import GRAPH, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.step import TrainingStep
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same, stop_after
-from tests.training.test_teacher import start
+from tests.training.outcomes import assert_same, start, stop_after
 
 CELLS = 3
 

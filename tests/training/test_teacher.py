@@ -19,7 +19,7 @@ from nefkern.training.runs import STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.teacher import FOLDER, check_data_set, indicator_rotation, regression_loss
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same, stop_after
+from tests.training.outcomes import assert_same, start, stop_after
 
 K = 5
 
@@ -33,10 +33,6 @@ def taught(tiny):
         return tiny(**usual | changes)
 
     return make
-
-
-def start(options: TrainOptions) -> Trainer:
-    return Trainer(options, Run.create(options))
 
 
 @pytest.mark.parametrize("loss", ["rows", "values"])
