@@ -400,6 +400,7 @@ def test_report_is_a_page_of_its_own(arguments, photos, tmp_path):
         assert shown in text, shown
 
 
+@pytest.mark.drawn
 def test_long_runs_do_not_make_a_heavy_page():
     from nefkern.evaluation.report import curves
 

@@ -88,6 +88,7 @@ def test_data_sets_that_cannot_be_scored(run, cityscapes, pointwise, tmp_path, c
     assert "imagenet is only to train on" in failure(capsys, *asked)
 
 
+@pytest.mark.drawn
 def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path, capsys):
     """Trained by the command and scored, K-means fitted on the training split."""
     out = tmp_path / "city"
