@@ -24,7 +24,7 @@ from nefkern import segment, train
 from nefkern.data import Views, eval_transform, open_dataset
 from nefkern.evaluate import main, parser
 from nefkern.evaluation.evaluator import free_name
-from nefkern.images.features import FeatureCache
+from nefkern.images.feature_cache import FeatureCache
 from nefkern.images.graph import GraphConfig, image_kappa
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import replace_file

@@ -47,7 +47,7 @@ from nefkern.segmentation.methods import Method, of_run
 from nefkern.segmentation.pictures import palette, write_png
 from nefkern.segmentation.refinement import Refiner
 from nefkern.segmentation.segmenter import Segmenter
-from nefkern.training.options import ANNOTATED, CLASSES, PRESETS, WINDOWS
+from nefkern.training.presets import ANNOTATED, CLASSES, PRESETS, WINDOWS
 from nefkern.training.runs import Run, versions
 
 log = logging.getLogger(__name__)
