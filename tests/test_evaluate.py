@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 from nefkern import segment, train
 from nefkern.data import Views, eval_transform, open_dataset
 from nefkern.evaluate import main, parser
-from nefkern.evaluation.evaluator import free_name
+from nefkern.evaluation.records import free_name
 from nefkern.images.feature_cache import FeatureCache
 from nefkern.images.graph import GraphConfig, image_kappa
 from nefkern.runtime.errors import UserError

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.device_time import Work
+from bench.roofline import training_step
+from bench.roofline.cuda import cuda_kernels, spmm_kernels
+from bench.roofline.model import Kernel
 from nefkern.triton.rates import Gpu
 
 #: By part and name of the model's kernels of csrc/cuda.

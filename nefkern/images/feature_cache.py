@@ -60,7 +60,8 @@ class FeatureCache:
         if not self._folders:
             return self._compute(images)
         paths = [self._path(image) for image in images]
-        grid = self.backbone.grid(images.shape[-2:])
+        height, width = images.shape[-2:]
+        grid = self.backbone.grid((height, width))
         shape = (math.prod(grid), self.backbone.concat_dim)
         found = [self._find(path, shape) for path in paths]
         missing = [i for i, entry in enumerate(found) if entry is None]
@@ -91,7 +92,7 @@ class FeatureCache:
 
     def _path(self, image: Tensor) -> Path:
         """Of an image's entry, in whichever folder."""
-        how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
+        how: tuple = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
         if not self.tf32:  # entries without this may have been made in TF32
             how += ("float32",)
         sha = hashlib.sha256(repr(how).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,7 +18,7 @@ def has_keys(block: nn.Module) -> bool:
     return any(isinstance(getattr(attention, n, None), nn.Linear) for n in ("qkv", "k_proj"))
 
 
-def hook_keys(model: nn.Module, index: int, keys: dict[int, Tensor]) -> RemovableHandle:
+def hook_keys(model: Any, index: int, keys: dict[int, Tensor]) -> RemovableHandle:
     """Have the next pass leave the keys of block ``index`` in ``keys``, all tokens.
 
     They are computed from the attention's input: some families take the layer's weight without
@@ -30,7 +32,7 @@ def hook_keys(model: nn.Module, index: int, keys: dict[int, Tensor]) -> Removabl
     return attention.register_forward_pre_hook(keep)
 
 
-def _keys(attention: nn.Module, x: Tensor) -> Tensor:
+def _keys(attention: Any, x: Tensor) -> Tensor:
     """Keys ``[..., C]`` of the attention's input, before rotations and norms of heads."""
     joint = getattr(attention, "qkv", None)
     if not isinstance(joint, nn.Linear):
