@@ -21,11 +21,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nefkern.evaluation import report
+from nefkern.segmentation import charts
 from nefkern.training.options import TrainOptions
 from tests.backend_counts import (  # noqa: F401  hooks
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
+
+BLANK = '<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
 def pytest_addoption(parser):
@@ -68,6 +72,15 @@ def one_thread_for_small_models(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def blank_charts(request, monkeypatch):
+    """Charts are made and not drawn, but for the tests that look at them (``drawn``): most of the
+    time of a command on a few small images would be matplotlib's."""
+    if not request.node.get_closest_marker("drawn"):
+        for user in (charts, report):
+            monkeypatch.setattr(user, "svg", lambda figure: BLANK)
 
 
 @pytest.fixture(scope="session")

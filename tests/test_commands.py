@@ -374,6 +374,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.drawn
 def test_report_is_a_page_of_its_own(arguments, photos, tmp_path):
     awkward = photos / "images" / "train" / "0 a&b#c'<d>%20.png"
     (photos / "images" / "train" / "0.png").rename(awkward)

@@ -32,6 +32,7 @@ from nefkern.runtime.distributed import (
 )
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import make_folder, naming
+from nefkern.runtime.heeding import heeding
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.edges import DatasetEdges, edges_of
 from nefkern.training.interrupts import Interrupts
@@ -369,8 +370,10 @@ class Trainer:
             return
         before = self._generators()
         self.step.heed = self._heed
+        hooks = contextlib.nullcontext() if self.options.compile else heeding(self._heed)
         try:
-            yield
+            with hooks:
+                yield
         except StepAbandoned:
             self._set_generators(before)
             raise

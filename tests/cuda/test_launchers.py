@@ -89,6 +89,7 @@ def compiled() -> dict[str, resources.Resources]:
     return {r.kernel: r for s in resources.sources() for r in resources.examine(s, "80")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("op", "sizes"), PAPER)
 def test_shared_memory_is_asked_for_before_it_is_used(compiled, op, sizes):
     """48 KiB hold a kernel's static variables as well; more than that takes a question."""
@@ -99,6 +100,7 @@ def test_shared_memory_is_asked_for_before_it_is_used(compiled, op, sizes):
             assert compiled[event.kernel].shared + event.asked <= 99 << 10, "sm_86 has no more"
 
 
+@pytest.mark.long
 def test_every_kernel_is_launched(compiled):
     """What docs/gpu.md's table of resources asks for every kernel."""
     assert set(compiled) - set(launchers.launched()) == set()

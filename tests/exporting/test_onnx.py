@@ -41,7 +41,10 @@ def fails(capsys):
 NAMES = Names(6, {0: "sky", 1: "road", 2: "sky", 5: "road"}, {"road": None, "sky": "#0080ff"})
 
 
-@pytest.fixture(scope="module", params=["quantised", "native"])
+QUANTISED = pytest.param("quantised", marks=pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=[QUANTISED, "native"])
 def exported(request, run_of, tmp_path_factory):
     """A run of either method and its file, with names inside. The spectral run's backbone sees
     images resized once more."""

@@ -17,7 +17,10 @@ from tests.faults.kills import _COMMON, METHODS, PATIENCE, photographs
 from tests.faults.processes import Forked
 from tests.faults.writes import KINDS, failing, writes
 
-pytestmark = pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="forks")
+pytestmark = [
+    pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="forks"),
+    pytest.mark.long,
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,6 @@ def check_runs(there: Path) -> None:
     assert not list(there.rglob(".*.part"))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_every_write_of_a_command(name, whole, tmp_path):
     main, arguments = commands(whole, fresh(whole, tmp_path))[name]
@@ -119,9 +121,7 @@ def test_every_write_of_a_command(name, whole, tmp_path):
             check_runs(there)
 
 
-@pytest.mark.parametrize(
-    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fails_halfway(kind, whole, tmp_path):
     """As above, in the middle of one training, which --resume then brings to its end."""
     there = fresh(whole, tmp_path)

@@ -378,7 +378,10 @@ def test_opcheck(backend, feature_map, dtype):
 @pytest.mark.parametrize(
     ("backend", "compiler"),
     # One run through inductor is enough: it never looks inside the operator.
-    [*((name, "aot_eager") for name in BACKENDS), (BACKENDS[0], "inductor")],
+    [
+        *((name, "aot_eager") for name in BACKENDS),
+        pytest.param(BACKENDS[0], "inductor", marks=pytest.mark.long),
+    ],
     indirect=["backend"],
 )
 def test_compiles_without_graph_breaks(backend, compiler):

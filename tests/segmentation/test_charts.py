@@ -20,6 +20,8 @@ from nefkern.segmentation.charts import (
 )
 from nefkern.segmentation.pictures import BACKGROUND, grid
 
+pytestmark = pytest.mark.drawn
+
 EVALUATION = {
     "pixels": {"sky": 10, "road": 90},
     "methods": {
