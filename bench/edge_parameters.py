@@ -86,7 +86,7 @@ def jobs_of(options: list[str]) -> tuple[list[Job], tuple[int, int]]:
     drawing = evaluator([*options, "--edges", "graph"])
     kept = drawing.graph = Kept()
     drawing.score()
-    return kept.jobs, (drawing.num_clusters, len(drawing.classes))
+    return kept.jobs, (drawing.num_clusters, len(drawing.images.classes))
 
 
 def table(jobs: list[Job], shape: tuple[int, int], splits: int) -> str:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from nefkern import ops
 from nefkern.data import eval_transform, open_dataset
-from nefkern.images.features import load_backbone
 from nefkern.images.graph import GraphConfig, pixel_graph, pixel_neighbours
+from nefkern.images.loading import load_backbone
 from nefkern.reference.knn import unit_rows
 from nefkern.runtime.commandline import log_to_stderr
 from nefkern.runtime.errors import ArgumentParser, command

@@ -73,8 +73,8 @@ def moons(rows: int = 300, neighbours: int = 30, seed: int = 0) -> CSRGraph:
 def patches(root: Path, images: int = 3) -> CSRGraph:
     """κ of real patches: a handful of images of ``root/images/train``, lite0's features."""
     from nefkern.data import eval_transform, open_dataset
-    from nefkern.images.features import load_backbone
     from nefkern.images.graph import GraphConfig, kappa
+    from nefkern.images.loading import load_backbone
 
     dataset = open_dataset("folder", root=root, split="train")
     transform = eval_transform("crop320", size=224)

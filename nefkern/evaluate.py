@@ -22,7 +22,7 @@ from nefkern.runtime.commandline import (
 )
 from nefkern.runtime.errors import UserError, command
 from nefkern.segmentation.methods import ALIASES, METHODS, Method, parse_methods
-from nefkern.training.options import ANNOTATED, PRESETS
+from nefkern.training.presets import ANNOTATED, PRESETS
 
 DESCRIPTION = """\
 Score a trained run on annotated images. Clusters have no names: each is first matched to a class

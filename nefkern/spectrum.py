@@ -22,7 +22,7 @@ from nefkern.runtime.commandline import (
     log_to_stderr,
 )
 from nefkern.runtime.errors import UserError, command
-from nefkern.training.options import PRESETS
+from nefkern.training.presets import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from nefkern.runtime.commandline import command_parser, log_to_stderr
 from nefkern.runtime.errors import command
-from nefkern.training.options import TrainOptions, add_arguments, resolve
+from nefkern.training.option_parsing import add_arguments, resolve
+from nefkern.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from nefkern.data import ImageDataset

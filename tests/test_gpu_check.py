@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")  # the model's rates are beside Triton's kernels
-from bench import gpu_check, roofline
+from bench import gpu_check
 from bench.device_time import Work
 from bench.gpu import (
     build,
@@ -32,6 +32,8 @@ from bench.gpu import (
 from bench.gpu.document import Document
 from bench.gpu.plan import Settings, Stage
 from bench.gpu.worker import Skipped
+from bench.roofline import training_step
+from bench.roofline.cuda import cuda_kernels
 from nefkern import backends
 from nefkern.triton.rates import H200
 
@@ -410,12 +412,14 @@ def test_every_prediction_has_kernels_of_its_name():
     names = set(re.findall(rf"__global__\s+(?:void\s+{bounds}|{bounds}void\s+)(\w+)\(", cuda))
     assert "spmm_rows" in names
     for (part, kernel), pattern in predictions.CUDA_SYMBOLS.items():
-        known = {k.name for k in [*roofline.cuda_kernels(), roofline.sparse("bfloat16", 2)]
+        known = {k.name for k in [*cuda_kernels(), training_step.sparse("bfloat16", 2)]
                  if k.part == part}  # fmt: skip
-        assert kernel in known, "renamed in bench/roofline.py"
+        assert kernel in known, "renamed in bench/roofline/cuda.py"
         found = [name for name in names if re.search(pattern, name)]
         assert found or "Radix" in pattern, f"{pattern}: no such kernel in csrc/cuda"
-    known = {kernel.name for kernel in (*roofline.step(False), roofline.sparse("bfloat16", 2))}
+    known = {
+        kernel.name for kernel in (*training_step.step(False), training_step.sparse("bfloat16", 2))
+    }
     assert set(predictions.TRITON_SYMBOLS) <= known
 
 
@@ -426,7 +430,7 @@ def test_the_models_kernels_are_those_of_a_call(by):
         assert all(kernel.expected(H200) > 0 for kernel in kernels)
     (spmm,) = predictions.kernels_of("spmm", by, "float32")
     assert spmm.name.startswith("spmm, float32")
-    whole = roofline.attention(True).moved
+    whole = training_step.attention(True).moved
     assert (
         predictions.kernels_of("linear_attention elu", "triton", "bfloat16")[0].moved == whole / 2
     )

@@ -24,7 +24,8 @@ from nefkern.segmentation.evaluation import match, matchings
 from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.methods import METHODS
 from nefkern.summarize import Resampled
-from nefkern.training.options import CLASSES, resolve
+from nefkern.training.option_parsing import resolve
+from nefkern.training.presets import CLASSES
 from nefkern.training.runs import CHECKPOINT, Run
 from nefkern.training.step import TrainingStep
 from tests.training.outcomes import stop_after

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import roofline
-from bench.roofline import Kernel, condensed, written
+from bench.roofline import __main__ as command
+from bench.roofline import counts, model, sizes, training_step
+from bench.roofline.__main__ import written
+from bench.roofline.model import Kernel
+from bench.roofline.resources import condensed
+from bench.roofline.tables import estimates
 from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction, EigenfunctionConfig
 from nefkern.triton import linear_attention as attention
@@ -31,56 +35,56 @@ def test_floor_is_the_longer_of_arithmetic_and_memory():
 
 def test_expected_is_the_slowest_of_three_and_the_launches():
     kernel = Kernel("ψ", "x", "library product", {"half": 65.0}, launches=2)
-    assert kernel.expected(SLOW) == pytest.approx(1.0 + 2 * roofline.LAUNCH)
+    assert kernel.expected(SLOW) == pytest.approx(1.0 + 2 * model.LAUNCH)
     moved = dataclasses.replace(kernel, moved=16.0)
-    assert moved.expected(SLOW) == pytest.approx(2.0 + 2 * roofline.LAUNCH)
+    assert moved.expected(SLOW) == pytest.approx(2.0 + 2 * model.LAUNCH)
     cached = dataclasses.replace(moved, cached=180.0, resident=50.0)
-    assert cached.expected(SLOW) == pytest.approx(3.0 + 2 * roofline.LAUNCH)
+    assert cached.expected(SLOW) == pytest.approx(3.0 + 2 * model.LAUNCH)
     # Half of it no longer fits: 90 bytes more come from memory.
     missed = dataclasses.replace(cached, resident=100.0)
-    assert missed.expected(SLOW) == pytest.approx((16 + 90) / 8 + 2 * roofline.LAUNCH)
+    assert missed.expected(SLOW) == pytest.approx((16 + 90) / 8 + 2 * model.LAUNCH)
 
 
 def test_shared_memory_and_issue_slots_may_be_the_slowest():
     kernel = Kernel("κ", "x", "selection", shared=160.0, issued=240.0)
-    launch = roofline.LAUNCH
-    assert kernel.expected(SLOW) == pytest.approx(160 / 20 / roofline.SHARED + launch)
+    launch = model.LAUNCH
+    assert kernel.expected(SLOW) == pytest.approx(160 / 20 / model.SHARED + launch)
     assert kernel.limit(SLOW) == "shared"
     issued = dataclasses.replace(kernel, issued=1600.0)
-    assert issued.expected(SLOW) == pytest.approx(1600 / 80 / roofline.ISSUE + launch)
+    assert issued.expected(SLOW) == pytest.approx(1600 / 80 / model.ISSUE + launch)
     assert issued.limit(SLOW) == "issue"
-    assert issued.least(SLOW) == pytest.approx(20 * roofline.UNROLLED + roofline.SHORT_LAUNCH)
+    assert issued.least(SLOW) == pytest.approx(20 * model.UNROLLED + model.SHORT_LAUNCH)
     assert dataclasses.replace(kernel, issued=0.0).least(SLOW) == pytest.approx(8.0)
 
 
 def test_counts_are_those_of_the_emulator(monkeypatch):
     cost = {"shared_wavefronts": 10.0, "shuffles": 1.0, "issued": 5.0}
-    monkeypatch.setattr(roofline, "counts", lambda: {"a case": {"a_kernel": cost}})
-    assert roofline.counted("a case", "a_kernel", 2) == {"shared": 22.0, "issued": 10.0}
+    monkeypatch.setattr(counts, "counts", lambda: {"a case": {"a_kernel": cost}})
+    assert counts.counted("a case", "a_kernel", 2) == {"shared": 22.0, "issued": 10.0}
 
 
 def test_at_the_least_a_first_level_cache_keeps_what_a_block_has_read(monkeypatch):
     cost = {"shared_wavefronts": 1.0, "shuffles": 1.0, "lines": 2.0, "issued": 5.0,
             "sectors_read": 3.0, "sectors_once": 1.0, "sectors_written": 2.0}  # fmt: skip
-    monkeypatch.setattr(roofline, "counts", lambda: {"a case": {"a_kernel": cost}})
-    found = roofline.counted_whole("a case", "a_kernel", 2)
+    monkeypatch.setattr(counts, "counts", lambda: {"a case": {"a_kernel": cost}})
+    found = counts.counted_whole("a case", "a_kernel", 2)
     assert found == {"shared": 8.0, "issued": 10.0, "cached": 320.0, "cached_once": 192.0}
     kernel = Kernel("κ", "x", "gather", cached=300.0, cached_once=180.0, resident=100.0)
     # Half of either misses a cache of 50 bytes: memory is slower than the cache.
-    assert kernel.least(SLOW) == pytest.approx(90 / 10 + roofline.SHORT_LAUNCH)
-    assert kernel.expected(SLOW) == pytest.approx(150 / 8 + roofline.LAUNCH)
+    assert kernel.least(SLOW) == pytest.approx(90 / 10 + model.SHORT_LAUNCH)
+    assert kernel.expected(SLOW) == pytest.approx(150 / 8 + model.LAUNCH)
 
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_no_kernel_is_expected_below_its_floor(amp):
-    for kernel in roofline.step(amp):
+    for kernel in training_step.step(amp):
         for gpu in GPUS:
             assert kernel.expected(gpu) > kernel.least(gpu) > kernel.floor(gpu), kernel.name
 
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_attention_is_at_most_three_times_its_floor(amp):
-    kernel = roofline.attention(amp)
+    kernel = training_step.attention(amp)
     for gpu in GPUS:
         assert kernel.expected(gpu) <= 3 * kernel.floor(gpu), gpu.name
 
@@ -88,9 +92,9 @@ def test_attention_is_at_most_three_times_its_floor(amp):
 def test_code_is_of_the_architecture_it_is_asked_for():
     kernel = Kernel("ψ", "x", "stream", shared=1.0, issued=240.0, code={"sm_80": (2.0, 4800.0)})
     on_it, other = SLOW, dataclasses.replace(SLOW, arch="sm_90")
-    assert kernel.expected(on_it) == pytest.approx(60 / roofline.ISSUE + roofline.LAUNCH)
-    assert kernel.least(on_it) == pytest.approx(60 * roofline.UNROLLED + roofline.SHORT_LAUNCH)
-    assert kernel.expected(other) == pytest.approx(3 / roofline.ISSUE + roofline.LAUNCH)
+    assert kernel.expected(on_it) == pytest.approx(60 / model.ISSUE + model.LAUNCH)
+    assert kernel.least(on_it) == pytest.approx(60 * model.UNROLLED + model.SHORT_LAUNCH)
+    assert kernel.expected(other) == pytest.approx(3 / model.ISSUE + model.LAUNCH)
 
 
 def test_the_attention_that_was_counted_is_the_one_that_ships():
@@ -99,11 +103,11 @@ def test_the_attention_that_was_counted_is_the_one_that_ships():
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         pytest.skip("the tiles that were counted are those of later Tritons")
-    counted = json.loads(roofline.ATTENTION.read_text())
+    counted = json.loads(counts.ATTENTION.read_text())
     assert set(counted) == set(LIMITS)
     for arch, by_dtype in counted.items():
         for dtype, kernels in by_dtype.items():
-            title = f" softmax {dtype} D = {roofline.HEAD_DIM}, multiples of 16"
+            title = f" softmax {dtype} D = {sizes.HEAD_DIM}, multiples of 16"
             tiles = {
                 kernel.kernel.__name__: kernel.constexprs["BT"]
                 for kernel in attention.shipped()
@@ -115,11 +119,11 @@ def test_the_attention_that_was_counted_is_the_one_that_ships():
 
 def test_psi_is_counted_as_it_is_built():
     with torch.device("meta"):
-        psi = Eigenfunction(roofline.WIDTH, EigenfunctionConfig(orthogonal=False))
-    assert roofline.psi_parameters() == sum(p.numel() for p in psi.parameters())
+        psi = Eigenfunction(sizes.WIDTH, EigenfunctionConfig(orthogonal=False))
+    assert training_step.psi_parameters() == sum(p.numel() for p in psi.parameters())
     products = sum(m.weight.numel() for m in psi.modules() if isinstance(m, torch.nn.Linear))
-    assert roofline.psi_flops() == 2 * roofline.N * products
-    assert psi.blocks[0].attention.heads == roofline.HEADS
+    assert training_step.psi_flops() == 2 * sizes.N * products
+    assert psi.blocks[0].attention.heads == sizes.HEADS
 
 
 def test_the_backbone_is_counted_as_timm_builds_it():
@@ -131,8 +135,8 @@ def test_the_backbone_is_counted_as_timm_builds_it():
         for block in vit.blocks:
             block.attn.fused_attn = False
         with FlopCounterMode(display=False) as counter:
-            vit(torch.empty(roofline.B, 3, 480, 480))
-    assert roofline.backbone_flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
+            vit(torch.empty(sizes.B, 3, 480, 480))
+    assert training_step.backbone_flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_rates_have_the_architectures_that_kernels_are_compiled_for():
@@ -184,11 +188,11 @@ def test_condensed_keeps_the_worst_of_each_kernel():
 
 
 def test_the_page_is_what_the_script_writes():
-    page = roofline.PAGE.read_text()
-    assert written(page, "estimates", roofline.estimates()) == page
+    page = command.PAGE.read_text()
+    assert written(page, "estimates", estimates()) == page
     changed = written(page, "resources", "a table")
     assert "a table" in changed
-    assert written(changed, "estimates", roofline.estimates()) == changed
+    assert written(changed, "estimates", estimates()) == changed
 
 
 def test_a_page_without_markers_is_refused():
@@ -198,5 +202,5 @@ def test_a_page_without_markers_is_refused():
 
 def test_the_resources_are_refused_in_the_interpreter(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert roofline.main(["--resources"]) == 2
+    assert command.main(["--resources"]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.run import get_args_parser
 
 from nefkern import train
-from nefkern.training.options import resolve
+from nefkern.training.option_parsing import resolve
 
 
 def test_the_slurm_example_is_a_script(tmp_path):

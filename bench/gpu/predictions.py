@@ -1,4 +1,4 @@
-"""Which kernels of the model (bench/roofline.py, docs/gpu.md) an operator's call consists of.
+"""Which kernels of the model (bench/roofline/, docs/gpu.md) an operator's call consists of.
 
 The symbols are patterns of the names that kernels have in a profile; together they tell which
 measured kernels a prediction is of. Two predictions of one kernel are added up.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import roofline
 from bench.device_time import Work
-from bench.roofline import Kernel
+from bench.roofline import training_step
+from bench.roofline.cuda import cuda_kernels, spmm_kernels
+from bench.roofline.model import Kernel
 from nefkern.triton.rates import Gpu
 
 #: By part and name of the model's kernels of csrc/cuda.
@@ -74,11 +75,13 @@ class Comparison:
 def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
     """What the model says a call launches; empty where it has nothing on it."""
     key = f"{operator}/{dtype}"
-    attention = [_halved(roofline.attention(dtype == "bfloat16"))]
-    mixed = roofline.sparse(dtype, 4 if dtype == "float32" else 2)
-    objective = [k for k in roofline.objective_kernels() if k.name.startswith(("R =", "dL/dU"))]
+    attention = [_halved(training_step.attention(dtype == "bfloat16"))]
+    mixed = training_step.sparse(dtype, 4 if dtype == "float32" else 2)
+    objective = [
+        k for k in training_step.objective_kernels() if k.name.startswith(("R =", "dL/dU"))
+    ]
     # What is timed has clusters whose rows stand in no order.
-    products = {kernel.name: kernel for kernel in roofline.spmm_kernels()}
+    products = {kernel.name: kernel for kernel in spmm_kernels()}
     product = products["spmm, float32, scattered clusters"]
     cuda = {
         "spmm/float32": [product],
@@ -96,11 +99,13 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
         "spmm/float32": [mixed],
         "spmm/bfloat16": [mixed],
         "neuralef_loss/float32": [mixed, *objective],
-        "knn cosine/float32": [k for k in roofline.graph_kernels() if k.name.startswith("knn:")],
+        "knn cosine/float32": [
+            k for k in training_step.graph_kernels() if k.name.startswith("knn:")
+        ],
         "normalized_adjacency mean/float32": _graph("normalized_adjacency"),
         "add/float32": _graph("add"),
         "weights_gradient/float32": [
-            k for k in roofline.gradient_kernels() if k.name.startswith("gradient")
+            k for k in training_step.gradient_kernels() if k.name.startswith("gradient")
         ],
         **{f"linear_attention {m}/{dtype}": attention for m in ("elu", "softmax")},
     }
@@ -108,11 +113,11 @@ def kernels_of(operator: str, backend: str, dtype: str) -> list[Kernel]:
 
 
 def _part(name: str) -> list[Kernel]:
-    return [kernel for kernel in roofline.cuda_kernels() if kernel.part == name]
+    return [kernel for kernel in cuda_kernels() if kernel.part == name]
 
 
 def _graph(name: str) -> list[Kernel]:
-    return [kernel for kernel in roofline.graph_kernels() if kernel.name == name]
+    return [kernel for kernel in training_step.graph_kernels() if kernel.name == name]
 
 
 def _halved(kernel: Kernel) -> Kernel:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import device_time, roofline
+from bench import device_time
 from bench.gpu import predictions
 from bench.gpu.plan import Settings
 from bench.gpu.worker import Skipped
 from bench.harness import DEVICE, wall
 from bench.profile_step import group_of
+from bench.roofline import training_step
 
 if TYPE_CHECKING:
     from nefkern.training.step import TrainingStep
@@ -35,7 +36,9 @@ def run(case: str, settings: Settings) -> Iterator[dict[str, Any]]:
     yield summary(trace)
     if settings.size == "paper":
         gpu = predictions.rates()
-        kernels = [k for k in roofline.step(how == "amp") if part != "psi" or k.part != "backbone"]
+        kernels = [
+            k for k in training_step.step(how == "amp") if part != "psi" or k.part != "backbone"
+        ]
         yield {"predicted": predictions.expected(kernels, gpu), "rates of": gpu.name}
 
 
@@ -90,7 +93,8 @@ def captured_step(settings: Settings, amp: bool) -> Callable[[], object]:
 
 def trainers_step(settings: Settings, amp: bool) -> tuple[TrainingStep, torch.Tensor]:
     """At the paper's size, with a backbone of random weights; and images."""
-    from nefkern.images.features import FeatureCache, load_backbone
+    from nefkern.images.feature_cache import FeatureCache
+    from nefkern.images.loading import load_backbone
     from nefkern.training.options import TrainOptions
     from nefkern.training.step import TrainingStep
 

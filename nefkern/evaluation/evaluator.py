@@ -5,38 +5,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import logging
-import random
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from nefkern.baselines.comparison import Comparison, Windows
+from nefkern.baselines.comparison import Comparison
 from nefkern.baselines.fitting import default_passes, training_crops
 from nefkern.baselines.probe import Probe
-from nefkern.data import BENCHMARKS, VOID, ImageDataset, Sample, eval_transform, open_dataset
-from nefkern.data.reading import read_ahead
+from nefkern.data import ImageDataset, Sample
 from nefkern.evaluation.boundary_scores import BoundaryScores
 from nefkern.evaluation.bounds import BOUNDS, FLOORS, Bounds
 from nefkern.evaluation.gathering import Counts, gathered, summed
 from nefkern.evaluation.honesty import Honesty
+from nefkern.evaluation.images import EvaluatedImages
+from nefkern.evaluation.protocol import windows
+from nefkern.evaluation.records import RESAMPLED, asked, free_name, plain_name
 from nefkern.evaluation.report import write_report
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
-from nefkern.runtime.files import make_folder, replace_file, shortened
-from nefkern.runtime.progress import image_bar
-from nefkern.runtime.structured import parse_json
+from nefkern.runtime.files import make_folder, replace_file
 from nefkern.segmentation.charts import comparison_row, confusion_matrix, iou_bars, legend
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.evaluation import Matched, match, matchings, unmatched
@@ -44,16 +37,13 @@ from nefkern.segmentation.graph_edges import GraphRefiner
 from nefkern.segmentation.image_counts import ImageCounts
 from nefkern.segmentation.mean_field import require_pydensecrf
 from nefkern.segmentation.methods import Method, of_run
-from nefkern.segmentation.pictures import palette, write_png
+from nefkern.segmentation.pictures import write_png
 from nefkern.segmentation.refinement import Refiner
 from nefkern.segmentation.segmenter import Segmenter
-from nefkern.training.options import ANNOTATED, CLASSES, PRESETS, WINDOWS
+from nefkern.training.presets import ANNOTATED
 from nefkern.training.runs import Run, versions
 
 log = logging.getLogger(__name__)
-
-#: How the name of the file of resampled scores ends, beside that of the scores.
-RESAMPLED = ".npz"
 
 
 class Evaluator:
@@ -88,23 +78,20 @@ class Evaluator:
         self.graph = GraphRefiner() if options.edges == "graph" else None
         self.boundaries = BoundaryScores() if options.boundary else None
         self.segmenter = Segmenter.load(options.run, options.device, cache=options.feature_cache)
-        self.dataset = self._open_annotated()
-        self.kept = [i for i in range(len(self.dataset.classes)) if i not in self.dataset.ignored]
-        if not self.kept:
-            raise UserError("--ignore-class: every class is ignored, there is nothing to score")
+        self.images = EvaluatedImages(options, self.segmenter)
+        classes = len(self.images.kept)
         self.shown: list[tuple[Sample, dict[str, Tensor]]] = []
         self.matched: dict[str, Matched] = {}
-        self.void_pixels = 0
         self.bounds = None
         if options.bounds:
-            self.bounds = Bounds(self.num_clusters, len(self.kept), options.seed)
+            self.bounds = Bounds(self.num_clusters, classes, options.seed)
         self.honesty: Honesty | None = None
         trained = all(method.trained for method in self.methods)
         self.comparison = Comparison(
             self.segmenter,
             self.methods,
-            self._windows(),
-            num_classes=len(self.kept),
+            windows(options, self.segmenter),
+            num_classes=classes,
             flip=options.flip,
             control=None if trained else self.segmenter.untrained(options.seed),
             seed=options.seed,
@@ -181,18 +168,6 @@ class Evaluator:
                 f"on {trained.data}"
             )
 
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes that are scored, the ignored left out."""
-        return [self.dataset.classes[i] for i in self.kept]
-
-    @property
-    def colours(self) -> np.ndarray:
-        """RGB of the classes that are scored, uint8 ``[C, 3]``: the publisher's, if there are."""
-        if not self.dataset.colours:
-            return palette(len(self.kept))
-        return np.array(self.dataset.colours, np.uint8)[self.kept]
-
     def run(self) -> dict[str, Any]:
         """Fit, score and write ``evaluation-*.json``, pictures in the folder of the same name, and
         the report; returns the scores."""
@@ -210,7 +185,7 @@ class Evaluator:
             "settings": self.settings(),
             "asked": self.asked,
             "num_clusters": self.num_clusters,
-            "images": len(self._indices(self.dataset)),
+            "images": len(self.images),
             **scored,
             **({"resampling": self.honesty.settings()} if self.honesty else {}),
             "seconds": round(time.perf_counter() - started, 1),
@@ -240,7 +215,7 @@ class Evaluator:
 
     def _fitted(self) -> dict[str, Clusterer | Probe]:
         split, comparison = self.options.fit_split, self.comparison
-        dataset, what = self._open(split), "K-means"
+        dataset, what = self.images.open(split), "K-means"
         try:
             # Closed here, so that a bar ends before an error or an interrupt is told.
             if comparison.needs_fit:
@@ -248,7 +223,7 @@ class Evaluator:
                     comparison.fit(crops)
             what = "a linear probe"
             if comparison.needs_labels:
-                with contextlib.closing(self._labelled(dataset)) as samples:
+                with contextlib.closing(self.images.labelled(dataset)) as samples:
                     comparison.fit_labels(samples)
         except ValueError as error:
             raise UserError(f"--fit-split {split}: cannot fit {what}, {error}") from None
@@ -256,12 +231,9 @@ class Evaluator:
 
     def _fit_crops(self, dataset: ImageDataset) -> Iterator[Tensor]:
         """What K-means is fitted on: augmented training crops, or the crops that are scored."""
-        o, quiet = self.options, not distributed.is_main()
-        indices = self._indices(dataset)
+        o = self.options
         if o.fit_images == "plain":
-            yield from self.comparison.crops(
-                sample.image for sample in self._usable(dataset, indices, dataset.image)
-            )
+            yield from self.comparison.crops(s.image for s in self.images.plain(dataset))
             return
         yield from training_crops(
             dataset,
@@ -269,27 +241,16 @@ class Evaluator:
             passes=o.fit_passes,
             seed=o.seed,
             batch_size=o.batch_size,
-            indices=indices,
-            quiet=quiet,
+            indices=self.images.indices(dataset),
+            quiet=not distributed.is_main(),
         )
-
-    def _labelled(self, dataset: ImageDataset) -> Iterator[Sample]:
-        """Annotated training images, in the classes that are scored."""
-        if not dataset.annotated:
-            raise UserError(
-                f"--fit-split {self.options.fit_split}: has no annotations, which a linear probe "
-                "is trained on"
-            )
-        read = dataset.__getitem__
-        for sample in self._usable(dataset, self._indices(dataset), read):
-            yield self._renumbered(sample)
 
     def counts(self) -> Counts:
         """Pixels of every cluster in every class, by method, stage and image."""
-        with distributed.together(), self._bar("scoring") as bar:
+        with distributed.together(), self.images.bar("scoring") as bar:
             counts = self.comparison.count(
-                self._annotated(),
-                len(self.kept),
+                self.images.annotated(),
+                len(self.images.kept),
                 refiner=self.refiner if self.options.crf == "clusters" else None,
                 graph=self.graph,
                 watch=self._show,
@@ -304,7 +265,7 @@ class Evaluator:
         started = time.perf_counter()
         counts = self.counts()
         totals = summed(counts)
-        void = int(distributed.total(torch.tensor(self.void_pixels)))
+        void = int(distributed.total(torch.tensor(self.images.void_pixels)))
         pixels = next(iter(totals.values()))["none"].sum(0)
         with distributed.together():
             if not pixels.any():
@@ -328,18 +289,19 @@ class Evaluator:
         return {
             **self._crf_times(seconds),
             **self._graph_times(),
-            "classes": self.classes,
-            "pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
+            "classes": self.images.classes,
+            "pixels": dict(zip(self.images.classes, pixels.tolist(), strict=True)),
             **(
                 {"void_pixels": void}
-                if self.dataset.holds_classes and not self.dataset.ignored
+                if self.images.dataset.holds_classes and not self.images.dataset.ignored
                 else {}
             ),
             "methods": {
                 method.name: {
                     "title": method.title,
                     "stages": {
-                        stage: matched.as_dict(self.classes) | honest.get((method.name, stage), {})
+                        stage: matched.as_dict(self.images.classes)
+                        | honest.get((method.name, stage), {})
                         for stage, matched in stages[method.name].items()
                     },
                 }
@@ -356,11 +318,11 @@ class Evaluator:
             name: self._of_clusters(name, matched.assignments)
             for name, matched in self.matched.items()
         }
-        with distributed.together(), self._bar("CRF") as bar:
+        with distributed.together(), self.images.bar("CRF") as bar:
             confusions = self.comparison.count_refined_classes(
-                self._annotated(),
+                self.images.annotated(),
                 assignments,
-                len(self.kept),
+                len(self.images.kept),
                 refiner=self.refiner,
                 keep=self._keep_classes,
                 done=bar.update,
@@ -453,7 +415,7 @@ class Evaluator:
             matched = self._match(name, totals[name])
             find = functools.partial(self._matchings, name)
             beside = honesty.add(name, "none", counts[name], matched, find)
-            stage = matched.as_dict(self.classes) | beside
+            stage = matched.as_dict(self.images.classes) | beside
             found[name] = {"title": title, "stages": {"none": stage}}
         return {"bounds": found}
 
@@ -467,7 +429,7 @@ class Evaluator:
                 "workers": refiner.workers,
                 "inferences": int(distributed.total(torch.tensor(refiner.inferences))),
                 "seconds_per_inference": round(refiner.seconds / max(1, refiner.inferences), 4),
-                "seconds_per_image": round(seconds / len(self._indices(self.dataset)), 4),
+                "seconds_per_image": round(seconds / len(self.images), 4),
             }
         }
 
@@ -479,9 +441,9 @@ class Evaluator:
             old.unlink()
         replace_file(folder / "iou.svg", iou_bars(result))
         for name, matched in self.matched.items():
-            chart = confusion_matrix(matched.confusions[matched.shown], self.classes, name)
-            replace_file(folder / f"confusion-{_plain(name)}.svg", chart)
-        methods, colours = "-".join(_plain(name) for name in self.matched), self.colours
+            chart = confusion_matrix(matched.confusions[matched.shown], self.images.classes, name)
+            replace_file(folder / f"confusion-{plain_name(name)}.svg", chart)
+        methods, colours = "-".join(plain_name(name) for name in self.matched), self.images.colours
         shown: set[int] = set()
         for number, (sample, clusters) in enumerate(self.shown):
             classes = [
@@ -491,8 +453,8 @@ class Evaluator:
             picture = comparison_row(sample.image, sample.annotation, classes, colours)
             write_png(picture, folder / f"{number:03d}-image-annotation-{methods}.png")
             shown.update(*(painted.unique().tolist() for painted in (sample.annotation, *classes)))
-        if names := [i for i in range(len(self.classes)) if i in shown]:
-            chart = legend([self.classes[i] for i in names], colours[names])
+        if names := [i for i in range(len(self.images.classes)) if i in shown]:
+            chart = legend([self.images.classes[i] for i in names], colours[names])
             replace_file(folder / "classes.svg", chart)
 
     def _show(self, sample: Sample, clusters: dict[str, Tensor]) -> None:
@@ -513,8 +475,8 @@ class Evaluator:
         """What decides the figures, beside the run and the images."""
         names = ("split", "fit_split", "limit", "protocol", "crf", "seed", "sample_rows")
         names += ("fit_images", "fit_passes")
-        data = self.options.data
-        counted = {"data": data, "classes": len(self.dataset.classes)} if data != "folder" else {}
+        data, classes = self.options.data, len(self.images.dataset.classes)
+        counted = {"data": data, "classes": classes} if data != "folder" else {}
         return {
             "data_root": str(self.options.data_root),
             **counted,
@@ -528,165 +490,3 @@ class Evaluator:
             **({"edges": self.options.edges} if self.options.edges else {}),
             "resize": self.comparison.windows.shorter,
         }
-
-    # ---- images ----
-
-    def _windows(self) -> Windows:
-        """How the protocol cuts images; crop320 has one window."""
-        o = self.options
-        if o.protocol == "crop320":
-            self._check_side("--size", o.size)
-            return Windows(o.size, o.size, o.batch_size)
-        window, stride = self._paper_windows() or (self.segmenter.window, self.segmenter.stride)
-        if o.window:
-            self._check_side("--window", o.window)
-            window, stride = o.window, -(-2 * o.window // 3)
-        stride = o.stride or stride
-        if stride > window:
-            raise UserError(f"--stride {stride}: expected at most the window, {window}")
-        return Windows(window, stride, o.batch_size, self._shorter())
-
-    def _shorter(self) -> int | None:
-        """The shorter side that protocol B resizes images to; None leaves them as they are."""
-        o = self.options
-        if o.resize == "none":
-            return None
-        if o.resize:
-            self._check_side("--resize", o.resize)
-        preset = PRESETS.get(o.data, {}).get("resize")
-        return o.resize or preset or self.segmenter.options.base_size()
-
-    def _check_side(self, flag: str, side: int) -> None:
-        patch = self.segmenter.patch
-        if side < patch:
-            raise UserError(f"{flag} {side}: expected at least {patch}, a patch of the backbone")
-
-    def _paper_windows(self) -> tuple[int, int] | None:
-        """Window and stride of protocol B for the paper's data sets, on the patch grid."""
-        if self.options.data not in WINDOWS:
-            return None
-        patch = self.segmenter.patch
-        window, stride = (-(-side // patch) * patch for side in WINDOWS[self.options.data])
-        return window, stride
-
-    def _open(self, split: str) -> ImageDataset:
-        o = self.options
-        return open_dataset(
-            o.data,
-            root=o.data_root,
-            split=split,
-            classes=o.classes or CLASSES.get(o.data, {}).get(o.protocol),
-            ignore_classes=o.ignore_class,
-        )
-
-    def _open_annotated(self) -> ImageDataset:
-        o = self.options
-        dataset = self._open(o.split)
-        if not dataset.annotated:
-            need = "scores need annotations/<split>/<image name>.png"
-            if o.data in BENCHMARKS:
-                part = BENCHMARKS[o.data].annotations
-                need = f"get {part.source}" if part else f"{o.data} is only to train on"
-            raise UserError(
-                f"--data-root {o.data_root}: no annotations for split {o.split!r}; {need}"
-            )
-        return dataset
-
-    def _indices(self, dataset: ImageDataset) -> list[int]:
-        return list(range(len(dataset)))[: self.options.limit]
-
-    def _share(self) -> Sequence[int]:
-        """The images that this process scores."""
-        return distributed.dealt(self._indices(self.dataset))
-
-    def _bar(self, title: str) -> tqdm:
-        return image_bar(len(self._share()), title, disable=not distributed.is_main())
-
-    def _samples(
-        self, read: Callable[[int], Sample], indices: Sequence[int]
-    ) -> Iterator[Future[Sample]]:
-        """Samples as the protocol transforms them, each read while the one before is worked on."""
-        protocol = "crop320" if self.options.protocol == "crop320" else "full"
-        transform = eval_transform(protocol, size=self.options.size)
-        yield from read_ahead(lambda index: transform(read(index)), indices)
-
-    def _usable(
-        self, dataset: ImageDataset, indices: list[int], read: Callable[[int], Tensor | Sample]
-    ) -> Iterator[Sample]:
-        """Training images in an order drawn by the seed; unusable ones are reported and skipped."""
-        random.Random(self.options.seed).shuffle(indices)
-
-        def sample(index: int) -> Sample:
-            found = read(index)
-            return found if isinstance(found, Sample) else Sample(dataset.names[index], found)
-
-        with image_bar(len(indices), "fitting", disable=not distributed.is_main()) as bar:
-            for index, future in zip(indices, self._samples(sample, indices), strict=True):
-                try:
-                    found = future.result()
-                    self.segmenter.check_size(found.image, dataset.paths[index])
-                except UserError as error:
-                    log.warning("skipped: %s", error)
-                else:
-                    yield found
-                bar.update()
-
-    def _annotated(self) -> Iterator[Sample]:
-        """This process's share of the images, their labels numbered without the ignored classes.
-
-        An unusable image is an error.
-        """
-        share = self._share()
-        samples = self._samples(self.dataset.__getitem__, share)
-        for index, future in zip(share, samples, strict=True):
-            sample = future.result()
-            self.segmenter.check_size(sample.image, self.dataset.paths[index])
-            self.void_pixels += int((sample.annotation == VOID).sum())
-            yield self._renumbered(sample)
-
-    def _renumbered(self, sample: Sample) -> Sample:
-        """A sample whose labels count the classes that are scored."""
-        renumbered = torch.full((256,), VOID, dtype=torch.uint8)
-        renumbered[self.kept] = torch.arange(len(self.kept), dtype=torch.uint8)
-        return replace(sample, annotation=renumbered[sample.annotation.int()])
-
-
-def _plain(name: str) -> str:
-    """A name that every file system takes."""
-    return re.sub(r"[^\w.-]", "_", name)
-
-
-#: What ``python -m nefkern.evaluate`` can be asked for beside the figures of one method; methods
-#: are recorded by their results.
-_FREE = ("run", "methods", "baseline", "features", "untrained", "pictures", "device")
-_FREE += ("feature_cache", "batch_size", "crf_workers", "bootstrap", "cross_match", "bounds")
-_FREE += ("boundary",)
-
-
-def asked(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide a method's figures, as they were given; JSON-ready."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        # Evaluations from before these could be asked for have neither.
-        if name not in _FREE and (name, value) not in (("merge", None), ("edges", None))
-    }
-
-
-def free_name(folder: Path, settings: dict[str, Any]) -> Path:
-    """The file of an earlier evaluation with these settings, or one that isn't taken."""
-    data = Path(settings["data_root"]).resolve().name
-    if "data" in settings:
-        data = f"{settings['data']}-{settings['classes']}"
-    parts = ["evaluation", data, settings["split"], settings["protocol"]]
-    if settings["ignored"]:
-        parts += ["without", *settings["ignored"]]
-    stem = shortened(_plain("-".join(map(str, parts))))
-    for number in itertools.count(1):
-        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
-        if not path.exists():
-            return path
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if parse_json(path.read_text("utf-8"))["settings"] == settings:
-                return path
-    raise AssertionError("count() never ends")

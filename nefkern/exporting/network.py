@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from nefkern.images.features import Backbone, Features
+from nefkern.images.backbone import Backbone, Features
 from nefkern.reference.knn import unit_rows
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.clusterer import Clusterer
@@ -52,7 +52,7 @@ class Network(nn.Module):
 
         Args:
             pixels: RGB from 0 to 255, float32 ``[B, 3, p h, p w]`` for patches of side p: what
-                :meth:`nefkern.images.features.Backbone.seen` gives.
+                :meth:`nefkern.images.backbone.Backbone.seen` gives.
 
         Returns:
             float32 ``[B, K, h, w]``; the argmax is the cluster.

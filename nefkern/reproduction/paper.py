@@ -1,7 +1,7 @@
 """The paper's experiments: what every row of its tables was trained and scored on, and its numbers.
 
 Only what the text says of a row stands here. Sizes, epochs, K and the number of classes of each
-data set are those of :mod:`nefkern.training.options`. All numbers are in percent, the paper's own
+data set are those of :mod:`nefkern.training.presets`. All numbers are in percent, the paper's own
 after a CRF on clusters, before they are matched (section 4.1).
 """
 

@@ -12,7 +12,9 @@ from nefkern import eigenmaps, evaluate, train
 from nefkern.reproduction.paper import TABLES, Row, Table
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.methods import parse_methods
-from nefkern.training.options import CLASSES, NEURAL_ONLY, PRESETS, TrainOptions, resolve
+from nefkern.training.option_parsing import resolve
+from nefkern.training.options import TrainOptions
+from nefkern.training.presets import CLASSES, NEURAL_ONLY, PRESETS
 
 #: Training options that rows compare, as they appear in the names of run folders.
 COMPARED = {"num_eigenfunctions": "K", "alpha": "alpha", "beta": "beta"}

@@ -95,7 +95,7 @@ def find_evaluation(folder: Path, scoring: argparse.Namespace) -> dict[str, Any]
     Raises:
         UserError: a damaged evaluation.
     """
-    from nefkern.evaluation.evaluator import asked
+    from nefkern.evaluation.records import asked
     from nefkern.summarize import read_evaluation
     from nefkern.training.runs import CHECKPOINT
 
@@ -119,7 +119,7 @@ def drawn_pictures(folder: Path) -> list[Path]:
 
 def measure(planner: Planner, table: Table, row: Row, rows: list[Row]) -> Measured:
     """Run a row with every seed, up to the first that fails."""
-    from nefkern.evaluation.evaluator import free_name
+    from nefkern.evaluation.records import free_name
     from nefkern.summarize import read_resampled
 
     result = Measured(row)

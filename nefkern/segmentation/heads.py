@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nefkern.images.features import Features
+from nefkern.images.backbone import Features
 from nefkern.runtime.precision import float32_products
 from nefkern.segmentation.clusterer import Clusterer
 from nefkern.segmentation.methods import SPECTRAL

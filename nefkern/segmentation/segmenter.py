@@ -14,8 +14,10 @@ from torchvision.transforms.v2.functional import resize
 
 from nefkern.data.constants import LONGEST
 from nefkern.data.images import read_image, upright_pixels
-from nefkern.images.features import Backbone, FeatureCache, Features, load_backbone
+from nefkern.images.backbone import Backbone, Features
+from nefkern.images.feature_cache import FeatureCache
 from nefkern.images.graph import image_kappa, kappa, resolve_neighbours, standardized
+from nefkern.images.loading import load_backbone
 from nefkern.ops import CSRGraph
 from nefkern.runtime.commandline import EDGES
 from nefkern.runtime.devices import choose_device

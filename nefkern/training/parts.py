@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from nefkern.data import ImageDataset, open_dataset
-from nefkern.images.features import Backbone, FeatureCache, load_backbone
+from nefkern.images.backbone import Backbone
+from nefkern.images.feature_cache import FeatureCache
+from nefkern.images.loading import load_backbone
 from nefkern.runtime import distributed
 from nefkern.runtime.devices import choose_device
 from nefkern.runtime.errors import UserError

@@ -28,7 +28,8 @@ from nefkern.runtime.locks import NAME as LOCK
 from nefkern.runtime.locks import FolderLock
 from nefkern.runtime.structured import parse_json, parse_yaml, read_text
 from nefkern.runtime.tensor_files import DamagedFile
-from nefkern.training.options import TrainOptions, converted, upgraded
+from nefkern.training.option_parsing import converted, upgraded
+from nefkern.training.options import TrainOptions
 from nefkern.version import __version__
 
 log = logging.getLogger(__name__)

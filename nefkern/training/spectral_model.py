@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nefkern.images.features import Features
+from nefkern.images.backbone import Features
 from nefkern.images.graph import pixel_graph
 from nefkern.reference.csr import sums_of
 from nefkern.reference.knn import unit_rows
@@ -194,7 +194,7 @@ class SpectralModel:
         Args:
             features: of the images.
             images: ``[B, 3, H, W]``, the pixels behind the grid
-                (:meth:`nefkern.images.features.Backbone.seen`).
+                (:meth:`nefkern.images.backbone.Backbone.seen`).
 
         Returns:
             float32 ``[B, h·w, m]``, of the size that has a mean square of 1 over the data set.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nefkern import backends
-from nefkern.images.features import Backbone, FeatureCache, Features
+from nefkern.images.backbone import Backbone, Features
+from nefkern.images.feature_cache import FeatureCache
 from nefkern.images.graph import kappa, standardized
 from nefkern.ops import CSRGraph
 from nefkern.runtime import distributed

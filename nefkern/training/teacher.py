@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nefkern.images.features import Backbone, Features
+from nefkern.images.backbone import Backbone, Features
 from nefkern.images.graph import resolve_neighbours
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.files import make_folder
-from nefkern.training.options import NEURAL_ONLY, SPECTRAL_ONLY, TrainOptions
+from nefkern.training.options import TrainOptions
 from nefkern.training.parts import Parts
+from nefkern.training.presets import NEURAL_ONLY, SPECTRAL_ONLY
 from nefkern.training.runs import Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.spectral_model import SpectralModel

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nefkern.data import TrainLoader
-from nefkern.images.features import FeatureCache
+from nefkern.images.feature_cache import FeatureCache
 from nefkern.ops import spmm
 from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError, first_line

@@ -242,10 +242,10 @@ def test_nothing_is_nothing_to_do(op):
 )  # fmt: skip
 def test_estimates_count_what_is_launched(part, op, sizes, calls):
     pytest.importorskip("triton")  # bench.roofline has its rates beside Triton's kernels
-    from bench import roofline
+    from bench.roofline.cuda import cuda_kernels
 
     events = [event for event in recorded(op, **sizes).events if event.what != "between"]
-    counted = sum(kernel.launches for kernel in roofline.cuda_kernels() if kernel.part == part)
+    counted = sum(kernel.launches for kernel in cuda_kernels() if kernel.part == part)
     assert calls * len(events) == counted
 
 
@@ -259,15 +259,15 @@ def capacity_of(**sizes) -> int:
 
 def test_estimates_have_the_candidates_of_the_fused_knn():
     pytest.importorskip("triton")  # the buffers follow from sample and rank
-    from bench import roofline
+    from bench.roofline import cuda, sizes
 
     for n, k, rank, sample in (
-        (roofline.N, roofline.NEIGHBOURS, roofline.RANK, roofline.SAMPLE),
-        (roofline.MANY, roofline.FEW, 8, roofline.MANY_SAMPLE),
+        (sizes.N, sizes.NEIGHBOURS, cuda.RANK, cuda.SAMPLE),
+        (cuda.MANY, cuda.FEW, 8, cuda.MANY_SAMPLE),
     ):
         most = (rank + 5 * rank**0.5 + 5) * n / sample
         assert capacity_of(n=n, k=k, method=FUSED) == 32 * -(-int(most) // 32)
-    assert 32 * -(-int(most) // 32) == roofline.MANY_CAPACITY
+    assert 32 * -(-int(most) // 32) == cuda.MANY_CAPACITY
 
 
 def test_all_rows_of_a_segment_are_one_chunk_where_their_candidates_have_room():

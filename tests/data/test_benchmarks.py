@@ -16,7 +16,7 @@ from nefkern.data.potsdam import COLOURS as POTSDAM_COLOURS
 from nefkern.data.prepare import prepare_pascal_context
 from nefkern.data.prepare_potsdam import prepare_potsdam
 from nefkern.runtime.errors import UserError
-from nefkern.training.options import CLASSES, PRESETS, WINDOWS
+from nefkern.training.presets import CLASSES, PRESETS, WINDOWS
 from tests.data import publisher
 
 # Written down from the publishers' pages, apart from the package's tables: label, name, colour.

@@ -131,9 +131,9 @@ def test_no_kernel_asks_for_more(name):
 
 def test_the_model_has_as_many_operations_as_there_are():
     pytest.importorskip("triton")
-    from bench import roofline
+    from bench.roofline.training_step import BACKWARD_LAUNCHES
 
-    assert other_costs.run()["kappa_backward"]["launches"] == roofline.BACKWARD_LAUNCHES
+    assert other_costs.run()["kappa_backward"]["launches"] == BACKWARD_LAUNCHES
 
 
 def test_the_row_of_a_hub_is_the_dearest_and_linear_in_its_names():

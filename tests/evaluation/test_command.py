@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nefkern.evaluate import parser
-from nefkern.evaluation.evaluator import free_name
+from nefkern.evaluation.records import free_name
 from nefkern.runtime.files import replace_file
 from nefkern.runtime.tensor_files import packed
 from nefkern.training.runs import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nefkern.data import Views, eval_transform, open_dataset
-from nefkern.images.features import FeatureCache
+from nefkern.images.feature_cache import FeatureCache
 from nefkern.training.options import TrainOptions
 from nefkern.training.runs import Run
 from nefkern.training.trainer import Trainer

@@ -7,8 +7,8 @@ import torch
 
 from nefkern.data import read_image
 from nefkern.exporting.network import Network, of_whole_cells, pixel_matrix
-from nefkern.images.features import load_backbone
 from nefkern.images.graph import pixel_graph
+from nefkern.images.loading import load_backbone
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 from tests.exporting.conftest import KINDS, SIZES

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from nefkern import train
-from nefkern.images.features import FeatureCache, load_backbone
+from nefkern.images.feature_cache import FeatureCache
+from nefkern.images.loading import load_backbone
 from nefkern.runtime import tensor_files
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.locks import NAME, FolderLock

@@ -24,12 +24,13 @@ from nefkern import segment, summarize
 from nefkern.data.folder import open_folder
 from nefkern.data.images import read_annotation, read_image
 from nefkern.evaluation.report import write_report
-from nefkern.images.features import FeatureCache, load_backbone
+from nefkern.images.feature_cache import FeatureCache
+from nefkern.images.loading import load_backbone
 from nefkern.naming.names import read_names
 from nefkern.runtime.errors import UserError
 from nefkern.runtime.tensor_files import packed
 from nefkern.segmentation import segmenter as segmenters
-from nefkern.training.options import resolve
+from nefkern.training.option_parsing import resolve
 from nefkern.training.runs import CHECKPOINT, CONFIG, METRICS, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.trainer import Trainer

@@ -23,7 +23,7 @@ from nefkern.naming.names import read_names
 from nefkern.runtime import structured
 from nefkern.runtime.errors import UserError, command
 from nefkern.runtime.files import make_folder, replace_file
-from nefkern.training.options import resolve
+from nefkern.training.option_parsing import resolve
 from nefkern.training.runs import CONFIG, METRICS, Run
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nefkern.images.features import load_backbone
+from nefkern.images.loading import load_backbone
 
 #: A small one of each module.
 WORKING = [

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from nefkern.data import open_dataset
 from nefkern.images import weights
-from nefkern.images.features import load_backbone
+from nefkern.images.loading import load_backbone
 from nefkern.runtime.errors import UserError
 
 LITE0, DINOV2 = "tf_efficientnet_lite0", "vit_small_patch14_dinov2"

@@ -12,14 +12,9 @@ from nefkern.images.graph import GraphConfig
 from nefkern.images.layers import Layer, parse_high, parse_input_size
 from nefkern.runtime.errors import UserError
 from nefkern.train import parser
-from nefkern.training.options import (
-    SAMPLES,
-    SPECTRAL,
-    TrainOptions,
-    parse_pairs,
-    read_config,
-    resolve,
-)
+from nefkern.training.option_parsing import read_config, resolve
+from nefkern.training.options import TrainOptions, parse_pairs
+from nefkern.training.presets import SAMPLES, SPECTRAL
 
 FIELDS = dataclasses.fields(TrainOptions)
 

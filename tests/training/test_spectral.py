@@ -21,7 +21,8 @@ from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
 from nefkern.spectral.embedding import adjacency, neighbour_lists
-from nefkern.training.options import TrainOptions, resolve
+from nefkern.training.option_parsing import resolve
+from nefkern.training.options import TrainOptions
 from nefkern.training.runs import CHECKPOINT, STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.spectral_model import ChannelScale

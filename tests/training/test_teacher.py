@@ -14,7 +14,8 @@ from nefkern import eigenmaps, evaluate, segment, spectrum, summarize, train
 from nefkern.runtime import distributed
 from nefkern.runtime.errors import UserError
 from nefkern.segmentation.segmenter import Segmenter
-from nefkern.training.options import TrainOptions, resolve
+from nefkern.training.option_parsing import resolve
+from nefkern.training.options import TrainOptions
 from nefkern.training.runs import STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.teacher import FOLDER, check_data_set, indicator_rotation, regression_loss

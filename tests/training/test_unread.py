@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu.captured import CapturedStep
 from nefkern import backends
-from nefkern.images.features import FeatureCache, load_backbone
+from nefkern.images.feature_cache import FeatureCache
+from nefkern.images.loading import load_backbone
 from nefkern.runtime.errors import UserError
 from nefkern.spectral.eigenfunction import Eigenfunction
 from nefkern.training.options import TrainOptions

@@ -5,32 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import itertools
-import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from nefkern.images import weights as sources
 from nefkern.images.layers import Layer, parse_high, parse_input_size
-from nefkern.images.probe import PYRAMID_STRIDE, Input, feature_info, is_isotropic, probe
-from nefkern.runtime import tensor_files
-from nefkern.runtime.errors import UserError, first_line
-from nefkern.runtime.files import make_folder, remove_parts, replace_file
-from nefkern.runtime.hub import go_offline_without_network
-from nefkern.runtime.precision import float32_products
-
-log = logging.getLogger(__name__)
+from nefkern.images.maps import as_map, has_keys, hook_keys, resample
+from nefkern.images.pretraining import (
+    configuration,
+    interpolation,
+    is_clip,
+    is_dino_v1,
+    native_size,
+)
+from nefkern.images.probe import Input, feature_info, is_isotropic, probe
+from nefkern.runtime.errors import UserError
 
 
 @dataclass
@@ -66,8 +62,8 @@ class Backbone(nn.Module):
     Args:
         model: a timm model without classifier.
         mean, std: normalisation statistics of its training, for RGB in [0, 1].
-        high: the high map, see :func:`load_backbone`.
-        input_size: what images are resized to, see :func:`load_backbone`.
+        high: the high map, see :func:`~nefkern.images.loading.load_backbone`.
+        input_size: what images are resized to, see :func:`~nefkern.images.loading.load_backbone`.
         identity: what the weights are; part of the feature cache's key.
 
     Attributes:
@@ -111,13 +107,13 @@ class Backbone(nn.Module):
             and hasattr(getattr(model, "patch_embed", None), "patch_size")
             and is_isotropic(model)
         )
-        native = _native_size(model)
+        native = native_size(model)
         asked = parse_input_size(input_size)
         found = probe(model, (asked, *native) if isinstance(asked, int) else native)
         self.patch, self.multiple, self.fixed = found.patch, found.multiple, found.side
         self.side = self._chosen_side(asked, native)
         self.alignment = self.patch if self.side is None else 1
-        self.interpolation = _interpolation(model)
+        self.interpolation = interpolation(model)
         if self.is_transformer:
             self.stages = [0, len(model.blocks) // 2]
         else:
@@ -133,7 +129,7 @@ class Backbone(nn.Module):
 
     def recipe(self) -> str:
         """All that decides the maps of an image: weights, architecture, statistics, layers."""
-        config = _configuration(self.model)
+        config = configuration(self.model)
         parts = (type(self.model).__name__, config.get("architecture"), self.identity, self.patch)
         statistics = self.mean.flatten().tolist(), self.std.flatten().tolist()
         size = self.side, self.fixed, self.interpolation, self.multiple
@@ -285,7 +281,7 @@ class Backbone(nn.Module):
             images, indices=indices, intermediates_only=True, output_fmt="NCHW"
         )
         by_index = dict(zip(indices, found, strict=True))
-        return [_resample(by_index[index], grid) for index in wanted]
+        return [resample(by_index[index], grid) for index in wanted]
 
     def _blocks(self, model: nn.Module, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """The maps of a vision transformer, prefix tokens dropped."""
@@ -294,7 +290,7 @@ class Backbone(nn.Module):
         with contextlib.ExitStack() as stack:
             for layer in self.high:
                 if layer.kind == "keys":
-                    stack.callback(_hook_keys(model, layer.index, keys).remove)
+                    stack.callback(hook_keys(model, layer.index, keys).remove)
             options = {"indices": indices, "norm": False, "output_fmt": "NCHW"}
             if Layer("final") in self.high:
                 final, maps = model.forward_intermediates(images, **options)
@@ -304,7 +300,7 @@ class Backbone(nn.Module):
         by_index = dict(zip(indices, maps, strict=True))
         found = {"final": lambda _: final, "block": by_index.get, "keys": keys.get}
         shape = (images.shape[0], *grid)
-        high = [_as_map(found[layer.kind](layer.index), layer, shape) for layer in self.high]
+        high = [as_map(found[layer.kind](layer.index), layer, shape) for layer in self.high]
         return [*(by_index[index] for index in self.stages), *high]
 
     # ---- choices ----
@@ -313,7 +309,7 @@ class Backbone(nn.Module):
         """The side that images are resized to, by ``--input-size``."""
         name = type(self.model).__name__
         if asked == "auto":
-            asked = "native" if self.fixed or _is_clip(self.model) else "crop"
+            asked = "native" if self.fixed or is_clip(self.model) else "crop"
         if asked == "crop":
             if self.fixed:
                 raise UserError(
@@ -340,7 +336,7 @@ class Backbone(nn.Module):
         if not self.is_transformer:
             chosen = (self._stages(high, layer) for layer in layers or (Layer("final"),))
             return tuple(itertools.chain.from_iterable(chosen))
-        auto = Layer("keys" if _is_dino_v1(self.model) else "final")
+        auto = Layer("keys" if is_dino_v1(self.model) else "final")
         return tuple(self._block(high, layer) for layer in layers or (auto,))
 
     def _stages(self, high: str, layer: Layer) -> tuple[Layer, ...]:
@@ -367,7 +363,7 @@ class Backbone(nn.Module):
                 f"--high {high}: {name} has blocks, not stages; expected block:0 to block:{last}"
             )
         if layer == Layer("late"):
-            layer = Layer("keys") if _is_dino_v1(self.model) else Layer("block", late_block(last))
+            layer = Layer("keys") if is_dino_v1(self.model) else Layer("block", late_block(last))
         if layer == Layer("keys"):
             layer = Layer("keys", last)
         if layer.index is not None and layer.index > last:
@@ -375,7 +371,7 @@ class Backbone(nn.Module):
                 f"--high {high}: {name} has {last + 1} blocks, {layer.kind}:0 to "
                 f"{layer.kind}:{last}"
             )
-        if layer.kind == "keys" and not _has_keys(self.model.blocks[layer.index]):
+        if layer.kind == "keys" and not has_keys(self.model.blocks[layer.index]):
             raise UserError(
                 f"--high {high}: expected a transformer with a linear layer for qkv or keys, "
                 f"got {name}"
@@ -399,57 +395,6 @@ def late_block(last: int) -> int:
     return min(last, round(0.75 * (last + 1)))
 
 
-def _has_keys(block: nn.Module) -> bool:
-    """Whether a block's attention computes keys by a linear layer, its own or that of q and v."""
-    attention = getattr(block, "attn", None)
-    return any(isinstance(getattr(attention, n, None), nn.Linear) for n in ("qkv", "k_proj"))
-
-
-def _hook_keys(model: nn.Module, index: int, keys: dict[int, Tensor]) -> RemovableHandle:
-    """Have the next pass leave the keys of block ``index`` in ``keys``, all tokens.
-
-    They are computed from the attention's input: some families take the layer's weight without
-    calling the layer.
-    """
-    attention = model.blocks[index].attn
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        keys[index] = _keys(attention, args[0])
-
-    return attention.register_forward_pre_hook(keep)
-
-
-def _keys(attention: nn.Module, x: Tensor) -> Tensor:
-    """Keys ``[..., C]`` of the attention's input, before rotations and norms of heads."""
-    joint = getattr(attention, "qkv", None)
-    if not isinstance(joint, nn.Linear):
-        return attention.k_proj(x)
-    weight = joint.weight.chunk(3)[1]
-    # BEiT's and EVA's keys have no bias: those of q and v stand beside the layer.
-    return F.linear(x, weight, None if joint.bias is None else joint.bias.chunk(3)[1])
-
-
-def _as_map(found: Tensor | None, layer: Layer, shape: tuple[int, int, int]) -> Tensor:
-    """``[B, C, h, w]`` of that, of ``[B, h, w, C]`` or of tokens ``[B, n, C]``, prefix first.
-
-    Args:
-        shape: ``(B, h, w)``; attention within windows has maps of its windows.
-    """
-    batch, h, w = shape
-    if found is not None and found.shape[0] == batch:
-        if found.ndim == 3 and found.shape[1] >= h * w:
-            return found[:, found.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
-        if found.ndim == 4 and tuple(found.shape[2:]) == (h, w):
-            return found
-        if found.ndim == 4 and tuple(found.shape[1:3]) == (h, w):
-            return found.permute(0, 3, 1, 2)
-    came = "nothing" if found is None else " × ".join(map(str, found.shape))
-    raise UserError(
-        f"--high {layer}: expected a map of {w} × {h} patches, the backbone gives {came}; "
-        "take final, or another block"
-    )
-
-
 def _extended(images: Tensor, height: int, width: int) -> Tensor:
     """Repeat the right and bottom edges up to this size, which is no less than the images'."""
     # Replicated edges disturb the border patches less than black ones would.
@@ -457,140 +402,6 @@ def _extended(images: Tensor, height: int, width: int) -> Tensor:
     if not any(pad):
         return images
     return F.pad(images.float(), pad, mode="replicate").to(images.dtype)
-
-
-def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bring ``[B, C, h, w]`` to a grid: averaged where finer, bilinear where coarser."""
-    if maps.shape[-2:] == grid:
-        return maps
-    if maps.shape[-2] > grid[0]:
-        return F.adaptive_avg_pool2d(maps, grid)
-    return F.interpolate(maps, grid, mode="bilinear", align_corners=False)
-
-
-def load_backbone(
-    name: str,
-    weights: str = "auto",
-    *,
-    high: str = "auto",
-    input_size: str | int = "auto",
-    device: torch.device | str = "cpu",
-) -> Backbone:
-    """Build a frozen backbone and say where its weights came from.
-
-    Args:
-        name: any timm model name, with or without its pre-training tag.
-        weights: a ``.safetensors`` or ``.pth`` file; "packaged" (an installed Python package);
-            "hub"; "random" (for trials); or "auto": packaged where installed, else the hub.
-        high: the high map. Of a transformer: "final" (after the last norm), "block:N" (the output
-            of a block, before any norm; N from 0), "keys:N" (of a block's attention), "keys" (of
-            the last one's). Of other networks: "stage:N", "final" (the last one). Several,
-            comma-separated, stand side by side, unscaled. "auto": keys for DINO v1 (section 4.1),
-            else final.
-        input_size: what images are resized to, aspect ratio kept: "crop" (not at all), "native"
-            (the input size of the model's training), the shorter side in pixels, or "auto": native
-            for CLIP (table 9) and for models of a fixed size, else crop.
-
-    Raises:
-        UserError: unknown model, weights that don't fit, an unreachable hub: with the ways out.
-    """
-    package = sources.packaged(name)
-    if weights == "auto":
-        weights = "packaged" if package and package.path() else "hub"
-    side = parse_input_size(input_size)
-    side = side if isinstance(side, int) else None
-    model = _create(name, pretrained=weights == "hub", side=side)
-    if weights == "packaged":
-        path = package.path() if package else None
-        if path is None:
-            reason = f"pip: {package.install}" if package else "no package carries them"
-            raise UserError(f"--weights packaged: no packaged weights for {name} ({reason})")
-        sources.load_into(model, package.convert(path, model), f"package {package.distribution}")
-        taken = f"the installed package {package.distribution}"
-    elif weights == "random":
-        taken = "random initialisation (for trials: the segments will be poor)"
-    elif weights == "hub":
-        taken = "the model hub"
-    else:
-        sources.load_into(model, sources.read_file(Path(weights)), f"--weights {weights}")
-        taken = str(weights)
-    mean, std = _statistics(model)
-    identity = sources.digest(model)
-    backbone = Backbone(model, mean, std, high=high, input_size=input_size, identity=identity)
-    log.info("backbone %s: weights from %s", name, taken)
-    if backbone.side is not None:
-        rule = "in one square of" if backbone.fixed else "their shorter side resized to"
-        log.info("backbone %s: sees images %s %d pixels", name, rule, backbone.side)
-    return backbone.to(device)
-
-
-def _create(name: str, *, pretrained: bool, side: int | None = None) -> nn.Module:
-    import timm
-
-    if not timm.is_model(sources.architecture(name)):
-        near = timm.list_models(f"*{sources.architecture(name)[:8]}*")[:5]
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"--backbone {name}: timm has no such model{hint}")
-    if pretrained:
-        go_offline_without_network()
-    # Any input size where that can be had, else the one asked for; strides stay at 16 where they
-    # can.
-    attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
-    attempts += [{"img_size": side}] if side else []
-    attempts += [{"output_stride": PYRAMID_STRIDE}, {}]
-    for extra in attempts:
-        try:
-            # Seeded, so that "random" weights are the same wherever the run is loaded again.
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(0)
-                return timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
-        except (TypeError, NotImplementedError, AssertionError):
-            continue  # an option of another family of models
-        except Exception as error:  # hub, network and cache errors come in dozens of classes
-            if not pretrained:
-                raise
-            raise UserError(
-                f"--backbone {name}: its weights could not be had from the model hub "
-                f"({type(error).__name__}: {first_line(error)}); {sources.ways_out(name)}"
-            ) from error
-    raise UserError(f"--backbone {name}: timm cannot build it as a feature extractor")
-
-
-def _statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    import timm
-
-    config = timm.data.resolve_model_data_config(model)
-    return tuple(config["mean"]), tuple(config["std"])
-
-
-def _configuration(model: nn.Module) -> dict[str, Any]:
-    """What timm tells of a model's pre-training."""
-    return getattr(model, "pretrained_cfg", None) or {}
-
-
-def _is_dino_v1(model: nn.Module) -> bool:
-    return _configuration(model).get("tag") == "dino"
-
-
-def _is_clip(model: nn.Module) -> bool:
-    """Whether a model is a tower of CLIP's, or began as one: timm's names say it."""
-    config = _configuration(model)
-    names = f"{config.get('architecture') or ''}_{config.get('tag') or ''}"
-    return "clip" in names.split("_")
-
-
-def _native_size(model: nn.Module) -> tuple[int, ...]:
-    """Sides of the square input that a model was made for, the likeliest first."""
-    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    trained = (_configuration(model).get("input_size") or (None,))[1:]
-    own = (own, own) if isinstance(own, int) else tuple(own or ())
-    return tuple(size[0] for size in (own, tuple(trained)) if len(size) == 2 and size[0] == size[1])
-
-
-def _interpolation(model: nn.Module) -> str:
-    """The interpolation that a model's training resized images by: bicubic (CLIP) or bilinear."""
-    told = _configuration(model).get("interpolation")
-    return "bilinear" if told == "bilinear" else "bicubic"
 
 
 def _prepared(model: nn.Module, *, half: bool, channels_last: bool) -> nn.Module:
@@ -615,107 +426,3 @@ def _prepared(model: nn.Module, *, half: bool, channels_last: bool) -> nn.Module
             if form is not weight:
                 setattr(module, name, nn.Parameter(form.detach(), requires_grad=False))
     return twin
-
-
-#: Seconds after which nobody writes at part of an entry any more.
-_ABANDONED = 86400.0
-
-
-class FeatureCache:
-    """Feature maps on disk, keyed by content: pixels, weights, and the options that made them.
-
-    A frozen backbone gives the same maps for the same pixels, so a run that sees an image (or one
-    of a fixed number of augmented views of it) again reads its maps instead of computing them.
-    Entries are written atomically, in half precision unless a value is too large for it; a broken
-    one is computed again.
-
-    Args:
-        folder: where the entries lie; made if absent. None keeps nothing.
-        backbone: the extractor.
-        amp: run it under bfloat16 autocast.
-        tf32: on a GPU, let its float32 products and convolutions be done in TF32.
-        compiled: run it by ``torch.compile``.
-        also: a second folder of entries, which is only read: those of a run's training.
-    """
-
-    def __init__(
-        self,
-        folder: Path | None,
-        backbone: Backbone,
-        *,
-        amp: bool = False,
-        tf32: bool = False,
-        compiled: bool = False,
-        also: Path | None = None,
-    ) -> None:
-        self.folder, self.backbone, self.amp = folder, backbone, amp
-        self.tf32, self.compiled = tf32, compiled
-        self._extract: Callable[[Tensor], Features] | None = None
-        self._folders = [f for f in dict.fromkeys((folder, also)) if f is not None]
-        self.hits = self.misses = 0
-        if folder is not None:  # others may be writing there
-            remove_parts(folder, "*/.*.part", older=_ABANDONED)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """Maps of ``[B, 3, H, W]`` uint8 images, each from the cache where it is there."""
-        if not self._folders:
-            return self._compute(images)
-        paths = [self._path(image) for image in images]
-        grid = self.backbone.grid(images.shape[-2:])
-        shape = (math.prod(grid), self.backbone.concat_dim)
-        found = [self._find(path, shape) for path in paths]
-        missing = [i for i, entry in enumerate(found) if entry is None]
-        self.hits += len(found) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            fresh = self._compute(images[missing])
-            for row, i in enumerate(missing):
-                found[i] = _compact(fresh.concat[row])
-                if self.folder is not None:
-                    self._write(self.folder, paths[i], found[i])
-        concat = torch.stack([f.to(images.device) for f in found]).float()
-        # F is the last of the three concatenated maps.
-        return Features(concat[..., -self.backbone.dim :].contiguous(), concat, grid)
-
-    def _compute(self, images: Tensor) -> Features:
-        if self._extract is None:
-            self._extract = self.backbone.extractor(amp=self.amp, compiled=self.compiled)
-        with (
-            torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp),
-            float32_products(images.device, tf32=self.tf32),
-        ):
-            return self._extract(images)
-
-    def _find(self, path: Path, shape: tuple[int, int]) -> Tensor | None:
-        entries = (self._read(folder / path) for folder in self._folders)
-        return next((e for e in entries if e is not None and e.shape == shape), None)
-
-    def _path(self, image: Tensor) -> Path:
-        """Of an image's entry, in whichever folder."""
-        how = (self.backbone.recipe(), self.amp, image.dtype, tuple(image.shape))
-        if not self.tf32:  # entries without this may have been made in TF32
-            how += ("float32",)
-        sha = hashlib.sha256(repr(how).encode())
-        sha.update(image.cpu().contiguous().numpy().tobytes())
-        name = sha.hexdigest()[:40]
-        return Path(name[:2], f"{name}.safetensors")
-
-    @staticmethod
-    def _read(path: Path) -> Tensor | None:
-        try:
-            entry = tensor_files.unpacked(path)[0].get("concat")
-        except (tensor_files.DamagedFile, OSError):
-            return None
-        return entry if entry is not None and entry.is_floating_point() else None
-
-    @staticmethod
-    def _write(folder: Path, path: Path, concat: Tensor) -> None:
-        make_folder(folder, (folder / path).parent)
-        replace_file(folder / path, tensor_files.packed({"concat": concat}))
-
-
-def _compact(features: Tensor) -> Tensor:
-    """``features`` in half precision, where that holds them all."""
-    half = features.half()
-    return half if half.isfinite().all() else features
