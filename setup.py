@@ -36,6 +36,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -237,15 +238,23 @@ class SourceArchive(sdist):
         super().make_distribution()
 
 
+class Labelled(egg_info):
+    """The version with a variant's label; options would give way to a source archive's setup.cfg,
+    where setuptools has written that there is none."""
+
+    def finalize_options(self) -> None:
+        if label := os.environ.get("NEFKERN_LABEL"):
+            self.tag_build = f"+{label}"
+        super().finalize_options()
+
+
 need_torch = WANTED != "0" and compiler() and torch_folder() is None
-label = os.environ.get("NEFKERN_LABEL")
 setup(
     ext_modules=[]
     if WANTED == "0"
     else [Extension("nefkern._C", sources=[], optional=True, py_limited_api=LIMITED)],
-    cmdclass={"sdist": SourceArchive}
+    cmdclass={"sdist": SourceArchive, "egg_info": Labelled}
     | ({"build_py": LeaveOut} if WANTED == "0" else {"build_ext": CMakeBuild}),
-    options=({"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {})
-    | ({"egg_info": {"tag_build": f"+{label}"}} if label else {}),
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
     setup_requires=["torch>=2.10"] if need_torch else [],
 )

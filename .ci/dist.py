@@ -145,7 +145,10 @@ def build_all(out: Path, build: Path, cuda: bool) -> list[Path]:
         if what == "source":
             made.append(source_archive(out, date))
         else:
-            made.append(wheel(made[0], out, build / what, date, what == "cuda"))
+            found = wheel(made[0], out, build / what, date, what == "cuda")
+            if found in made:
+                sys.exit(f"two wheels are called {found.name}")
+            made.append(found)
         size = made[-1].stat().st_size / 1e6
         print(f"{made[-1].name}  {size:.1f} MB, {time.monotonic() - started:.0f} s", flush=True)
     made.append(write_sbom(made[1], out, int(date)))

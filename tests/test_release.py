@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -158,3 +159,19 @@ def test_the_commands_of_a_release_explain_themselves():
         )
         assert done.returncode == 0
         assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize(("label", "expected"), [("cu130", "+cu130"), ("", "")])
+def test_a_variant_made_from_the_source_archive_has_its_label(tmp_path, label, expected):
+    """There setuptools has written into setup.cfg that versions have none."""
+    pytest.importorskip("setuptools", minversion="77", reason="needs setuptools 77")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nefkern/version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "setup.cfg").write_text("[egg_info]\ntag_build = \ntag_date = 0\n")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info"], cwd=tmp_path, check=True,
+        env={**os.environ, "NEFKERN_NATIVE": "0", "NEFKERN_LABEL": label},
+    )  # fmt: skip
+    (facts,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    assert f"\nVersion: {__version__}{expected}\n" in facts.read_text("utf-8")
