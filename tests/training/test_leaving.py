@@ -6,13 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nefkern.training.runs import Run
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same
-
-
-def train(options) -> None:
-    Trainer(options, Run.create(options)).train()
+from tests.training.outcomes import assert_same, start
 
 
 def heeding(monkeypatch: pytest.MonkeyPatch, at: int) -> list[None]:
@@ -34,21 +29,21 @@ def heeding(monkeypatch: pytest.MonkeyPatch, at: int) -> list[None]:
 def test_it_is_left_within_a_pass(tiny, monkeypatch, tmp_path, share):
     with monkeypatch.context() as patch:
         calls = heeding(patch, at=0)
-        train(tiny(out=str(tmp_path / "whole")))
+        start(tiny(out=str(tmp_path / "whole"))).train()
     step = len(calls) // 15
     assert step > 60, "only between the parts of a step"
     options, at = tiny(), len(calls) - 10 * step + round(share * step)
     with monkeypatch.context() as patch:
         calls = heeding(patch, at)
         with pytest.raises(KeyboardInterrupt, match="the checkpoint after step 5 is"):
-            train(options)
+            start(options).train()
     assert len(calls) == at, "the step went on"
-    train(tiny(resume=True))
+    start(tiny(resume=True)).train()
     assert_same(Path(options.out), tmp_path / "whole")
 
 
 def test_a_compiled_step_is_left_between_its_parts(tiny, monkeypatch):
     """Its modules have no hooks: a change of hooks would compile them anew."""
     calls = heeding(monkeypatch, at=0)
-    train(tiny(compile=True, epochs=1))
+    start(tiny(compile=True, epochs=1)).train()
     assert len(calls) == 5 * 5
