@@ -396,6 +396,7 @@ def test_the_main_process_alone_writes_and_shows(folder):
     assert len(list((folder / "rank-2" / "events").iterdir())) == 1
 
 
+@pytest.mark.drawn
 def test_evaluation_counts_exactly_what_one_process_counts(folder, capsys):
     (path,) = (folder / "rank-2").glob("evaluation-*.json")
     found = json.loads(path.read_text())
