@@ -70,7 +70,9 @@ def tried(name: str, folder: Path, tests: list[str]) -> str:
         ["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE
     )
     subprocess.run(["tar", "-x", "-C", tree], input=archive.stdout, check=True)
-    bounds = lower_bounds((tree / "pyproject.toml").read_text()) if packages == "oldest" else []
+    bounds = (
+        lower_bounds((tree / "pyproject.toml").read_text("utf-8")) if packages == "oldest" else []
+    )
     constraints = tree / "constraints.txt"
     constraints.write_text("\n".join(bounds))
     pip = [tree / ".venv/bin/pip", "install", "-q", "--progress-bar", "off"]

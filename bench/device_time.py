@@ -128,7 +128,7 @@ def traced(function: Callable[[], object], repeats: int = 1, kinds=DEVICE_WORK) 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        found = read_trace(json.loads(path.read_text())["traceEvents"], kinds)
+        found = read_trace(json.loads(path.read_text("utf-8"))["traceEvents"], kinds)
     if on_gpu:
         found.requests["cudaDeviceSynchronize"] -= 1  # the one above
     return found

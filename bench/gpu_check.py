@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         check(chosen, settings, options.budget)
     finally:
         signal.signal(signal.SIGTERM, before)
-        content = json.loads(options.out.read_text())
+        content = json.loads(options.out.read_text("utf-8"))
         print(summary.text(content))
         print(f"\nresults: {options.out}")
     return 1 if summary.wrong(content) or _without_results(content) else 0

@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is not done, and print the tables."""
     options = parser().parse_args(arguments)
     log_to_stderr()
-    records = json.loads(options.json.read_text()) if options.json.exists() else []
+    records = json.loads(options.json.read_text("utf-8")) if options.json.exists() else []
     if not options.table:
         records = []
         for record in settings(options, views(options)):

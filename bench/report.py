@@ -36,7 +36,7 @@ def merge(files: list[Path]) -> dict:
     environment: dict = {}
     for file in files:
         try:
-            document = json.loads(file.read_text())
+            document = json.loads(file.read_text("utf-8"))
             entries, environment = document["entries"], document["environment"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"expected results of pytest bench/ --benchmark ({error})"
@@ -102,7 +102,7 @@ def publish_gpu(file: Path) -> None:
         UserError: it is something else, or a rehearsal, or lacks the times.
     """
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text("utf-8"))
         device, found = document["device"], document["entries"] and document["stages"]
         measured = document["environment"]["rates"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -128,7 +128,7 @@ def gpu_table(path: Path) -> str:
     """The second table: times of the GPU, beside what was predicted of it; what failed."""
     if not path.exists():
         return NO_GPU
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text("utf-8"))
     where, rates = document["environment"], document["environment"]["rates"]
     flops = ", ".join(f"{rate / 1e12:.0f} in {name}" for name, rate in rates["flops"].items())
     lines = [
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         document = merge(options.results)
         replace_file(PUBLISHED, json.dumps(document, indent=1) + "\n")
     document = merge([PUBLISHED])
-    replace_file(README, written(README.read_text(), document))
+    replace_file(README, written(README.read_text("utf-8"), document))
     draw_ratios(document, PLOTS / "ratios.svg")
     scaled = draw_scaling(document, PLOTS / "scaling.svg")
     print(f"{README}: table of {len(by_case(document))} cases; plots in {PLOTS}")

@@ -77,7 +77,7 @@ def failed_build() -> str | None:
         written = record.stat().st_mtime
         if any(module.stat().st_mtime > written for module in PACKAGE.glob("_C.*")):
             return None
-        return str(json.loads(record.read_text())["reason"])
+        return str(json.loads(record.read_text("utf-8"))["reason"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

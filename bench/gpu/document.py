@@ -51,7 +51,7 @@ class Document:
 
 def read(path: str) -> dict[str, Any]:
     """What a run has found so far."""
-    return json.loads(Path(path).read_text())
+    return json.loads(Path(path).read_text("utf-8"))
 
 
 def cases(content: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,7 @@ class Worker:
         self.records = folder / "records"
         self.log = open(folder / "log", "w+b")  # noqa: SIM115  closed with the worker
         self.records.touch()
-        self.reader = open(self.records)  # noqa: SIM115
+        self.reader = open(self.records, encoding="utf-8")  # noqa: SIM115
         self.rest = ""
         self.case: str | None = None
         self.patience, self.fresh = stage.patience, True

@@ -27,7 +27,7 @@ class Skipped(Exception):
 def main(module: str, records: str, settings: str, *cases: str) -> None:
     """Run the cases given, or serve until the input ends."""
     told = Settings(**json.loads(settings))
-    with open(records, "a", buffering=1) as file:
+    with open(records, "a", buffering=1, encoding="utf-8") as file:
 
         def write(**record: Any) -> None:
             file.write(json.dumps(_plain(record)) + "\n")

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         "triton": ["resources"], "cuda": ["cuda-resources"],
     }[options.resources]  # fmt: skip
     for name in names:
-        replace_file(PAGE, written(PAGE.read_text(), name, PARTS[name]()))
+        replace_file(PAGE, written(PAGE.read_text("utf-8"), name, PARTS[name]()))
         print(f"{PAGE}: {name} written")
 
 

@@ -16,7 +16,7 @@ SECTOR = 32  # bytes of a cache's sector
 
 @functools.cache
 def counts() -> dict[str, dict[str, dict[str, float]]]:
-    return json.loads(COUNTS.read_text())
+    return json.loads(COUNTS.read_text("utf-8"))
 
 
 def counted(case: str, kernel: str, times: float) -> dict[str, float]:
@@ -38,7 +38,7 @@ def attention_code(amp: bool) -> dict[str, tuple[float, float]]:
     """Of a block's linear attention at this size, both passes, "softmax": wavefronts of shared
     memory and instructions by architecture, counted in the machine code."""
     found = {}
-    for arch, by_dtype in json.loads(ATTENTION.read_text()).items():
+    for arch, by_dtype in json.loads(ATTENTION.read_text("utf-8")).items():
         kernels = by_dtype["bfloat16" if amp else "float32"].values()
         found[arch] = tuple(1e6 * sum(k[what] for k in kernels) for what in ("shared", "issued"))
     return found
