@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when torch is imported
     _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -87,6 +88,13 @@ def blank_charts(request, monkeypatch):
 def photograph() -> Callable[[int, int, int], Image.Image]:
     """photograph(width, height, seed): a small colour picture."""
     return _photograph
+
+
+@pytest.fixture
+def unicode_names():
+    """A locale in which file names can be of all letters."""
+    if sys.getfilesystemencoding() != "utf-8":
+        pytest.skip(f"file names are {sys.getfilesystemencoding()} here")
 
 
 @pytest.fixture

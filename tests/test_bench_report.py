@@ -38,7 +38,7 @@ def results(tmp_path):
 
 
 def test_readme_shows_the_published_results():
-    readme = report.README.read_text()
+    readme = report.README.read_text("utf-8")
     published = report.merge([report.PUBLISHED])
     assert report.written(readme, published) == readme
 
@@ -95,13 +95,13 @@ def test_without_a_gpu_the_second_table_says_so(tmp_path):
 
 def test_a_run_on_a_gpu_is_published_and_a_rehearsal_is_not(gpu_results, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PUBLISHED_GPU", tmp_path / "published-gpu.json")
-    whole = json.loads(gpu_results.read_text())
-    logged = json.loads(gpu_results.read_text())
+    whole = json.loads(gpu_results.read_text("utf-8"))
+    logged = json.loads(gpu_results.read_text("utf-8"))
     logged["stages"]["operators"]["cases"]["b"] |= {"output": "a path", "traceback": "another"}
     gpu_results.write_text(json.dumps(logged))
     report.publish_gpu(gpu_results)
-    assert json.loads(report.PUBLISHED_GPU.read_text()) == whole, "logs stay out"
-    rehearsed = json.loads(gpu_results.read_text()) | {"device": "cpu"}
+    assert json.loads(report.PUBLISHED_GPU.read_text("utf-8")) == whole, "logs stay out"
+    rehearsed = json.loads(gpu_results.read_text("utf-8")) | {"device": "cpu"}
     gpu_results.write_text(json.dumps(rehearsed))
     with pytest.raises(UserError, match="expected times measured on a GPU"):
         report.publish_gpu(gpu_results)
@@ -111,7 +111,7 @@ def test_a_run_on_a_gpu_is_published_and_a_rehearsal_is_not(gpu_results, tmp_pat
 
 
 def test_a_later_file_takes_a_case_over(results, tmp_path):
-    document = json.loads(results.read_text())
+    document = json.loads(results.read_text("utf-8"))
     document["entries"] = [entry("knn", "nefkern", 0.4), entry("knn", "faiss", 1.2, 3.0)]
     later = tmp_path / "later.json"
     later.write_text(json.dumps(document))
@@ -125,7 +125,7 @@ def test_plots_are_drawn(results, tmp_path):
     report.draw_ratios(document, tmp_path / "ratios.svg")
     assert report.draw_scaling(document, tmp_path / "scaling.svg")
     for name in ("ratios.svg", "scaling.svg"):
-        assert "<svg" in (tmp_path / name).read_text()
+        assert "<svg" in (tmp_path / name).read_text("utf-8")
 
 
 def test_a_file_of_something_else_is_named(tmp_path):

@@ -168,7 +168,7 @@ def test_a_finished_run_is_trained_longer_if_the_flag_says_so(arguments, fails, 
     run = tmp_path / "run"
     assert train.main(arguments()) == 0
     (tmp_path / "longer.yaml").write_text(
-        (run / CONFIG).read_text().replace("epochs: 2", "epochs: 3")
+        (run / CONFIG).read_text("utf-8").replace("epochs: 2", "epochs: 3")
     )
     again = ["--config", str(tmp_path / "longer.yaml"), "--resume"]
     line = fails(train.main, again)
@@ -176,7 +176,7 @@ def test_a_finished_run_is_trained_longer_if_the_flag_says_so(arguments, fails, 
     assert "train longer (--resume --epochs 3)" in line
     assert train.main([*again, "--epochs", "3"]) == 0
     assert [row["epoch"] for row in Run(run).metrics()] == [1] * 5 + [2] * 5 + [3] * 5
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert "15 steps, 3 epochs, trained longer after step 10." in page
     assert "--epochs 3, not 1" in fails(train.main, [*again, "--epochs", "1"])
 
@@ -222,7 +222,7 @@ def test_full_disk_while_training(arguments, fails, tmp_path, monkeypatch):
 
     assert train.main(arguments("--epochs", "1")) == 0
     config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("epochs: 1", "epochs: 2"))
+    config.write_text(config.read_text("utf-8").replace("epochs: 1", "epochs: 2"))
     before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     line = fails(train.main, arguments("--resume"))
@@ -380,7 +380,7 @@ def test_report_is_a_page_of_its_own(arguments, photos, tmp_path):
     (photos / "images" / "train" / "0.png").rename(awkward)
     assert train.main(arguments()) == 0
     run = tmp_path / "run"
-    text = (run / "report.html").read_text()
+    text = (run / "report.html").read_text("utf-8")
     page = Page()
     page.feed(text)
     page.close()

@@ -118,7 +118,7 @@ def test_images_of_the_run_and_the_report(run, drawn):
     names = sorted(path.name for path in (run / "eigenmaps").iterdir())
     assert names == ["0.eigenmaps.png", "1.eigenmaps.png"]
     assert [len(row.heads) for (row,) in drawn] == [5, 5]
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert all(f"eigenmaps/{name}" in page for name in names)
     picture = Image.open(run / "eigenmaps" / names[0])
     assert picture.width > 5 * 100

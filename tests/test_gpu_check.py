@@ -52,7 +52,7 @@ def faulty(*cases: str, **changes) -> Stage:
 
 def checked(stages, settings, budget=60.0) -> dict:
     gpu_check.check(stages, settings, budget)
-    return json.loads(Path(settings.out).read_text())
+    return json.loads(Path(settings.out).read_text("utf-8"))
 
 
 def found(content: dict, stage: str = "faults") -> dict[str, dict]:
@@ -61,7 +61,7 @@ def found(content: dict, stage: str = "faults") -> dict[str, dict]:
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
@@ -150,7 +150,7 @@ def test_what_json_does_not_know_is_null(settings):
     content = checked([faulty("computes")], settings)
     assert found(content)["computes"]["errors"] == {"out": None}
     assert found(content)["computes"]["path"] == "a"
-    json.loads(Path(settings.out).read_text(), parse_constant=pytest.fail)
+    json.loads(Path(settings.out).read_text("utf-8"), parse_constant=pytest.fail)
     assert "computes" in summary.text(content)
 
 
@@ -174,7 +174,7 @@ def test_the_file_is_whole_after_every_figure(settings, monkeypatch):
 
     def saving(self):
         save(self)
-        seen.append(json.loads(self.path.read_text()))
+        seen.append(json.loads(self.path.read_text("utf-8")))
 
     monkeypatch.setattr(Document, "save", saving)
     checked([faulty("fine")], settings)
@@ -200,7 +200,9 @@ def test_interrupted_it_leaves_results_and_no_process(tmp_path):
     for _ in range(600):
         time.sleep(0.05)
         if out.exists():
-            cases = json.loads(out.read_text())["stages"].get("build", {"cases": {}})["cases"]
+            cases = json.loads(out.read_text("utf-8"))["stages"].get("build", {"cases": {}})[
+                "cases"
+            ]
             if child := cases.get("hangs", {}).get("child"):
                 break
     running.send_signal(signal.SIGTERM)
@@ -209,7 +211,9 @@ def test_interrupted_it_leaves_results_and_no_process(tmp_path):
     assert "results so far are kept" in output
     assert f"results: {out}" in output
     assert not alive(child)
-    assert json.loads(out.read_text())["stages"]["build"]["cases"]["fine"]["status"] == "passed"
+    assert (
+        json.loads(out.read_text("utf-8"))["stages"]["build"]["cases"]["fine"]["status"] == "passed"
+    )
 
 
 # ---- the command ----
@@ -231,7 +235,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert gpu_check.main(["--out", str(out), "--budget", "60"]) == 1
     assert plan.NO_DEVICE in capsys.readouterr().out
-    content = json.loads(out.read_text())
+    content = json.loads(out.read_text("utf-8"))
     assert content["stages"]["suite"]["why"] == plan.NO_DEVICE
 
 
@@ -247,7 +251,7 @@ def rehearsed(tmp_path_factory) -> dict:
     """One rehearsal for all tests of it."""
     out = tmp_path_factory.mktemp("gpu_check") / "out.json"
     code = gpu_check.main(["--device", "cpu", "--out", str(out), "--budget", "300"])
-    content = json.loads(out.read_text())
+    content = json.loads(out.read_text("utf-8"))
     assert code == 0, summary.text(content)
     return content
 
@@ -407,7 +411,7 @@ def test_outcomes_of_tests_are_read(line, expected):
 
 def test_every_prediction_has_kernels_of_its_name():
     """By the sources: those of csrc/cuda, of Triton, and of CUB, which is not ours to look into."""
-    cuda = "\n".join(path.read_text() for path in (process.ROOT / "csrc/cuda").glob("*.cu*"))
+    cuda = "\n".join(path.read_text("utf-8") for path in (process.ROOT / "csrc/cuda").glob("*.cu*"))
     bounds = r"(?:__launch_bounds__\([^)]*\)\s+)?"
     names = set(re.findall(rf"__global__\s+(?:void\s+{bounds}|{bounds}void\s+)(\w+)\(", cuda))
     assert "spmm_rows" in names
@@ -567,7 +571,7 @@ def test_a_metric_that_an_ncu_does_not_know_is_left_out(tmp_path, monkeypatch):
     ncu_that_says(
         tmp_path, monkeypatch,
         f"case \"$*\" in *lts__t_bytes.sum*) echo '==ERROR== Failed to find metric "
-        f"lts__t_bytes.sum';; *--clock-control\\ none*) cat {tmp_path}/table;; esac",
+        f"lts__t_bytes.sum';; *--clock-control\\ none*) cat '{tmp_path}/table';; esac",
     )  # fmt: skip
     figures = counting(tmp_path)
     assert figures["call"] == "knn cosine/cuda/float32/paper"

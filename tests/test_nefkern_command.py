@@ -35,7 +35,9 @@ def test_help_lists_them_without_torch():
         "import sys; from nefkern.__main__ import main; main(['--help']);"
         "sys.exit(bool({'torch', 'numpy', 'yaml'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code], capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, "light"
     for name, what in front.COMMANDS.items():
         assert sum(line.split()[:1] == [name] for line in done.stdout.splitlines()) == 1

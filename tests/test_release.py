@@ -134,7 +134,7 @@ def test_the_extension_keeps_to_the_limited_api():
 def test_workflows_pin_actions_and_call_the_repository_s_own_commands(path):
     found = yaml.safe_load(path.read_text("utf-8"))
     assert found["permissions"] == {"contents": "read"}
-    targets = re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text("utf-8"), re.M)
     known = {name for line in targets for name in line.split()}
     for job in found["jobs"].values():
         assert job["timeout-minutes"] <= 180

@@ -244,15 +244,16 @@ def test_as_many_clusters_as_the_folder_has_classes(scenes):
 def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
     assert reproduce("5 K64 K128 --seeds 2") == 0
     assert counted == ["step", "step", "evaluation"] * 4
-    text = (tmp_path / "out" / "table-5.md").read_text()
+    text = (tmp_path / "out" / "table-5.md").read_text("utf-8")
     assert text in capsys.readouterr().out
-    rows = json.loads((tmp_path / "out" / "table-5.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / "table-5.json").read_text("utf-8"))["rows"]
     assert [row["paper"]["mean_iou"] for row in rows] == [27.8, 33.2]
     for row, k in zip(rows, (8, 16), strict=True):
         assert [Run(run).options().num_eigenfunctions for run in row["runs"]] == [k, k]
         assert [Run(run).options().seed for run in row["runs"]] == [0, 1]
         found = [
-            json.loads(next(Run(r).folder.glob("eval*.json")).read_text()) for r in row["runs"]
+            json.loads(next(Run(r).folder.glob("eval*.json")).read_text("utf-8"))
+            for r in row["runs"]
         ]
         scores = [f["methods"]["ours"]["stages"]["none"]["matchings"]["iou"] for f in found]
         assert row["measured"]["mean_iou"] == [100 * s["mean_iou"] for s in scores]
@@ -269,7 +270,7 @@ def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
     counted.clear()
     assert reproduce("5 K64 K128 --seeds 2") == 0
     assert counted == []
-    assert (tmp_path / "out" / "table-5.md").read_text() == text
+    assert (tmp_path / "out" / "table-5.md").read_text("utf-8") == text
 
     checkpoint = Run(rows[0]["runs"][0]).path(CHECKPOINT)  # a score of an older one doesn't count
     checkpoint.write_bytes(checkpoint.read_bytes())
@@ -279,11 +280,11 @@ def test_two_rows_and_again_nothing(reproduce, counted, tmp_path, capsys):
 
 def test_a_method_without_a_number_of_the_paper(reproduce, tmp_path):
     assert reproduce("5 K64 --also kmeans") == 0
-    ours, kmeans = json.loads((tmp_path / "out" / "table-5.json").read_text())["rows"]
+    ours, kmeans = json.loads((tmp_path / "out" / "table-5.json").read_text("utf-8"))["rows"]
     assert (ours["method"], kmeans["method"]) == ("ours", "kmeans")
     assert kmeans["paper"] == {"accuracy": None, "mean_iou": None}
     (measured,) = kmeans["measured"]["mean_iou"]
-    text = (tmp_path / "out" / "table-5.md").read_text()
+    text = (tmp_path / "out" / "table-5.md").read_text("utf-8")
     bounds = r" \[[\d.]+, [\d.]+\]"
     assert re.search(
         rf"\| kmeans \| IoU vote \|  \| [\d.]+{bounds} \|  \| {measured:.1f}{bounds} \| 1 \|", text
@@ -366,7 +367,7 @@ def test_seeds_scored_on_different_images_have_no_common_interval():
 def test_a_damaged_score_fails_its_row_in_a_line(reproduce, tmp_path, capsys):
     assert reproduce("5 K64") == 0
     (file,) = (tmp_path / "out").glob("scenes-*/evaluation-*.json")
-    file.write_text(file.read_text()[:100])
+    file.write_text(file.read_text("utf-8")[:100])
     capsys.readouterr()
     assert reproduce("5 K64") == 2
     assert f"error: table 5, K64, seed 0: {file}: expected scores" in capsys.readouterr().err
@@ -403,7 +404,7 @@ def test_a_figure_is_a_picture_of_table_1(reproduce, counted, tmp_path, capsys):
     panels, rows = 2 + 2, 2
     assert sheet.width == 48 * panels + 8 * (panels - 1)
     assert 0 < sheet.height - (48 * rows + 8 * (rows - 1)) < 40, "and heads above them"
-    text = (tmp_path / "out" / "figure-2.md").read_text()
+    text = (tmp_path / "out" / "figure-2.md").read_text("utf-8")
     assert "**Figure 2: segments on Pascal Context" in text
     assert "![figure 2](figure-2.png)" in text
     counted.clear()
@@ -439,7 +440,7 @@ def test_the_appendix_s_eigenfunctions(reproduce, counted, tmp_path, capsys):
     single = [Image.open(path) for path in sorted(folder.iterdir())]
     sheet = Image.open(tmp_path / "out" / "figure-eigenfunctions.png")
     assert sheet.size == (single[0].width, 8 + sum(picture.height for picture in single))
-    text = (tmp_path / "out" / "figure-eigenfunctions.md").read_text()
+    text = (tmp_path / "out" / "figure-eigenfunctions.md").read_text("utf-8")
     assert "![figure eigenfunctions](figure-eigenfunctions.png)" in text
     assert "CRF" not in text
     assert text in capsys.readouterr().out
@@ -483,7 +484,7 @@ def test_a_failing_row_does_not_stop_the_others(reproduce, tmp_path, capsys):
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert errors[0].startswith("error: table 5, K512, seed 0: --num-eigenfunctions 64: expected")
-    first, second = json.loads((tmp_path / "out" / "table-5.json").read_text())["rows"]
+    first, second = json.loads((tmp_path / "out" / "table-5.json").read_text("utf-8"))["rows"]
     assert first["measured"]["mean_iou"] == []
     assert first["error"] in out
     assert len(second["measured"]["mean_iou"]) == 1
@@ -551,7 +552,7 @@ SPECTRAL = (
 def test_rows_of_spectral_runs(scenes, tmp_path):
     where = ["--data", "folder", "--data-root", str(scenes), "--out", str(tmp_path / "out")]
     assert main([*shlex.split(f"1 vit-s {SPECTRAL}"), *where]) == 0
-    row = json.loads((tmp_path / "out" / "table-1.json").read_text())["rows"][0]
+    row = json.loads((tmp_path / "out" / "table-1.json").read_text("utf-8"))["rows"][0]
     run = Run(row["runs"][0])
     assert run.folder.name == "scenes-test_vit-spectral-K32-seed0"
     assert run.options().method == "spectral"

@@ -103,7 +103,7 @@ def test_the_attention_that_was_counted_is_the_one_that_ships():
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         pytest.skip("the tiles that were counted are those of later Tritons")
-    counted = json.loads(counts.ATTENTION.read_text())
+    counted = json.loads(counts.ATTENTION.read_text("utf-8"))
     assert set(counted) == set(LIMITS)
     for arch, by_dtype in counted.items():
         for dtype, kernels in by_dtype.items():
@@ -188,7 +188,7 @@ def test_condensed_keeps_the_worst_of_each_kernel():
 
 
 def test_the_page_is_what_the_script_writes():
-    page = command.PAGE.read_text()
+    page = command.PAGE.read_text("utf-8")
     assert written(page, "estimates", estimates()) == page
     changed = written(page, "resources", "a table")
     assert "a table" in changed

@@ -235,6 +235,7 @@ def test_names_of_different_files_stay_apart_from_stems():
     ]
 
 
+@pytest.mark.usefixtures("unicode_names")
 def test_very_long_names_leave_room_for_what_is_put_behind_them():
     files = [Path("空" * 80 + end) for end in (".jpg", ".png", "b.jpg")]
     names = output_names([*files, Path("a.jpg")])
@@ -339,7 +340,7 @@ def test_out_that_is_a_file_is_one_line(run, pictures, tmp_path, capsys):
     assert main([str(run), str(pictures / "wide.png"), "--out", str(tmp_path / "file")]) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert lines == [f"error: --out {tmp_path / 'file'}: is a file; expected a folder to make"]
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text("utf-8") == "mine"
 
 
 def test_an_opened_image_is_seen_as_its_file_is(run, photograph, tmp_path):

@@ -36,10 +36,11 @@ def run(pictures, tmp_path_factory) -> Path:
     """A run of seconds with a small random backbone, K = 6."""
     out = tmp_path_factory.mktemp("runs") / "run"
     command = (
-        f"--method spectral --data folder --data-root {pictures} --out {out} --pictures 0 -K 6 "
-        "--backbone test_vit --weights random --crop 64 --k 16 --eigenvectors 6"
+        "--method spectral --data folder --pictures 0 -K 6 --backbone test_vit --weights random "
+        "--crop 64 --k 16 --eigenvectors 6"
     )
-    assert train.main(command.split()) == 0
+    where = ["--data-root", str(pictures), "--out", str(out)]
+    assert train.main([*command.split(), *where]) == 0
     return out
 
 

@@ -16,7 +16,7 @@ def test_the_slurm_example_is_a_script(tmp_path):
     """Run with stand-ins for SLURM's commands: what srun is given is torchrun with a command that
     train can read, on all cores; the job is put back only where the time was up."""
     page = Path(__file__).parent.parent / "docs" / "distributed.md"
-    (script,) = (part for part in page.read_text().split("```") if "#SBATCH" in part)
+    (script,) = (part for part in page.read_text("utf-8").split("```") if "#SBATCH" in part)
     for name, body in (
         (
             "scontrol",
@@ -33,7 +33,7 @@ def test_the_slurm_example_is_a_script(tmp_path):
         text = f"SECONDS={seconds}\n{script.removeprefix('bash')}"
         subprocess.run(["bash", "-eu", "-c", text], check=True, cwd=tmp_path, env=env)
         assert (tmp_path / "requeued").exists() == requeued
-    given = (tmp_path / "given").read_text().splitlines()
+    given = (tmp_path / "given").read_text("utf-8").splitlines()
     assert given[:2] == ["--cpus-per-task=64", "torchrun"]
     launcher, command = given[2 : given.index("-m")], given[given.index("-m") + 1 :]
     launched = get_args_parser().parse_args([*launcher, "-m", "nefkern.train"])

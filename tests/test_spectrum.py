@@ -40,7 +40,7 @@ def run(tiny) -> Path:
 
 def result(run: Path, *options: object) -> dict:
     assert main([str(run), *map(str, options)]) == 0
-    return json.loads((run / "spectrum.json").read_text())
+    return json.loads((run / "spectrum.json").read_text("utf-8"))
 
 
 def independent(run: Path, images: list[torch.Tensor], softmax: bool = True):
@@ -147,17 +147,17 @@ def test_kappa_of_a_spectral_run_is_of_its_scaled_channels(tiny, images, graph_f
 
 
 def test_files_table_and_report(run, capsys):
-    assert "Spectrum" not in write_report(Run(run)).read_text()
+    assert "Spectrum" not in write_report(Run(run)).read_text("utf-8")
     found = result(run)
     text = capsys.readouterr().out
     assert f"κ has {found['nodes']} nodes" in text
     assert f"{100 * found['functions']['ψ']['captured']:.1f} %" in text
     assert Image.open(run / "spectrum.png").size == (1430, 462)
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert "src='spectrum.png'" in page
     assert "captured trace" in page
     (run / "spectrum.json").write_text("{")
-    assert "not readable" in write_report(Run(run)).read_text()
+    assert "not readable" in write_report(Run(run)).read_text("utf-8")
 
 
 def test_score_of_annotated_images(run, photos, photograph, capsys):
@@ -214,7 +214,7 @@ def test_other_data_by_name(run, tmp_path, capsys):
 
 def test_the_run_s_kind_of_data_at_another_place(run, tmp_path):
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("data: folder", "data: cityscapes"))
+    config.write_text(config.read_text("utf-8").replace("data: folder", "data: cityscapes"))
     root = publisher.cityscapes(tmp_path / "city", [7, 9, 26])
     assert result(run, "--data-root", root, "--images", 2)["settings"]["split"] == "train"
 

@@ -76,7 +76,7 @@ def test_edges_are_rows_and_boundaries_columns_of_a_table(tmp_path):
     for name, f in (("a", 0.2), ("b", 0.4), ("c", None)):
         runs.append(scored(tmp_path / name, 0.25, 0.125, edges="graph"))
         file = runs[-1] / "evaluation-set-val-crop320.json"
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         stages = content["methods"]["ours"]["stages"]
         stages["graph"] = {"matchings": {"iou": {"accuracy": 0.5, "mean_iou": 0.25}}}
         stages["clusters"] = stages["none"]
@@ -154,7 +154,7 @@ def resampled(folder, wrong: dict[str, list[int]], size=100, bootstrap=300, back
         matched = match(counts.total())
         told = honesty.add(name, "none", counts, matched, lambda table: matchings(table)[0])
         methods[name] = {"stages": {"none": matched.as_dict(["a", "b"]) | told}}
-    content = json.loads((run / f"{NAME}.json").read_text()) | {"methods": methods}
+    content = json.loads((run / f"{NAME}.json").read_text("utf-8")) | {"methods": methods}
     (run / f"{NAME}.json").write_text(json.dumps(content))
     (run / f"{NAME}.npz").write_bytes(honesty.packed())
     return run

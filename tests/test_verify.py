@@ -134,13 +134,13 @@ BETA = 0.081 if torch.__version__ >= (2, 11) else 0.16
 )
 def test_one_changed_option_is_found_whether_the_record_says_so_or_not(made, capsys, name, value):
     run = made("neural")
-    config = yaml.safe_load((run / CONFIG).read_text())
+    config = yaml.safe_load((run / CONFIG).read_text("utf-8"))
     config["options"][name] = value
     (run / CONFIG).write_text(yaml.safe_dump(config))
     code, found = outcome(capsys, run)
     assert code == 1
     assert f"{name} is {value!r}" in found["options"]
-    first, *rows = (run / STEPS).read_text().splitlines()
+    first, *rows = (run / STEPS).read_text("utf-8").splitlines()
     first = json.loads(first)
     first["options"][name] = value
     (run / STEPS).write_text("\n".join([json.dumps(first), *rows]) + "\n")
@@ -156,7 +156,7 @@ def test_a_forged_record_of_a_changed_weight_is_found(made, capsys):
     run = made("neural")
     edited(run / CHECKPOINT, nudged("head.bias"))
     weights, _ = tensor_files.unpacked(run / CHECKPOINT)
-    *rows, last = [json.loads(line) for line in (run / STEPS).read_text().splitlines()]
+    *rows, last = [json.loads(line) for line in (run / STEPS).read_text("utf-8").splitlines()]
     from nefkern.training.digests import state_hashes
 
     last["after"] = state_hashes(weights)
@@ -191,7 +191,7 @@ def test_a_forged_record_of_a_spectral_run_is_found(made, capsys, name):
     assert code == 1
     assert name in found["model"]
     tensors, _ = tensor_files.unpacked(run / CHECKPOINT)
-    rows = [json.loads(line) for line in (run / STEPS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / STEPS).read_text("utf-8").splitlines()]
     from nefkern.training.digests import state_hashes
 
     rows[-1]["checkpoint"] = state_hashes(tensors)
@@ -250,7 +250,7 @@ def test_what_cannot_be_verified(made, capsys, tmp_path):
 
 def test_a_resumed_run_has_the_record_of_one_that_was_not(made, tiny, tmp_path):
     whole = made("neural")
-    rows, states = (whole / STEPS).read_text(), contents(whole / "steps")
+    rows, states = (whole / STEPS).read_text("utf-8"), contents(whole / "steps")
     # As after a kill: rows that the checkpoint does not know, and half of one.
     options = tiny(**KINDS["neural"] | {"out": str(tmp_path / "other")})
     trainer = Trainer(options, Run.create(options))
@@ -265,7 +265,7 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not(made, tiny, tmp_path):
     options.resume = True
     del trainer
     Trainer(options, Run.create(options)).train()
-    assert (tmp_path / "other" / STEPS).read_text() == rows
+    assert (tmp_path / "other" / STEPS).read_text("utf-8") == rows
     other = contents(tmp_path / "other" / "steps")
     assert list(other.values()) == list(states.values())
 

@@ -211,7 +211,7 @@ def build_extension(tmp_path):
     cmake = tmp_path / "bin" / "cmake"
     cmake.parent.mkdir()
     cmake.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n'
         'printf "%b" "$CMAKE_SAYS"\nexit ${CMAKE_FAILS:-0}\n'
     )
     (cmake.parent / "ninja").write_text("#!/bin/sh\n")
@@ -227,7 +227,7 @@ def build_extension(tmp_path):
             cwd=ROOT, env={**kept, "PATH": path, **environment}, capture_output=True, text=True,
         )  # fmt: skip
         calls = tmp_path / "calls"
-        return done, calls.read_text() if calls.exists() else ""
+        return done, calls.read_text("utf-8") if calls.exists() else ""
 
     return run
 
@@ -238,7 +238,7 @@ def recorded(tmp_path):
 
     def read() -> str | None:
         path = tmp_path / "lib" / "nefkern" / "_build.json"
-        return json.loads(path.read_text())["reason"] if path.exists() else None
+        return json.loads(path.read_text("utf-8"))["reason"] if path.exists() else None
 
     return read
 

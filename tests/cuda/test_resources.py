@@ -27,7 +27,7 @@ def test_every_source_has_kernels(found):
 
 
 def test_the_architectures_are_those_that_are_built_for():
-    toolkit = (resources.CSRC / "cuda" / "toolkit.cmake").read_text()
+    toolkit = (resources.CSRC / "cuda" / "toolkit.cmake").read_text("utf-8")
     default = re.search(r'set\(wanted "(8\.0;[^"]*10\.0\+PTX)"\)', toolkit)[1]
     built = [one.replace(".", "").removesuffix("+PTX") for one in default.split(";")]
     assert list(resources.ARCHITECTURES) == built

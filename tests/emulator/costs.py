@@ -107,7 +107,7 @@ def counted(
             [executable, case, folder, "order=forward", *(f"{k}={v}" for k, v in numbers.items())],
             check=True, env={**os.environ, "NEFKERN_COUNTS": str(file)},
         )  # fmt: skip
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
     weights = block_weights(executable)
     result = {}
     names = symbols(executable)

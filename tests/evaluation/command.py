@@ -17,7 +17,7 @@ def evaluate(run: Path, folder: Path, *options: str) -> dict:
     after = {p: p.stat().st_mtime_ns for p in run.glob("evaluation-*.json")}
     changed = [p for p in after if after[p] != before.get(p)]
     assert len(changed) == 1
-    return json.loads(changed[0].read_text())
+    return json.loads(changed[0].read_text("utf-8"))
 
 
 def figures(result: dict, method: str = "ours", stage: str = "none", matching: str = "iou"):

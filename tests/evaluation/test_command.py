@@ -26,7 +26,7 @@ def test_pictures_beside_the_scores(run, folder, pointwise):
     names = sorted(path.name for path in drawn.iterdir())
     assert names[:3] == [f"{i:03d}-image-annotation-ours-ours_.png" for i in range(3)]
     assert names[3:] == ["classes.svg", "confusion-ours.svg", "confusion-ours_.svg", "iou.svg"]
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert all(f"{drawn.name}/{name}" in page for name in names)
     evaluate(run, folder, "--methods", "ours,ours*", "--pictures", "0")
     assert sorted(path.name for path in drawn.iterdir()) != names
@@ -65,9 +65,9 @@ def test_a_damaged_file_is_left_alone(run, folder, pointwise):
     damaged = run / "evaluation-scenes-val-crop320.json"
     damaged.write_text("{")
     evaluate(run, folder)
-    assert damaged.read_text() == "{"
+    assert damaged.read_text("utf-8") == "{"
     assert (run / "evaluation-scenes-val-crop320-2.json").exists()
-    assert "not readable" in (run / "report.html").read_text()
+    assert "not readable" in (run / "report.html").read_text("utf-8")
 
 
 # ---- mistakes ----

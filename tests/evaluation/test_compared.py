@@ -57,7 +57,7 @@ def test_all_methods_on_a_real_run(run, folder, capsys):
     printed = capsys.readouterr().out
     assert "majority by IoU" in printed
     assert all(name in printed for name in [*names.split(","), *CLASSES])
-    assert "evaluation-scenes-val-crop320" in (run / "report.html").read_text()
+    assert "evaluation-scenes-val-crop320" in (run / "report.html").read_text("utf-8")
 
 
 def test_same_seed_same_figures(run, folder):

@@ -128,7 +128,7 @@ def test_merged_clusters_are_scored_as_segment_merges_them(continuous, folder, t
                                sample.annotation, 3, 4)  # fmt: skip
     accuracy = counts.amax(1).sum() / counts.sum()
     assert figures(result, matching="count")["accuracy"] == pytest.approx(accuracy.item(), abs=2e-3)
-    assert "How clusters merge" in (run / "report.html").read_text()
+    assert "How clusters merge" in (run / "report.html").read_text("utf-8")
 
 
 def test_boundaries_of_merged_clusters(continuous, folder, pointwise):

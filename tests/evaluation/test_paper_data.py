@@ -34,7 +34,7 @@ def evaluate_cityscapes(run: Path, root: Path, *options: str) -> dict:
     before = set(run.glob("evaluation-*.json"))
     assert main([str(run), "--data", "cityscapes", "--data-root", str(root), *options]) == 0
     (written,) = set(run.glob("evaluation-*.json")) - before
-    return json.loads(written.read_text()) | {"name": written.name}
+    return json.loads(written.read_text("utf-8")) | {"name": written.name}
 
 
 @pytest.mark.parametrize(
@@ -110,15 +110,15 @@ def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path, capsys):
     annotation = {tuple(rgb) for rgb in picture[:48, 56:104].reshape(-1, 3).tolist()}
     road, parking, car = (128, 64, 128), (250, 170, 160), (0, 0, 142)
     assert annotation == {road, parking, car, (0, 0, 0)}, "as the publisher paints them"
-    names = (drawn / "classes.svg").read_text()
+    names = (drawn / "classes.svg").read_text("utf-8")
     assert "<!-- road -->" in names
     assert "<!-- train -->" not in names, "only what the pictures show"
-    assert "classes.svg" in (out / "report.html").read_text()
+    assert "classes.svg" in (out / "report.html").read_text("utf-8")
 
 
 def test_a_run_on_data_without_annotations_asks_for_some(run, cityscapes, pointwise, capsys):
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("data: folder", "data: imagenet"))
+    config.write_text(config.read_text("utf-8").replace("data: folder", "data: imagenet"))
     line = failure(capsys, run)
     assert "--data-root: expected the folder with the annotated images" in line
     assert "trained on imagenet" in line

@@ -65,7 +65,7 @@ def tree(pid: int) -> list[int]:
     for one in found:
         try:
             for task in Path(f"/proc/{one}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
+                found += [int(child) for child in (task / "children").read_text("utf-8").split()]
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
@@ -77,7 +77,7 @@ def sample(pid: int, began: float) -> Sample | None:
     for one in tree(pid):
         folder = Path(f"/proc/{one}")
         try:
-            _, resident, shared, *_ = (folder / "statm").read_text().split()
+            _, resident, shared, *_ = (folder / "statm").read_text("utf-8").split()
             files += len(os.listdir(folder / "fd"))
             threads += len(os.listdir(folder / "task"))
         except (FileNotFoundError, ProcessLookupError, PermissionError):

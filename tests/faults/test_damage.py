@@ -327,7 +327,7 @@ def test_a_link_in_the_place_of_the_lock_leads_nowhere(tmp_path):
     (folder / NAME).symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match="symbolic link"):
         FolderLock.of(folder, "--out")
-    assert (tmp_path / "precious").read_text() == "untouched"
+    assert (tmp_path / "precious").read_text("utf-8") == "untouched"
 
 
 @pytest.mark.parametrize("name", ["events", "overlays", "teacher"])

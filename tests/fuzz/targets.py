@@ -324,7 +324,7 @@ def checkpoints(folder: Path) -> Attempt:
         if path.suffix == ".safetensors" and random.random() < 0.6:
             path.write_bytes(_mutated_tensors(random, path))
         elif path.name == CONFIG:
-            path.write_bytes(_dumped(random, yaml.safe_load(path.read_text())))
+            path.write_bytes(_dumped(random, yaml.safe_load(path.read_text("utf-8"))))
         else:
             path.write_bytes(mutated_bytes(random, path.read_bytes()))
         if random.random() < 0.4:
@@ -377,7 +377,7 @@ def records(folder: Path) -> Attempt:
         else:
             path.write_bytes(mutated_bytes(random, json.dumps(scores).encode()))
         outcome = refused(lambda: write_report(Run(run)))
-        page = (run / "report.html").read_text()
+        page = (run / "report.html").read_text("utf-8")
         assert "<script>alert" not in page
         return f"report {outcome}, summary {told(summarize.main, [str(run)])}"
 
@@ -444,7 +444,7 @@ def folders(folder: Path) -> Attempt:
         given = [str(root)] if random.random() < 0.6 else [str(p) for p in root.iterdir()] or ["x"]
         more = random.choice(([], ["--recursive"], ["--crf-workers", "0"], ["--classes", "3"]))
         outcome = told(segment.main, [str(run), "--out", str(out), *more, "--", *given])
-        assert secret.read_text() == "untouched"
+        assert secret.read_text("utf-8") == "untouched"
         return outcome
 
     return attempt

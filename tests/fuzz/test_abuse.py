@@ -154,10 +154,10 @@ def test_errors_hold_no_escapes_for_a_terminal(capsys):
 @pytest.mark.parametrize("name", ["\x1b[31mred", "a\x07", "\x9b2J"])
 def test_classes_hold_no_escapes_for_a_terminal(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
-    (tmp_path / "classes.txt").write_text(f"sky\n{name}\n")
+    (tmp_path / "classes.txt").write_text(f"sky\n{name}\n", "utf-8")
     with pytest.raises(UserError, match="line 2: expected text, it holds control characters"):
         open_folder(tmp_path, split="train")
-    (tmp_path / "classes.txt").write_text("ciel\u00a0bleu\n草\u3000地\n")
+    (tmp_path / "classes.txt").write_text("ciel\u00a0bleu\n草\u3000地\n", "utf-8")
     assert len(open_folder(tmp_path, split="train").classes) == 2
 
 
@@ -177,7 +177,7 @@ def test_no_script_gets_into_the_report(tiny, tmp_path, method):
     Image.new("RGB", (4, 4)).save(run.path("overlays") / f"{SCRIPT.replace('/', '')}.png")
     run.path("evaluation-x.json").write_text(json.dumps({"settings": SCRIPT}))
     run.path("spectrum.json").write_text(json.dumps({"settings": SCRIPT}))
-    page = write_report(run).read_text()
+    page = write_report(run).read_text("utf-8")
     assert "<script>" not in page
     assert "<img src=x" not in page
 
@@ -189,7 +189,7 @@ def test_names_that_are_not_utf_8_are_written(tmp_path):
     path = tmp_path / "x.json"
     name = os.fsdecode(b"caf\xe9.png")
     replace_file(path, json.dumps({"name": name}, ensure_ascii=False))
-    assert json.loads(path.read_text())["name"] == name
+    assert json.loads(path.read_text("utf-8"))["name"] == name
 
 
 def test_segments_of_an_image_with_such_a_name(tiny, tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_segments_of_an_image_with_such_a_name(tiny, tmp_path, capsys):
     said = capsys.readouterr()
     assert code == 0, said.err
     assert "Traceback" not in said.err
-    assert len(json.loads((out / "coco.json").read_text())["images"]) == 2
+    assert len(json.loads((out / "coco.json").read_text("utf-8"))["images"]) == 2
     ElementTree.parse(out / "cvat.xml")
     for path in (out / "voc" / "Annotations").iterdir():
         ElementTree.parse(path)

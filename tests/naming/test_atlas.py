@@ -279,10 +279,10 @@ def test_mistakes_are_one_line(run, pictures, tmp_path, capsys, options, line):
 
 
 def test_names_that_exist_are_not_voted_away(run, pictures, names, tmp_path, capsys):
-    before = names.read_text()
+    before = names.read_text("utf-8")
     assert main([str(run), "--names", str(names), "--annotated", str(pictures)]) == 2
     assert "would replace" in capsys.readouterr().err
-    assert names.read_text() == before
+    assert names.read_text("utf-8") == before
 
 
 # ---- in a browser ----

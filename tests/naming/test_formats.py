@@ -61,7 +61,7 @@ def test_classes_are_those_of_the_clusters(run, pictures, names, tmp_path, optio
         "classes.legend.png", "classes.txt", "large.classes.png", "large.confidence.png",
         "large.overlay.png",
     ]  # fmt: skip
-    assert (out / "classes.txt").read_text().splitlines() == CLASSES
+    assert (out / "classes.txt").read_text("utf-8").splitlines() == CLASSES
     shown = np.array(Image.open(out / "large.classes.png").convert("RGB"))
     sky = pixels(out / "large.classes.png") == 1
     if sky.any():
@@ -191,7 +191,7 @@ def test_what_was_written_is_not_read_again(run, pictures, names, tmp_path):
     for _ in range(2):
         assert main([str(run), str(folder), "--out", str(folder), *more]) == 0
         assert image_files([folder], recursive=True) == [folder / "coco.png"]
-    assert len(json.loads((folder / "coco.json").read_text())["images"]) == 1
+    assert len(json.loads((folder / "coco.json").read_text("utf-8"))["images"]) == 1
     assert (folder / "labelme" / "coco.json").exists()
 
 
@@ -212,7 +212,7 @@ def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path, format, 
     for image, name in zip(files, output_names(files), strict=True):
         writer.add(Annotated(image, name, np.zeros((3, 4), np.uint8), []))
     writer.finish()
-    text = (tmp_path / file).read_text()
+    text = (tmp_path / file).read_text("utf-8")
     assert all(text.count(f'"{name}"') == 1 for name in ("x.jpg", "b/x.jpg", "y.png"))
 
 
@@ -222,7 +222,7 @@ def test_a_name_of_two_lines_is_not_two_names(tmp_path, caplog):
         voc.add(Annotated(Path(f"{name}.png"), name, np.zeros((3, 4), np.uint8), []))
     voc.finish()
     for task in ("Segmentation", "Main"):
-        assert (tmp_path / "voc/ImageSets" / task / "default.txt").read_text() == "a b\n-ü\n"
+        assert (tmp_path / "voc/ImageSets" / task / "default.txt").read_text("utf-8") == "a b\n-ü\n"
     assert "left out of voc/ImageSets" in caplog.text
 
 
@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(run, pictures, names, tmp_path, capsys, options, 
 
 
 def test_names_of_another_run_are_refused(run, pictures, names, tmp_path, capsys):
-    names.write_text(names.read_text().replace("checkpoint: ", "checkpoint: other"))
+    names.write_text(names.read_text("utf-8").replace("checkpoint: ", "checkpoint: other"))
     arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
     assert main(arguments) == 2
     assert "checkpoint: names the clusters of another training" in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_classes_of_a_data_set_are_not_replaced(run, pictures, names, tmp_path, 
     command = [str(run), str(pictures), "--names", str(names), "--out"]
     assert main([*command, str(tmp_path)]) == 2
     assert "would replace classes.txt" in capsys.readouterr().err
-    assert (tmp_path / "classes.txt").read_text() == "mine"
+    assert (tmp_path / "classes.txt").read_text("utf-8") == "mine"
     for _ in range(2):
         assert main([*command, str(tmp_path / "out")]) == 0
 
@@ -271,9 +271,9 @@ def test_classes_of_a_data_set_are_not_replaced(run, pictures, names, tmp_path, 
 def test_a_name_that_voc_cannot_hold(run, pictures, names, tmp_path, capsys):
     pytest.importorskip("skimage")
     pytest.importorskip("pycocotools")
-    names.write_text(names.read_text().replace("sky", "sky:blue"))
+    names.write_text(names.read_text("utf-8").replace("sky", "sky:blue"))
     arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
     assert main([*arguments, "--formats", "voc"]) == 2
     assert "--formats voc: the name 'sky:blue' cannot stand in" in capsys.readouterr().err
     assert main([*arguments, "--formats", "coco"]) == 0
-    assert json.loads((tmp_path / "o" / "coco.json").read_text())["categories"][1]["name"]
+    assert json.loads((tmp_path / "o" / "coco.json").read_text("utf-8"))["categories"][1]["name"]

@@ -241,7 +241,7 @@ def program(folder: Path) -> None:
 
 def threads() -> list[str]:
     """Names of this process's threads, where the system tells."""
-    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return [path.read_text("utf-8") for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def start(folder: Path) -> list[subprocess.Popen]:
@@ -285,7 +285,7 @@ def folder(tmp_path_factory, photograph) -> Path:
 
 
 def said(folder: Path, name: str) -> list[str]:
-    return [(folder / f"{name}.{rank}.txt").read_text() for rank in range(RANKS)]
+    return [(folder / f"{name}.{rank}.txt").read_text("utf-8") for rank in range(RANKS)]
 
 
 def outcome(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -388,7 +388,7 @@ def test_a_mistake_in_one_process_ends_all_and_is_told_once(folder):
 
 
 def test_the_main_process_alone_writes_and_shows(folder):
-    first, second = ((folder / f"log.{rank}").read_text() for rank in range(RANKS))
+    first, second = ((folder / f"log.{rank}").read_text("utf-8") for rank in range(RANKS))
     assert "epoch 2/2" in first
     assert "resumed" in first
     assert "epoch" not in second
@@ -399,13 +399,13 @@ def test_the_main_process_alone_writes_and_shows(folder):
 @pytest.mark.drawn
 def test_evaluation_counts_exactly_what_one_process_counts(folder, capsys):
     (path,) = (folder / "rank-2").glob("evaluation-*.json")
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text("utf-8"))
     drawn = {file.name: file.read_bytes() for file in path.with_suffix("").iterdir()}
     assert evaluate(scoring(folder)) == 0
     assert drawn == {file.name: file.read_bytes() for file in path.with_suffix("").iterdir()}
     assert len([name for name in drawn if name.endswith(".png")]) == 7
     assert said(folder, "evaluation") == [capsys.readouterr().out, ""]
-    again = json.loads(path.read_text())
+    again = json.loads(path.read_text("utf-8"))
     del found["seconds"], again["seconds"]
     assert found == again
     assert found["images"] == 7
@@ -477,13 +477,13 @@ def test_compiled_psi_trains_as_it_is(folder):
 def test_torchrun_trains_and_stops_when_told(folder):
     out = folder / "torchrun"
     command = (
-        f"-m torch.distributed.run --standalone --nproc_per_node=2 -m nefkern.train --data folder "
-        f"--data-root {folder / 'photos'} --out {out} --backbone test_vit --weights random "
-        "--crop 64 --k 8 -K 8 --epochs 5000 --batch-size 4 --workers 0 --graph-scope global "
-        "--device cpu"
+        "-m torch.distributed.run --standalone --nproc_per_node=2 -m nefkern.train --data folder "
+        "--backbone test_vit --weights random --crop 64 --k 8 -K 8 --epochs 5000 --batch-size 4 "
+        "--workers 0 --graph-scope global --device cpu"
     )
+    where = ["--data-root", str(folder / "photos"), "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, *command.split()],
+        [sys.executable, *command.split(), *where],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -500,7 +500,7 @@ def test_torchrun_trains_and_stops_when_told(folder):
     # The launcher's own end, after which it dumps its threads, is PyTorch's matter.
     assert not re.search(r"terminate called.*\n(?!Fatal Python error)", err), err
     assert "--resume goes on" in err
-    assert (out / METRICS).read_text().endswith("}\n")
+    assert (out / METRICS).read_text("utf-8").endswith("}\n")
     assert Run(out).config()["processes"] == 2
 
 

@@ -127,10 +127,10 @@ def test_an_interrupted_run_is_trained_longer(tiny, tmp_path, monkeypatch):
 def test_longer_means_more_epochs_and_nothing_else(tiny, change):
     options = tiny(epochs=2)
     start(options).train()
-    before = Run(options.out).path(CONFIG).read_text()
+    before = Run(options.out).path(CONFIG).read_text("utf-8")
     with pytest.raises(UserError, match=r"--resume: this run had --(epochs 2, not 1|lr 0\.001)"):
         lengthen(tiny(resume=True, **change))
-    assert Run(options.out).path(CONFIG).read_text() == before
+    assert Run(options.out).path(CONFIG).read_text("utf-8") == before
 
 
 def test_more_epochs_only_if_asked_for(tiny):
@@ -171,7 +171,7 @@ def test_runs_from_before_input_sizes_see_images_as_they_did(tiny):
     options = tiny(epochs=1)
     start(options).train()
     run = Run(options.out)
-    config = yaml.safe_load(run.path(CONFIG).read_text())
+    config = yaml.safe_load(run.path(CONFIG).read_text("utf-8"))
     assert config["options"].pop("input_size") == "auto"
     run.path(CONFIG).write_text(yaml.safe_dump(config))
     assert run.options().input_size == "crop"
@@ -193,7 +193,7 @@ def test_resume_with_other_weights(tiny, tmp_path):
     import timm
 
     start(tiny(epochs=1)).train()
-    config = yaml.safe_load((tmp_path / "run" / CONFIG).read_text())
+    config = yaml.safe_load((tmp_path / "run" / CONFIG).read_text("utf-8"))
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "w.pth")
     config["options"]["weights"] = str(tmp_path / "w.pth")
     (tmp_path / "run" / CONFIG).write_text(yaml.safe_dump(config))

@@ -372,7 +372,7 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     common = ["--data", "folder", "--data-root", str(annotated), "--crop", "64", "--k", "8"]
     common += ["--backbone", "test_vit", "--weights", "random", "-K", str(K), "--pictures", "2"]
     assert train.main(["--method", "spectral", *common, "--out", str(run)]) == 0
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert "leading eigenvectors, were computed" in page
     assert "Eigenvalues" in page
     assert "Objective" not in page
@@ -382,7 +382,7 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     edges = "graph,crf" if crf else "graph"
     asked = ["--methods", methods, "--size", "64", "--edges", edges, "--boundary"]
     assert evaluate.main([str(run), *asked]) == 0
-    scores = json.loads(next(run.glob("evaluation-*.json")).read_text())["methods"]
+    scores = json.loads(next(run.glob("evaluation-*.json")).read_text("utf-8"))["methods"]
     assert "K-means on the data set's eigenvectors" in scores["ours"]["title"]
     assert scores["ours"]["stages"] == scores["ours*"]["stages"]
     assert 0.5 < scores["ours"]["stages"]["none"]["matchings"]["iou"]["accuracy"] <= 1
@@ -397,10 +397,10 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys):
     assert np.array(Image.open(tmp_path / "g" / "1.clusters.png")).max() < K
     drawn = [str(run), "--pictures", "1,2", "--draws", "3", "--json", str(tmp_path / "vote.json")]
     assert vote.main(drawn) == 0
-    voted = json.loads((tmp_path / "vote.json").read_text())
+    voted = json.loads((tmp_path / "vote.json").read_text("utf-8"))
     assert [len(row["draws"]) for row in voted] == [3, 3, 1, 1, 1]
     assert spectrum.main([str(run), "--images", "6", "--score"]) == 0
-    found = json.loads((run / "spectrum.json").read_text())
+    found = json.loads((run / "spectrum.json").read_text("utf-8"))
     assert list(found["functions"]) == ["data set's eigenvectors", "their clusters"]
     assert 0.2 < found["functions"]["data set's eigenvectors"]["captured"] <= 1
     assert found["kind"] == "spectral"

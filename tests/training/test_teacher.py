@@ -243,7 +243,7 @@ def test_all_commands_work_on_a_run(annotated, tmp_path, capsys, flags):
     common += ["--dataset-k", "8", "--epochs", "4", "--batch-size", "4", "--workers", "0"]
     common += ["--heads", "3", "--mlp-hidden", "96", "--views", "2"]
     assert train.main(["--teacher", "spectral", *flags, *common, "--out", str(run)]) == 0
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert "Regression on the teacher in" in page
     assert "first from the eigenvectors, computed exactly" in page
     assert ("Objective" in page) == ("--no-gumbel" not in flags)

@@ -105,7 +105,7 @@ def test_a_run_of_an_earlier_shape_of_psi(tiny, images):
     start(options).train()
     expected = Segmenter.load(options.out).maps(images).logits
     path = Path(options.out) / CONFIG
-    config = yaml.safe_load(path.read_text())
+    config = yaml.safe_load(path.read_text("utf-8"))
     for name in ("heads", "mlp_hidden", "psi"):
         del config["options"][name]
     config["options"]["mlp_ratio"] = 1.5  # of 64 channels; 3 heads of 64 cover three maps

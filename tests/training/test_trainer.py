@@ -44,7 +44,7 @@ def test_a_run_falls_and_records_all(tiny):
     assert rows[0]["lr"] == 1e-3
     assert 0.3 < last["temperature"] < 0.35
     assert 1e-5 < last["lr"] < 5e-5
-    config = yaml.safe_load(run.path(CONFIG).read_text())
+    config = yaml.safe_load(run.path(CONFIG).read_text("utf-8"))
     assert config["options"]["backbone"] == "test_vit"
     assert config["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert list(run.path("events").glob("events.out.tfevents.*"))
