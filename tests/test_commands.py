@@ -214,6 +214,20 @@ def test_full_disk(arguments, tmp_path):
     assert not list(run.folder.glob(".*.part"))
 
 
+def test_a_name_that_no_file_of_this_locale_can_have(tmp_path, photos):
+    config = tmp_path / "config.yaml"
+    out = tmp_path / "空"
+    config.write_text(f"data: folder\ndata_root: {photos}\nout: {out}\n", "utf-8")
+    process = python(
+        "-m", "nefkern.train", "--config", str(config),
+        LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0",
+    )  # fmt: skip
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/?: file names are "), err
+
+
 def test_full_disk_while_training(arguments, fails, tmp_path, monkeypatch):
     import errno
 

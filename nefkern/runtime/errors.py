@@ -62,7 +62,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     Returns:
         A function with the signature of ``main`` that returns the exit code: 0, or 2 after a
-        :class:`UserError` or a full disk, or 130 after an interrupt.
+        :class:`UserError`, a full disk or a name that no file can have, or 130 after an interrupt.
     """
 
     @functools.wraps(main)
@@ -89,6 +89,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
                 raise
             told = visible(first_line(error))
             print(f"error: out of memory, less is needed at once ({told})", file=sys.stderr)
+            return 2
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            if encoding == "utf-8":
+                raise
+            told = f"{error.object}: file names are {encoding} in this locale and cannot be so"
+            print(f"error: {visible(told)}; set LC_ALL=C.UTF-8", file=sys.stderr)
             return 2
         except OSError as error:
             if error.errno not in _DISK:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def shortened(name: str) -> str:
     whole = os.fsencode(name)
     if len(whole) <= _LONGEST_NAME:
         return name
-    return whole[:_LONGEST_NAME].decode("utf-8", errors="ignore")
+    return whole[:_LONGEST_NAME].decode(sys.getfilesystemencoding(), errors="ignore")
 
 
 @contextlib.contextmanager
