@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,19 +14,23 @@ from torch.nn.modules import module as every_module
 @contextlib.contextmanager
 def heeding(heed: Callable[[], None]) -> Iterator[None]:
     """Within this block ``heed`` is called before any module computes, and before gradients pass
-    through what it gave: what ``heed`` raises ends the pass.
+    through what it gave: what ``heed`` raises ends the pass. Passes of other threads are left alone.
 
     Not for models that are compiled, which would be compiled with it.
     """
 
+    owner = threading.get_ident()
+
     def before(module: nn.Module, inputs: Any) -> None:
-        heed()
+        if threading.get_ident() == owner:
+            heed()
 
     def back(gradient: Tensor) -> None:
         heed()
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
+        ours = threading.get_ident() == owner
+        if ours and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(back)
 
     with contextlib.ExitStack() as hooks:

@@ -1,5 +1,7 @@
 """A pass through modules is left where it is told to, and unchanged where it is not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -53,3 +55,10 @@ def test_it_is_left_at_once(last, reached):
     assert until.calls == last
     assert sum(layer.weight.grad is not None for layer in (model[0], model[2])) == reached
     assert len(gradients(model)) == 4, "a hook stayed"
+
+
+def test_other_threads_are_left_alone():
+    calls: list[None] = []
+    with heeding(lambda: calls.append(None)), ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(gradients, layers()).result()) == 4
+    assert not calls
