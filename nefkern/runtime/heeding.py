@@ -14,11 +14,10 @@ from torch.nn.modules import module as every_module
 @contextlib.contextmanager
 def heeding(heed: Callable[[], None]) -> Iterator[None]:
     """Within this block ``heed`` is called before any module computes, and before gradients pass
-    through what it gave: what ``heed`` raises ends the pass. Passes of other threads are left alone.
+    through what it gave: what ``heed`` raises ends the pass. Other threads are left alone.
 
     Not for models that are compiled, which would be compiled with it.
     """
-
     owner = threading.get_ident()
 
     def before(module: nn.Module, inputs: Any) -> None:
