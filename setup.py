@@ -74,7 +74,7 @@ def torch_folder() -> Path | None:
 def torch_version(folder: Path) -> str:
     """Of the torch in a folder, such as "2.11.0+cu130"; "" where there is none with headers."""
     try:
-        text = (folder / "version.py").read_text()
+        text = (folder / "version.py").read_text("utf-8")
     except OSError:
         return ""
     match = re.search(r"^__version__.*?['\"]([^'\"]+)['\"]", text, re.MULTILINE)
@@ -239,8 +239,8 @@ class SourceArchive(sdist):
 
 
 class Labelled(egg_info):
-    """The version with a variant's label; options would give way to a source archive's setup.cfg,
-    where setuptools has written that there is none."""
+    """Adds a variant's label to the version. An option of setup() would not do: a source archive
+    has a setup.cfg, in which setuptools wrote an empty tag, and that is read over it."""
 
     def finalize_options(self) -> None:
         if label := os.environ.get("NEFKERN_LABEL"):

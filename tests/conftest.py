@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nefkern.evaluation import report
-from nefkern.segmentation import charts
 from nefkern.training.options import TrainOptions
 from tests.backend_counts import (  # noqa: F401  hooks
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
 
+#: Folders of tests that need nothing of the pipeline.
+OF_KERNELS = ("ops", "triton", "cuda", "emulator")
 BLANK = '<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
@@ -69,7 +69,7 @@ def one_thread_for_small_models(request):
     """The pipeline's models are so small here that threads cost more than they give, above all on
     a busy machine. The tests of operators and kernels keep them."""
     threads = torch.get_num_threads()
-    if request.path.parent.name not in ("ops", "triton", "cuda", "emulator"):
+    if request.path.parent.name not in OF_KERNELS:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -78,10 +78,15 @@ def one_thread_for_small_models(request):
 @pytest.fixture(autouse=True)
 def blank_charts(request, monkeypatch):
     """Charts are made and not drawn, but for the tests that look at them (``drawn``): most of the
-    time of a command on a few small images would be matplotlib's."""
-    if not request.node.get_closest_marker("drawn"):
-        for user in (charts, report):
-            monkeypatch.setattr(user, "svg", lambda figure: BLANK)
+    time of a command on a few small images would be matplotlib's. Fixtures of wider scope draw
+    theirs."""
+    if request.path.parent.name in OF_KERNELS or request.node.get_closest_marker("drawn"):
+        return
+    from nefkern.evaluation import report
+    from nefkern.segmentation import charts
+
+    for user in (charts, report):
+        monkeypatch.setattr(user, "svg", lambda figure: BLANK)
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,7 @@ def test_a_later_file_takes_a_case_over(results, tmp_path):
     assert "scaling, knn, N = 100" in cases
 
 
+@pytest.mark.drawn
 def test_plots_are_drawn(results, tmp_path):
     document = report.merge([results])
     report.draw_ratios(document, tmp_path / "ratios.svg")

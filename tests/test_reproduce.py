@@ -367,7 +367,7 @@ def test_seeds_scored_on_different_images_have_no_common_interval():
 def test_a_damaged_score_fails_its_row_in_a_line(reproduce, tmp_path, capsys):
     assert reproduce("5 K64") == 0
     (file,) = (tmp_path / "out").glob("scenes-*/evaluation-*.json")
-    file.write_text(file.read_text("utf-8")[:100])
+    file.write_text(file.read_text("utf-8")[:100], "utf-8")
     capsys.readouterr()
     assert reproduce("5 K64") == 2
     assert f"error: table 5, K64, seed 0: {file}: expected scores" in capsys.readouterr().err

@@ -214,7 +214,9 @@ def test_other_data_by_name(run, tmp_path, capsys):
 
 def test_the_run_s_kind_of_data_at_another_place(run, tmp_path):
     config = run / "config.yaml"
-    config.write_text(config.read_text("utf-8").replace("data: folder", "data: cityscapes"))
+    config.write_text(
+        config.read_text("utf-8").replace("data: folder", "data: cityscapes"), "utf-8"
+    )
     root = publisher.cityscapes(tmp_path / "city", [7, 9, 26])
     assert result(run, "--data-root", root, "--images", 2)["settings"]["split"] == "train"
 

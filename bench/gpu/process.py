@@ -59,7 +59,9 @@ def family(pid: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             # pid (command) state parent group session ...; the command may hold anything
-            _, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            _, parent, _, session = (
+                path.read_text("utf-8", errors="replace").rpartition(")")[2].split()[:4]
+            )
             parents[int(path.parent.name)] = int(parent)
             sessions[int(path.parent.name)] = int(session)
     found = {one for one, session in sessions.items() if session == pid}

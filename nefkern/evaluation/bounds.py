@@ -66,7 +66,7 @@ class Bounds:
         grid = (int(rows[-1]) + 1, int(cols[-1]) + 1)
         patches = rows[:, None] * grid[1] + cols
         # PyTorch's generator on the CPU heeds only 32 bits of a seed.
-        own = zlib.crc32(f"{self.seed} {sample.name}".encode())
+        own = zlib.crc32(f"{self.seed} {sample.name}".encode(errors="surrogateescape"))
         noise = torch.Generator().manual_seed(own)
         cells = math.prod(grid)
         clusters = torch.randint(self.num_clusters, (cells,), generator=noise)

@@ -13,6 +13,7 @@ def configuration(model: nn.Module) -> dict[str, Any]:
 
 
 def is_dino_v1(model: nn.Module) -> bool:
+    """Whether DINO's first version trained it: timm's tag says it."""
     return configuration(model).get("tag") == "dino"
 
 

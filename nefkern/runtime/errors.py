@@ -62,7 +62,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     Returns:
         A function with the signature of ``main`` that returns the exit code: 0, or 2 after a
-        :class:`UserError`, a full disk or a name that no file can have, or 130 after an interrupt.
+        :class:`UserError`, a full disk or a name that no file of the locale can have, or 130 after
+        an interrupt.
     """
 
     @functools.wraps(main)
@@ -92,9 +93,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return 2
         except UnicodeEncodeError as error:
             encoding = sys.getfilesystemencoding()
-            if encoding == "utf-8":
+            if "utf-8" in (encoding, error.encoding):
                 raise
-            told = f"{error.object}: file names are {encoding} in this locale and cannot be so"
+            told = (
+                f"{error.object}: no file of this locale, whose names are {encoding}, can have it"
+            )
             print(f"error: {visible(told)}; set LC_ALL=C.UTF-8", file=sys.stderr)
             return 2
         except OSError as error:

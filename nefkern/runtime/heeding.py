@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 
 @contextlib.contextmanager
 def heeding(heed: Callable[[], None]) -> Iterator[None]:
-    """Within this block ``heed`` is called before any module computes, and before gradients pass
-    through what it gave: what ``heed`` raises ends the pass. Other threads are left alone.
+    """Within this block ``heed`` is called before every module's forward pass, and in the backward
+    pass before gradients go through its output. What ``heed`` raises ends the pass.
 
-    Not for models that are compiled, which would be compiled with it.
+    Modules that are called in other threads are left alone. Not for compiled models: a change of
+    hooks would compile them anew.
     """
     owner = threading.get_ident()
 
@@ -29,10 +30,11 @@ def heeding(heed: Callable[[], None]) -> Iterator[None]:
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         ours = threading.get_ident() == owner
-        if ours and isinstance(output, Tensor) and output.requires_grad:
+        # A parameter that is handed through would keep the hook.
+        if ours and isinstance(output, Tensor) and output.grad_fn is not None:
             output.register_hook(back)
 
     with contextlib.ExitStack() as hooks:
-        hooks.callback(every_module.register_module_forward_pre_hook(before).remove)
-        hooks.callback(every_module.register_module_forward_hook(after).remove)
+        hooks.callback(register_module_forward_pre_hook(before).remove)
+        hooks.callback(register_module_forward_hook(after).remove)
         yield

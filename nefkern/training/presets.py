@@ -1,4 +1,4 @@
-"""What data sets and methods take wherever nothing else is said: of training, and of scoring."""
+"""Presets of data sets and methods for training and scoring, and options of one method only."""
 
 from __future__ import annotations
 

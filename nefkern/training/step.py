@@ -55,8 +55,8 @@ class TrainingStep:
         optimizer: Adam on ψ.
         teacher: what ψ learns from in the first steps, if it is to; None until it is there.
         watch: what is told of each graph, while a step is recorded; else None.
-        heed: called between the parts of a step until ψ changes; may raise
-            :class:`StepAbandoned`.
+        heed: called between the parts of a step until ψ changes (within them:
+            :mod:`nefkern.runtime.heeding`); may raise :class:`StepAbandoned`.
         shared: whether all processes build one graph over the whole batch.
         unread: whether the device is left to work without being asked.
     """

@@ -94,7 +94,7 @@ class Planted:
         text = (ROOT / "csrc" / "cuda" / self.source).read_text("utf-8")
         assert text.count(self.old) == 1, f"{self.source} has {text.count(self.old)} {self.old!r}"
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
-        (folder / "cuda" / self.source).write_text(text.replace(self.old, self.new))
+        (folder / "cuda" / self.source).write_text(text.replace(self.old, self.new), "utf-8")
 
 
 @functools.cache

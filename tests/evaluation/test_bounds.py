@@ -1,5 +1,6 @@
 """Floors and ceilings, against pictures whose answer is known."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,12 @@ def test_patches_of_a_strip_are_those_that_the_network_saw():
     comparison.patch = (8.0, 8.0)
     assert comparison.patch_of(torch.empty(3, 32, 50)) == (4, 4)
     assert comparison.patch_of(torch.empty(3, 4, 200)) == (1.6, 1.6)  # seen as 20 x 1024
+
+
+def test_names_that_are_not_utf_8_draw_clusters_too():
+    bounds = Bounds(4, 2)
+    bounds.observe(replace(halved(11), name="b\udcff.png"), 3, (8, 8))
+    assert bounds.counts["random-clusters"].total().sum() == 32 * 32
 
 
 def test_void_pixels_say_nothing():

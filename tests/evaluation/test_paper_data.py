@@ -118,7 +118,7 @@ def test_a_run_on_a_paper_s_data_set(cityscapes, tmp_path, capsys):
 
 def test_a_run_on_data_without_annotations_asks_for_some(run, cityscapes, pointwise, capsys):
     config = run / "config.yaml"
-    config.write_text(config.read_text("utf-8").replace("data: folder", "data: imagenet"))
+    config.write_text(config.read_text("utf-8").replace("data: folder", "data: imagenet"), "utf-8")
     line = failure(capsys, run)
     assert "--data-root: expected the folder with the annotated images" in line
     assert "trained on imagenet" in line

@@ -126,7 +126,7 @@ def test_a_run_in_bfloat16_is_compared_in_float32_too(run_of, pictures, tmp_path
     shutil.copytree(run_of("spectral"), run)
     config = run / "config.yaml"
     assert "amp: false" in config.read_text("utf-8")
-    config.write_text(config.read_text("utf-8").replace("amp: false", "amp: true"))
+    config.write_text(config.read_text("utf-8").replace("amp: false", "amp: true"), "utf-8")
     images = [str(pictures / name) for name in SIZES]
     assert export.main([str(run), "--check", *images]) == 0
     out = capsys.readouterr().out

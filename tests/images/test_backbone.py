@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from nefkern.images import backbone as module
-from nefkern.images.backbone import Backbone
+from nefkern.images.backbone import Backbone, _prepared
 from nefkern.images.feature_cache import FeatureCache
 from nefkern.images.layers import Layer
 from nefkern.images.loading import load_backbone
@@ -539,13 +538,13 @@ def test_weights_of_derived_layers_and_channels_last():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), Standardized(4, 4, 3), torch.nn.Conv2d(4, 5, 2)
     )
-    twin = module._prepared(model, half=True, channels_last=True)
+    twin = _prepared(model, half=True, channels_last=True)
     assert [m.weight.dtype for m in twin] == [torch.bfloat16, torch.float32, torch.bfloat16]
     assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in twin)
     assert all(m.weight.is_contiguous() for m in model)
     assert twin[1].bias is model[1].bias, "shared"
     x = torch.randn(1, 3, 9, 9)
-    last = module._prepared(model, half=False, channels_last=True)
+    last = _prepared(model, half=False, channels_last=True)
     torch.testing.assert_close(last(x), model(x))
 
 

@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(run, pictures, names, tmp_path, capsys, options, 
 
 
 def test_names_of_another_run_are_refused(run, pictures, names, tmp_path, capsys):
-    names.write_text(names.read_text("utf-8").replace("checkpoint: ", "checkpoint: other"))
+    names.write_text(names.read_text("utf-8").replace("checkpoint: ", "checkpoint: other"), "utf-8")
     arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
     assert main(arguments) == 2
     assert "checkpoint: names the clusters of another training" in capsys.readouterr().err
@@ -271,7 +271,7 @@ def test_classes_of_a_data_set_are_not_replaced(run, pictures, names, tmp_path, 
 def test_a_name_that_voc_cannot_hold(run, pictures, names, tmp_path, capsys):
     pytest.importorskip("skimage")
     pytest.importorskip("pycocotools")
-    names.write_text(names.read_text("utf-8").replace("sky", "sky:blue"))
+    names.write_text(names.read_text("utf-8").replace("sky", "sky:blue"), "utf-8")
     arguments = [str(run), str(pictures), "--out", str(tmp_path / "o"), "--names", str(names)]
     assert main([*arguments, "--formats", "voc"]) == 2
     assert "--formats voc: the name 'sky:blue' cannot stand in" in capsys.readouterr().err

@@ -62,3 +62,12 @@ def test_other_threads_are_left_alone():
     with heeding(lambda: calls.append(None)), ThreadPoolExecutor(1) as pool:
         assert len(pool.submit(gradients, layers()).result()) == 4
     assert not calls
+
+
+def test_no_hook_stays_on_a_parameter():
+    calls: list[None] = []
+    parameter = nn.Parameter(torch.ones(2))
+    with heeding(lambda: calls.append(None)):
+        nn.Identity()(parameter).sum().backward()
+    parameter.sum().backward()
+    assert len(calls) == 1, "forward"
