@@ -18,9 +18,7 @@ from nefkern.segment import main, parser
 from nefkern.segmentation.listing import image_files, output_names
 from nefkern.segmentation.segmenter import Segmenter, occurring
 from nefkern.segmentation.windows import window_starts
-from nefkern.training.options import TrainOptions
-from nefkern.training.runs import Run
-from nefkern.training.trainer import Trainer
+from tests.training.outcomes import trained
 
 SIZES = {"wide.png": (120, 50), "tall.jpg": (40, 90), "large.png": (300, 260)}
 
@@ -35,14 +33,7 @@ def pictures(photograph, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory) -> Path:
-    """A run of seconds with a small random backbone, K = 6."""
-    options = TrainOptions(
-        data="folder", data_root=str(pictures), out=str(tmp_path_factory.mktemp("runs") / "run"),
-        backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
-        heads=3, mlp_hidden=96, epochs=1, batch_size=3, workers=0, pictures=0,
-    )  # fmt: skip
-    Trainer(options, Run.create(options)).train()
-    return Path(options.out)
+    return trained(pictures, tmp_path_factory.mktemp("runs") / "run")
 
 
 def indices(path: Path) -> torch.Tensor:

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from nefkern.segmentation.segmenter import Segmenter
-from nefkern.training.options import TrainOptions
-from nefkern.training.runs import Run
-from nefkern.training.trainer import Trainer
 from tests.evaluation.pointwise import Pointwise
 from tests.evaluation.scenes import write_folder
+from tests.training import outcomes
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +19,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(folder, tmp_path_factory) -> Path:
-    """A run of a few seconds with a small random backbone, K = 6."""
-    options = TrainOptions(
-        data="folder", data_root=str(folder), out=str(tmp_path_factory.mktemp("runs") / "run"),
-        backbone="test_vit", weights="random", crop=64, k="16", num_eigenfunctions=6,
-        heads=3, mlp_hidden=96, epochs=1, batch_size=3, workers=0, pictures=0,
-    )  # fmt: skip
-    Trainer(options, Run.create(options)).train()
-    return Path(options.out)
+    return outcomes.trained(folder, tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture

@@ -22,6 +22,17 @@ def start(options: TrainOptions) -> Trainer:
     return Trainer(options, Run.create(options))
 
 
+def trained(data_root: Path, out: Path) -> Path:
+    """The folder of a run of seconds on a folder of images: a small random backbone, K = 6."""
+    options = TrainOptions(
+        data="folder", data_root=str(data_root), out=str(out), backbone="test_vit",
+        weights="random", crop=64, k="16", num_eigenfunctions=6, heads=3, mlp_hidden=96, epochs=1,
+        batch_size=3, workers=0, pictures=0,
+    )  # fmt: skip
+    start(options).train()
+    return out
+
+
 def outcome(folder: str | Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The checkpoint's tensors, and the record without times."""
     run = Run(folder)
@@ -49,3 +60,11 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return record
 
     monkeypatch.setattr(TrainingStep, "__call__", stepping)
+
+
+def broken_off(step: int, options: TrainOptions) -> None:
+    """Train until the interrupt at the end of the ``step``-th step has written its checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(KeyboardInterrupt, match=f"checkpoint after step {step} is written"):
+            start(options).train()

@@ -20,7 +20,7 @@ from nefkern.training.runs import STAGES, Run
 from nefkern.training.spectral import SpectralTrainer
 from nefkern.training.teacher import FOLDER, check_data_set, indicator_rotation, regression_loss
 from nefkern.training.trainer import Trainer
-from tests.training.outcomes import assert_same, start, stop_after
+from tests.training.outcomes import assert_same, broken_off, start
 
 K = 5
 
@@ -135,14 +135,11 @@ def test_the_objective_goes_on_from_where_the_teacher_leaves(taught, tmp_path):
         (7, {"accumulate": 2, "epochs": 4, "augment": False}),
     ],
 )
-def test_resuming_equals_never_having_stopped(taught, tmp_path, monkeypatch, step, changes):
+def test_resuming_equals_never_having_stopped(taught, tmp_path, step, changes):
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     start(taught(out=whole, **changes)).train()
 
-    with monkeypatch.context() as patch:
-        stop_after(step, patch)
-        with pytest.raises(KeyboardInterrupt, match=f"checkpoint after step {step} is written"):
-            start(taught(out=broken, **changes)).train()
+    broken_off(step, taught(out=broken, **changes))
     torch.manual_seed(99)
     start(taught(out=broken, resume=True, **changes)).train()
     assert_same(whole, broken)
